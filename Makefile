@@ -1,0 +1,32 @@
+# make demo   a private environment, the build, and IPRM against its baselines on scanned digits
+# make test   linters, then the whole suite, then the Triton kernels under the interpreter
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install demo test bench clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch triton numpy setuptools wheel pybind11 ninja
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/iprm compare --data digits --output runs/demo
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/iprm_kernels -k triton
+
+bench: install
+	$(BIN)/python benchmarks/operators.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info iprm_kernels/_C*.so runs

@@ -1,0 +1,120 @@
+// batch_kl and strength_weights on the CPU. No softmax is written: a row's log-sum-exp is taken, then its terms.
+#include <cstring>
+
+#include "rows.h"
+
+namespace iprm {
+
+struct KlArgs {
+  MatrixView p, q;
+  void *kl, *stats;
+  int64_t rows, columns;
+};
+
+struct KlBackwardArgs {
+  Tensor grad;
+  MatrixView p, q;
+  const void *kl, *stats;
+  void *grad_p, *grad_q;  // null: not wanted
+  int64_t rows, columns;
+};
+
+}  // namespace iprm
+
+#define IPRM_ROWS "divergence_rows.h"
+#include "for_each_isa.h"
+
+namespace iprm {
+namespace {
+
+void batch_kl(const Tensor& p_logits, const Tensor& q_logits, const Tensor& kl, const Tensor& stats) {
+  const int64_t rows = p_logits.size(0), columns = p_logits.size(1);
+  check_shape(q_logits, "q_logits", rows, columns);
+  check_output(stats, "stats", 2, rows);
+  const KlArgs args{
+      MatrixView(p_logits), MatrixView(q_logits), kl.mutable_data_ptr(), stats.mutable_data_ptr(), rows, columns};
+  dispatch_type(p_logits.scalar_type(), [&]<class T>() {
+    const auto kernel = IPRM_BEST(batch_kl_rows<T>);
+    parallel_rows(rows, kExpCost * columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  });
+}
+
+void batch_kl_backward(
+    const Tensor& grad,
+    const Tensor& p_logits,
+    const Tensor& q_logits,
+    const Tensor& kl,
+    const Tensor& stats,
+    const std::optional<Tensor>& grad_p,
+    const std::optional<Tensor>& grad_q) {
+  const int64_t rows = p_logits.size(0), columns = p_logits.size(1);
+  check_shape(q_logits, "q_logits", rows, columns);
+  check_output(stats, "stats", 2, rows);
+  if (grad_p) check_output(*grad_p, "grad_p", rows, columns);
+  if (grad_q) check_output(*grad_q, "grad_q", rows, columns);
+  const KlBackwardArgs args{
+      grad, MatrixView(p_logits), MatrixView(q_logits), kl.const_data_ptr(), stats.const_data_ptr(),
+      output<void>(grad_p), output<void>(grad_q), rows, columns};
+  dispatch_type(p_logits.scalar_type(), [&]<class T>() {
+    const auto kernel = IPRM_BEST(batch_kl_backward_rows<T>);
+    parallel_rows(rows, kExpCost * columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  });
+}
+
+template <class S>
+void strength_weights_of(const VectorView<S>& kl, int64_t count, S* strength) {
+  S smallest = kl[0];
+  for (int64_t m = 1; m < count; ++m) smallest = kl[m] < smallest || kl[m] != kl[m] ? kl[m] : smallest;
+  S total = 0;
+  for (int64_t m = 0; m < count; ++m) {
+    strength[m] = kl[m] == smallest ? S(1) : smallest / kl[m];
+    total += strength[m];
+  }
+  for (int64_t m = 0; m < count; ++m) strength[m] /= total;
+}
+
+// dw_m/dKL_j = 1 / (KL_m (sum_i KL_j / KL_i)^2) for m != j; a column sums to zero; zero where there is no derivative
+template <class S>
+void strength_weights_backward_of(const VectorView<S>& grad, const VectorView<S>& kl, int64_t count, S* grad_kl) {
+  for (int64_t j = 0; j < count; ++j) {
+    S column = 1, total = 0;
+    for (int64_t i = 0; i < count; ++i)
+      if (i != j) column += kl[j] / kl[i];
+    for (int64_t m = 0; m < count; ++m) {
+      const bool defined = m != j && kl[m] != S(0) && std::isfinite(kl[m]) && std::isfinite(kl[j]) && column == column;
+      if (defined) total += (grad[m] - grad[j]) / (kl[m] * column * column);
+    }
+    grad_kl[j] = total;
+  }
+}
+
+// Few numbers, in the types that carry them: narrow ones are computed as they are stored, in float.
+template <class Work>
+void dispatch_kl_type(const Tensor& kl, const Work& work) {
+  const ScalarType dtype = kl.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "kl: expected float32 or float64");
+  return dtype == ScalarType::Float ? work.template operator()<float>() : work.template operator()<double>();
+}
+
+void strength_weights(const Tensor& kl, const Tensor& strength) {
+  dispatch_kl_type(kl, [&]<class S>() {
+    strength_weights_of(VectorView<S>(kl), kl.size(0), output<S>(strength));
+  });
+}
+
+void strength_weights_backward(const Tensor& grad, const Tensor& kl, const Tensor& grad_kl) {
+  dispatch_kl_type(kl, [&]<class S>() {
+    strength_weights_backward_of(VectorView<S>(grad), VectorView<S>(kl), kl.size(0), output<S>(grad_kl));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(iprm_cpp, CPU, m) {
+  m.impl("batch_kl", TORCH_BOX(&batch_kl));
+  m.impl("batch_kl_backward", TORCH_BOX(&batch_kl_backward));
+  m.impl("strength_weights", TORCH_BOX(&strength_weights));
+  m.impl("strength_weights_backward", TORCH_BOX(&strength_weights_backward));
+}
+
+}  // namespace iprm

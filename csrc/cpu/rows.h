@@ -1,0 +1,134 @@
+// What the row kernels of all families share: views of matrices, the choice of instruction set and of types, threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "../core/macros.h"
+
+namespace iprm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Storage types with conversions of our own (simd.h): these only mark the bits.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+Isa isa();               // the widest that this machine has
+const char* isa_name();  // for build_info
+
+// A (rows, columns) input of any strides.
+struct MatrixView {
+  const void* data;
+  int64_t row_stride, column_stride;
+
+  explicit MatrixView(const Tensor& tensor)
+      : data(tensor.const_data_ptr()), row_stride(tensor.stride(0)), column_stride(tensor.stride(1)) {}
+};
+
+// A (rows,) input of any stride, 0 where one value serves all rows.
+template <class T>
+struct VectorView {
+  const T* data;
+  int64_t stride;
+
+  explicit VectorView(const Tensor& tensor)
+      : data(static_cast<const T*>(tensor.const_data_ptr())), stride(tensor.stride(0)) {}
+  IPRM_INLINE T operator[](int64_t row) const { return data[row * stride]; }
+};
+
+template <class T>
+T* output(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+T* output(const std::optional<Tensor>& tensor) {
+  return tensor ? output<T>(*tensor) : nullptr;
+}
+
+// Rows as contiguous memory: a pointer where columns are adjacent, else a copy of the row, which lives until `slots` rows
+// later.
+template <class T>
+class RowReader {
+ public:
+  RowReader(const MatrixView& view, int64_t columns, int64_t slots = 1)
+      : data_(static_cast<const T*>(view.data)),
+        row_stride_(view.row_stride),
+        column_stride_(view.column_stride),
+        columns_(columns),
+        slots_(slots),
+        copies_(view.column_stride == 1 ? 0 : columns * slots) {}
+
+  IPRM_INLINE const T* operator()(int64_t row) {
+    const T* from = data_ + row * row_stride_;
+    if (copies_.empty()) return from;
+    T* copy = copies_.data() + row % slots_ * columns_;
+    for (int64_t i = 0; i < columns_; ++i) copy[i] = from[i * column_stride_];
+    return copy;
+  }
+
+ private:
+  const T* data_;
+  int64_t row_stride_, column_stride_, columns_, slots_;
+  std::vector<T> copies_;
+};
+
+// Calls work.template operator()<T>() with the storage type of `dtype`.
+template <class Work>
+void dispatch_type(ScalarType dtype, const Work& work) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return work.template operator()<float>();
+    case ScalarType::Double:
+      return work.template operator()<double>();
+    case ScalarType::BFloat16:
+      return work.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return work.template operator()<Half>();
+    default:
+      STD_TORCH_CHECK(false, "expected float16, bfloat16, float32 or float64");
+  }
+}
+
+// Work smaller than this many elements is not worth a thread: a fork and join costs some 5 us, 32,768 elements as much.
+constexpr int64_t kElementsPerThread = 32768;
+// A pair of logits costs as much as this many features: four exponentials and a polynomial.
+constexpr int64_t kExpCost = 8;
+
+template <class Work>
+void parallel_rows(int64_t rows, int64_t columns, const Work& work) {
+  if (rows == 0) return;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns));
+  torch::stable::parallel_for(0, rows, grain, work);
+}
+
+inline void check_shape(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
+      name, ": expected shape (", rows, ", ", columns, ")");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+}
+
+inline void check_output(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
+  check_shape(tensor, name, rows, columns);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous output");
+}
+
+}  // namespace iprm

@@ -1,0 +1,222 @@
+// Vectors of 64 bytes in the compilers' own vector type, which they split where registers are narrower. Included once for
+// every instruction set, inside the namespace of that set (see for_each_isa.h), so it has no include guard.
+
+typedef float VecF __attribute__((vector_size(64)));
+typedef double VecD __attribute__((vector_size(64)));
+typedef int32_t VecI32 __attribute__((vector_size(64)));
+typedef uint32_t VecU32 __attribute__((vector_size(64)));
+typedef int64_t VecI64 __attribute__((vector_size(64)));
+typedef uint16_t VecU16 __attribute__((vector_size(32)));
+
+// What a storage type is computed in.
+template <class T>
+struct Lanes {
+  using Scalar = float;
+  using Vec = VecF;
+  static constexpr int64_t kCount = 16;
+};
+
+template <>
+struct Lanes<double> {
+  using Scalar = double;
+  using Vec = VecD;
+  static constexpr int64_t kCount = 8;
+};
+
+template <class V>
+IPRM_INLINE V load_bytes(const void* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+IPRM_INLINE VecF load(const float* from) { return load_bytes<VecF>(from); }
+IPRM_INLINE VecD load(const double* from) { return load_bytes<VecD>(from); }
+
+IPRM_INLINE VecF load(const BFloat16* from) {
+  return (VecF)(__builtin_convertvector(load_bytes<VecU16>(from), VecU32) << 16);
+}
+
+IPRM_INLINE VecF load(const Half* from) {
+  const VecU32 bits = __builtin_convertvector(load_bytes<VecU16>(from), VecU32);
+  const VecU32 sign = (bits & 0x8000u) << 16;
+  const VecU32 magnitude = (bits & 0x7fffu) << 13;
+  // the exponent's bias moves from 15 to 127 by a multiplication, which also normalises what is subnormal in half
+  const VecU32 finite = (VecU32)((VecF)magnitude * 0x1p112f);
+  const VecU32 special = magnitude | 0x7f800000u;
+  return (VecF)(sign | (magnitude >= 0x0f800000u ? special : finite));
+}
+
+IPRM_INLINE void store(float* to, VecF value) { __builtin_memcpy(to, &value, sizeof(value)); }
+IPRM_INLINE void store(double* to, VecD value) { __builtin_memcpy(to, &value, sizeof(value)); }
+
+IPRM_INLINE void store(BFloat16* to, VecF value) {
+  const VecU32 bits = (VecU32)value;
+  const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const VecU32 quiet = VecU32{} + 0x7fc0u;
+  const VecU16 narrow = __builtin_convertvector(value != value ? quiet : rounded, VecU16);
+  __builtin_memcpy(to, &narrow, sizeof(narrow));
+}
+
+IPRM_INLINE void store(Half* to, VecF value) {
+  const VecU32 bits = (VecU32)value;
+  const VecU32 sign = (bits >> 16) & 0x8000u;
+  const VecU32 magnitude = bits & 0x7fffffffu;
+  // normal results: round the 13 bits that fall away to nearest even, then move the bias
+  const VecU32 normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  // subnormal results: adding 2^-1 aligns the units of half's subnormals with those of the float, which rounds
+  const VecU32 subnormal = (VecU32)((VecF)magnitude + 0.5f) - 0x3f000000u;
+  const VecU32 infinite = VecU32{} + 0x7c00u;
+  const VecU32 nan = VecU32{} + 0x7e00u;
+  VecU32 result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x477ff000u ? infinite : result;
+  result = magnitude > 0x7f800000u ? nan : result;
+  const VecU16 narrow = __builtin_convertvector(result | sign, VecU16);
+  __builtin_memcpy(to, &narrow, sizeof(narrow));
+}
+
+IPRM_INLINE VecF lane_numbers(VecF) { return VecF{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+IPRM_INLINE VecD lane_numbers(VecD) { return VecD{0, 1, 2, 3, 4, 5, 6, 7}; }
+
+// What is left of a row after its whole vectors, as one more vector that ends with the row: it overlaps columns already
+// seen, which a reduction masks out by a neutral `fill` and an elementwise kernel just computes again. Only a row shorter than
+// a vector goes through a copy; partial loads by copying cost five times the arithmetic at 31 columns.
+template <class T>
+struct Tail {
+  using S = typename Lanes<T>::Scalar;
+  using V = typename Lanes<T>::Vec;
+  static constexpr int64_t kCount = Lanes<T>::kCount;
+  int64_t columns, whole;  // whole: columns covered by whole vectors
+
+  IPRM_INLINE explicit Tail(int64_t columns) : columns(columns), whole(columns / kCount * kCount) {}
+  IPRM_INLINE explicit operator bool() const { return whole < columns; }
+
+  // for elementwise work
+  IPRM_INLINE V values(const T* row, S fill = 0) const {
+    if (whole > 0) return load(row + columns - kCount);
+    T lanes[kCount] = {};
+    for (int64_t i = 0; i < columns; ++i) lanes[i] = row[i];
+    const V value = load(lanes);
+    return lane_numbers(value) < S(columns) ? value : V{} + fill;
+  }
+
+  // for reductions: lanes that do not count hold `fill`
+  IPRM_INLINE V unseen(const T* row, S fill = 0) const {
+    return only_unseen(values(row, fill), fill);
+  }
+
+  IPRM_INLINE V only_unseen(V value, S fill = 0) const {
+    if (whole == 0) return value;
+    return lane_numbers(value) < S(kCount - (columns - whole)) ? V{} + fill : value;
+  }
+
+  IPRM_INLINE void write(T* row, V value) const {
+    if (whole > 0) return store(row + columns - kCount, value);
+    T lanes[kCount];
+    store(lanes, value);
+    for (int64_t i = 0; i < columns; ++i) row[i] = lanes[i];
+  }
+};
+
+// A NaN may get lost here; whoever sums over the same values meets it there.
+template <class V>
+IPRM_INLINE V lanewise_max(V a, V b) {
+  return a < b ? b : a;
+}
+
+// Sum and maximum over the lanes, always in the same order: halves are folded onto each other down to 16 bytes.
+template <class S, class V>
+IPRM_INLINE S sum_lanes(V value) {
+  typedef S Half32 __attribute__((vector_size(32)));
+  typedef S Quarter16 __attribute__((vector_size(16)));
+  Half32 halves[2];
+  __builtin_memcpy(halves, &value, 64);
+  const Half32 half = halves[0] + halves[1];
+  Quarter16 quarters[2];
+  __builtin_memcpy(quarters, &half, 32);
+  const Quarter16 quarter = quarters[0] + quarters[1];
+  if constexpr (sizeof(S) == 8) return quarter[0] + quarter[1];
+  else return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+template <class S, class V>
+IPRM_INLINE S max_lanes(V value) {
+  typedef S Half32 __attribute__((vector_size(32)));
+  typedef S Quarter16 __attribute__((vector_size(16)));
+  Half32 halves[2];
+  __builtin_memcpy(halves, &value, 64);
+  const Half32 half = lanewise_max(halves[0], halves[1]);
+  Quarter16 quarters[2];
+  __builtin_memcpy(quarters, &half, 32);
+  const Quarter16 quarter = lanewise_max(quarters[0], quarters[1]);
+  S largest = quarter[0];
+  for (int i = 1; i < int(16 / sizeof(S)); ++i) largest = largest < quarter[i] ? quarter[i] : largest;
+  return largest;
+}
+
+// exp, to within one ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r, times 2^n. The magic constant leaves n in the
+// low bits of the sum. Results below the normal range are zero: producing a subnormal number traps into microcode, which made
+// batch_kl at (8192, 31), whose spare lanes hold -inf, ten times slower.
+IPRM_INLINE VecF exp(VecF x) {
+  const VecF bounded = x < -87.0f ? VecF{} - 87.0f : (x > 88.0f ? VecF{} + 88.0f : x);
+  const VecF shifted = bounded * 1.44269504088896341f + 12582912.0f;
+  const VecI32 n = (VecI32)shifted - 0x4b400000;
+  const VecF whole = shifted - 12582912.0f;
+  const VecF r = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  VecF e = VecF{} + 1.9875691500e-4f;
+  e = e * r + 1.3981999507e-3f;
+  e = e * r + 8.3334519073e-3f;
+  e = e * r + 4.1665795894e-2f;
+  e = e * r + 1.6666665459e-1f;
+  e = e * r + 5.0000001201e-1f;
+  e = e * (r * r) + r + 1.0f;
+  const VecF result = x < -87.0f ? VecF{} : e * (VecF)((n + 127) << 23);
+  return x != x ? x : result;
+}
+
+IPRM_INLINE VecD exp(VecD x) {
+  const VecD bounded = x < -708.0 ? VecD{} - 708.0 : (x > 709.0 ? VecD{} + 709.0 : x);
+  const VecD shifted = bounded * 1.44269504088896338700 + 6755399441055744.0;
+  const VecI64 n = (VecI64)shifted - 0x4338000000000000;
+  const VecD whole = shifted - 6755399441055744.0;
+  const VecD r = (bounded - whole * 0x1.62e42fefa3800p-1) - whole * 0x1.ef35793c76730p-45;
+  VecD e = VecD{} + 1.0 / 6227020800.0;  // Taylor: the term after r^13 / 13! is below 2^-57
+  e = e * r + 1.0 / 479001600.0;
+  e = e * r + 1.0 / 39916800.0;
+  e = e * r + 1.0 / 3628800.0;
+  e = e * r + 1.0 / 362880.0;
+  e = e * r + 1.0 / 40320.0;
+  e = e * r + 1.0 / 5040.0;
+  e = e * r + 1.0 / 720.0;
+  e = e * r + 1.0 / 120.0;
+  e = e * r + 1.0 / 24.0;
+  e = e * r + 1.0 / 6.0;
+  e = e * r + 0.5;
+  e = e * (r * r) + r + 1.0;
+  const VecD result = x < -708.0 ? VecD{} : e * (VecD)((n + 1023) << 52);
+  return x != x ? x : result;
+}
+
+// log of positive normal numbers, to within one ulp: x = m 2^n with m in [sqrt(1/2), sqrt(2)), a polynomial in m - 1
+IPRM_INLINE VecF log(VecF x) {
+  const VecI32 bits = (VecI32)x - 0x3f3504f3;
+  const VecF n = __builtin_convertvector(bits >> 23, VecF);
+  const VecF m = (VecF)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  VecF y = VecF{} + 7.0376836292e-2f;
+  y = y * m - 1.1514610310e-1f;
+  y = y * m + 1.1676998740e-1f;
+  y = y * m - 1.2420140846e-1f;
+  y = y * m + 1.4249322787e-1f;
+  y = y * m - 1.6668057665e-1f;
+  y = y * m + 2.0000714765e-1f;
+  y = y * m - 2.4999993993e-1f;
+  y = y * m + 3.3333331174e-1f;
+  const VecF square = m * m;
+  const VecF result = (m + (y * m * square - n * 2.12194440e-4f - 0.5f * square)) + n * 0.693359375f;
+  return x != x ? x : result;
+}
+
+IPRM_INLINE VecD log(VecD x) {
+  for (int i = 0; i < 8; ++i) x[i] = std::log(x[i]);
+  return x;
+}

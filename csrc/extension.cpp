@@ -1,0 +1,45 @@
+// The Python module: the schemas of the kernels, filled in by the sources of each device, and what was built.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
+
+#include "build_settings.h"
+
+namespace iprm {
+const char* isa_name();
+}
+
+// The calling convention of iprm_kernels/backends.py: inputs, then outputs that the caller has allocated.
+STABLE_TORCH_LIBRARY(iprm_cpp, m) {
+  m.def("normalize(Tensor x, float eps, Tensor(a!) out, Tensor(b!) norm) -> ()");
+  m.def("normalize_backward(Tensor grad, Tensor x, Tensor norm, float eps, Tensor(a!) grad_x) -> ()");
+  m.def("geodesic_mixup(Tensor x, Tensor y, Tensor weight, float eps, Tensor(a!) z, Tensor(b!) stats) -> ()");
+  m.def(
+      "geodesic_mixup_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor stats, float eps, "
+      "Tensor(a!)? grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_w) -> ()");
+  m.def("batch_kl(Tensor p_logits, Tensor q_logits, Tensor(a!) kl, Tensor(b!) stats) -> ()");
+  m.def(
+      "batch_kl_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor kl, Tensor stats, "
+      "Tensor(a!)? grad_p, Tensor(b!)? grad_q) -> ()");
+  m.def("strength_weights(Tensor kl, Tensor(a!) strength) -> ()");
+  m.def("strength_weights_backward(Tensor grad, Tensor kl, Tensor(a!) grad_kl) -> ()");
+}
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The C++ kernels of iprm_kernels, registered as torch operators of namespace iprm_cpp.";
+  module.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["extension"] = IPRM_EXTENSION;
+        info["compiler"] = __VERSION__;
+        info["flags"] = IPRM_FLAGS;
+        info["cuda"] = IPRM_CUDA_VERSION;
+        info["cuda_architectures"] = IPRM_CUDA_ARCHITECTURES;
+        info["torch"] = TORCH_VERSION;
+        info["torch_abi_floor"] = IPRM_TORCH_FLOOR;
+        info["instruction_set"] = iprm::isa_name();
+        return info;
+      },
+      "Compiler, flags, CUDA version and architectures, and the torch this was built against; the instruction set in use here.");
+}

@@ -1,0 +1,24 @@
+"""Fused operators for probe-and-rebalance multimodal learning, behind `torch.library`."""
+
+from .backends import BackendStatus, BackendUnavailableError, backends, build_info, use_backend
+from .divergence import batch_kl, strength_weights
+from .geodesic import geodesic_mixup, normalize
+from .head import ProbeResult, StepResult, linear_probe_rebalance, probe_rebalance
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendStatus",
+    "BackendUnavailableError",
+    "ProbeResult",
+    "StepResult",
+    "backends",
+    "batch_kl",
+    "build_info",
+    "geodesic_mixup",
+    "linear_probe_rebalance",
+    "normalize",
+    "probe_rebalance",
+    "strength_weights",
+    "use_backend",
+]

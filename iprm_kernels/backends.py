@@ -1,0 +1,214 @@
+"""Which implementation serves a call: the one place that imports a backend.
+
+A backend is a namespace of kernels that all share one calling convention, inputs first, then the outputs to fill, which
+the operator has allocated (None for a gradient that nobody asked for)::
+
+    normalize(x, eps, out, norm)
+    normalize_backward(grad, x, norm, eps, grad_x)
+    geodesic_mixup(x, y, weight, eps, z, stats)
+    geodesic_mixup_backward(grad, x, y, weight, stats, eps, grad_x, grad_y, grad_w)
+    batch_kl(p_logits, q_logits, rows, stats)
+    batch_kl_backward(grad, p_logits, q_logits, rows, stats, grad_p, grad_q)
+    strength_weights(kl, strength)
+    strength_weights_backward(grad, kl, grad_kl)
+
+Features are 2-D with any strides, outputs contiguous; weight and row gradients are (B,), of stride 0 where one value serves
+all rows. stats of one backend serve the backward of another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+NAMES = ("reference", "cpp", "triton", "cuda")
+KERNELS = (
+    "normalize",
+    "normalize_backward",
+    "geodesic_mixup",
+    "geodesic_mixup_backward",
+    "batch_kl",
+    "batch_kl_backward",
+    "strength_weights",
+    "strength_weights_backward",
+)
+
+#: The backends tried for a device when none was asked for, best first. Triton joins "cuda" once its tests have passed on
+#: a GPU: kernels that no GPU has run are never what a user gets by default.
+DEFAULTS = {"cpu": ("cpp", "reference")}
+FALLBACK = ("reference",)
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for that cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What `backends` reports of one backend."""
+
+    name: str
+    available: bool
+    devices: tuple[str, ...]  #: device types it serves here; ("any",) for all of them
+    default_for: tuple[str, ...]  #: device types it serves here when nothing else was asked for
+    reason: str  #: why it cannot run, or what to know when it can
+
+    def __str__(self) -> str:
+        state = f"serves {', '.join(self.devices)}" if self.available else "unavailable"
+        default = f", default for {', '.join(self.default_for)}" if self.default_for else ""
+        return f"{self.name}: {state}{default}" + (f" ({self.reason})" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    kernels: SimpleNamespace | None
+    devices: tuple[str, ...]
+    reason: str
+
+
+def _into(function: Any) -> Any:
+    """A reference function, which returns its results, in the calling convention of the kernels."""
+
+    def kernel(*arguments: Any) -> None:
+        inputs = function.__code__.co_argcount
+        for out, value in zip(arguments[inputs:], function(*arguments[:inputs]), strict=True):
+            if out is not None:
+                out.copy_(value)
+
+    return kernel
+
+
+def _load_reference() -> _Loaded:
+    module = importlib.import_module(".reference", __package__)
+    return _Loaded(SimpleNamespace(**{name: _into(getattr(module, name)) for name in KERNELS}), ("any",), "")
+
+
+def _load_cpp() -> _Loaded:
+    try:
+        importlib.import_module("._C", __package__)
+    except ImportError as error:
+        reason = (
+            f"the C++ extension is not there: {error}; reinstall iprm-kernels where a C++17 compiler is on the PATH, "
+            "with IPRM_KERNELS_BUILD=cpu to make a failed build an error"
+        )
+        return _Loaded(None, (), reason)
+    ops = torch.ops.iprm_cpp
+    return _Loaded(SimpleNamespace(**{name: getattr(ops, name).default for name in KERNELS}), ("cpu",), "")
+
+
+def _load_triton() -> _Loaded:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return _Loaded(None, (), f"Triton is not there: {error}; pip install triton (Linux)")
+    if triton.knobs.runtime.interpret:
+        reason = "interpreted, for tests: TRITON_INTERPRET is set"
+    elif torch.cuda.is_available():
+        reason = "not yet verified on a GPU"
+    else:
+        return _Loaded(None, (), "no GPU is visible; TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests")
+    devices = ("cpu", "cuda") if triton.knobs.runtime.interpret else ("cuda",)
+    module = importlib.import_module(".kernels", __package__)
+    return _Loaded(SimpleNamespace(**{name: getattr(module, name) for name in KERNELS}), devices, reason)
+
+
+def _load_cuda() -> _Loaded:
+    return _Loaded(None, (), "this release carries no CUDA C++ kernels")
+
+
+@functools.cache
+def _load(name: str) -> _Loaded:
+    loaders = {"reference": _load_reference, "cpp": _load_cpp, "triton": _load_triton, "cuda": _load_cuda}
+    return loaders[name]()
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+# Process-wide and no thread-local: autograd runs backward passes of GPU tensors in threads of its own.
+_requested: list[str] = []
+# Read once: a look into os.environ takes 4 µs, a tenth of a small forward pass.
+_from_environment = os.environ.get("IPRM_KERNELS_BACKEND")
+
+
+def requested() -> str | None:
+    """The backend asked for by `use_backend` or IPRM_KERNELS_BACKEND; None leaves the choice to the device."""
+    return _requested[-1] if _requested else _from_environment
+
+
+@functools.cache
+def _select(name: str | None, device_type: str) -> SimpleNamespace:
+    for candidate in (_known(name),) if name else DEFAULTS.get(device_type, FALLBACK):
+        loaded = _load(candidate)
+        if loaded.kernels is not None and (device_type in loaded.devices or "any" in loaded.devices):
+            return loaded.kernels
+    loaded = _load(candidate)
+    why = loaded.reason if loaded.kernels is None else f"it serves {' and '.join(loaded.devices)} tensors"
+    raise BackendUnavailableError(f"backend {candidate!r} cannot serve a tensor on {device_type!r}: {why}")
+
+
+def kernels(device: torch.device) -> SimpleNamespace:
+    """The kernels that serve tensors on `device` now.
+
+    Raises:
+        BackendUnavailableError: the backend asked for cannot; it is never silently replaced.
+    """
+    return _select(requested(), device.type)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the operators called inside, on every thread of the process, by one backend.
+
+    Args:
+        name: "reference", "cpp", "triton" or "cuda". The variable IPRM_KERNELS_BACKEND does the same for a whole run.
+
+    Raises:
+        ValueError: an unknown name.
+        BackendUnavailableError: the backend cannot run here; the message says why.
+    """
+    loaded = _load(_known(name))
+    if loaded.kernels is None:
+        raise BackendUnavailableError(f"backend {name!r} cannot run here: {loaded.reason}")
+    _requested.append(name)
+    try:
+        yield
+    finally:
+        _requested.pop()
+
+
+def backends() -> dict[str, BackendStatus]:
+    """What can run here, and for what it cannot, why: a status a backend, by name."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    statuses = {}
+    for name in NAMES:
+        loaded = _load(name)
+        default_for = tuple(
+            device for device in devices if loaded.kernels is not None and _select(None, device) is loaded.kernels
+        )
+        statuses[name] = BackendStatus(name, loaded.kernels is not None, loaded.devices, default_for, loaded.reason)
+    return statuses
+
+
+def build_info() -> dict[str, Any]:
+    """What the C++ extension was built with: compiler, flags, CUDA version and architectures, torch.
+
+    Returns:
+        A dict whose "extension" is "cpu" or "cuda"; without the extension, "none" and the "reason".
+    """
+    try:
+        extension = importlib.import_module("._C", __package__)
+    except ImportError:
+        return {"extension": "none", "reason": _load("cpp").reason}
+    return dict(extension.build_info())

@@ -1,0 +1,207 @@
+"""How far each modality stands from the mixture, and what share that earns it: `batch_kl`, `strength_weights`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._library import register
+from .backends import kernels
+from .reference import arithmetic_dtype
+
+REDUCTIONS = ("sum", "mean", "none")
+
+
+def batch_kl(p_logits: Tensor, q_logits: Tensor, *, reduction: str = "sum") -> Tensor:
+    r"""Kullback-Leibler divergence KL(P ‖ Q) of two batches of predictions, from their logits::
+
+        P, Q = softmax(p_logits), softmax(q_logits)
+        KL_i = Σ_k P_ik (log P_ik - log Q_ik)
+
+    Summed as ``Σ P φ(d)`` with ``d = log P - log Q`` and ``φ(d) = d + exp(-d) - 1 >= 0``, which is the same number without
+    cancellation: never negative, never NaN for finite logits, zero for equal rows, right to the last digits for close ones.
+    No softmax is written to memory. Differentiable in both arguments.
+
+    Args:
+        p_logits: (B, C) logits of P; a class with ``-inf`` has probability zero.
+        q_logits: (B, C) logits of Q, same dtype and device. Under autocast the dtypes may differ; the widest is taken.
+        reduction: "sum" over the batch, "mean" over the batch, or "none".
+
+    Returns:
+        () in nats, or (B,) for "none"; float64 for float64 logits, otherwise float32. Infinite where Q is zero and P is not.
+
+    Raises:
+        TypeError: an argument that is no floating tensor, or dtypes that differ.
+        ValueError: shapes or devices that differ, or an unknown reduction.
+    """
+    autocast = isinstance(p_logits, Tensor) and _checks.autocast_enabled(p_logits)
+    _checks.matrix("p_logits", p_logits, "(B, C)")
+    _checks.matrix("q_logits", q_logits, "(B, C)")
+    _checks.alike("q_logits", q_logits, "p_logits", p_logits, autocast=autocast)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if autocast:
+        p_logits, q_logits = _checks.widest(p_logits, q_logits)
+    return _batch_kl(p_logits, q_logits, reduction)[0]
+
+
+def strength_weights(kl: Tensor) -> Tensor:
+    r"""The strength weights ω of M modalities from their batch KL::
+
+        ω_m = (1 / KL_m) / Σ_j (1 / KL_j)            two modalities: ω_0 = KL_1 / (KL_0 + KL_1)
+
+    The modality that stands closer to the mixture is the stronger, and weighs more. Computed on the device, without a
+    synchronisation. Differentiable wherever ω is; zero gradient elsewhere (several KL zero, or one infinite).
+
+    Args:
+        kl: (M,) divergences, none negative.
+
+    Returns:
+        (M,), summing to one. KL that are zero share everything equally; an infinite one gets 0; all equal: uniform.
+
+    Raises:
+        TypeError: `kl` is no floating tensor.
+        ValueError: `kl` is not of shape (M,) with M at least 1.
+
+    Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
+    """
+    _checks.rows("kl", kl, "(M,)")
+    if kl.dim() != 1:
+        raise ValueError(f"kl: expected shape (M,), got {tuple(kl.shape)}")
+    return _strength_weights(kl)
+
+
+# batch_kl: (B, C) x2 -> () or (B,), rows (B,), stats (2, B) holding log Σ exp of either
+
+
+def _batch_kl_kernel(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    batch, dtype = p_logits.shape[0], arithmetic_dtype(p_logits.dtype)
+    rows = torch.empty((batch,), dtype=dtype, device=p_logits.device)  # (B,)
+    stats = torch.empty((2, batch), dtype=dtype, device=p_logits.device)  # (2, B)
+    kernels(p_logits.device).batch_kl(p_logits, q_logits, rows, stats)
+    if reduction == "sum":
+        return rows.sum(), rows, stats
+    if reduction == "mean":
+        return rows.mean(), rows, stats
+    return rows.clone(), rows, stats  # an operator's outputs may not share memory
+
+
+def _batch_kl_fake(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    batch, dtype = p_logits.shape[0], arithmetic_dtype(p_logits.dtype)
+    shape = (batch,) if reduction == "none" else ()
+    return (
+        p_logits.new_empty(shape, dtype=dtype),
+        p_logits.new_empty((batch,), dtype=dtype),
+        p_logits.new_empty((2, batch), dtype=dtype),
+    )
+
+
+def _batch_kl_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.reduction = inputs[2]
+    ctx.save_for_backward(inputs[0], inputs[1], output[1], output[2])
+
+
+def _batch_kl_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None
+    needed = ctx.needs_input_grad[:2]
+    grad_p, grad_q = _batch_kl_backward(grad, *ctx.saved_tensors, ctx.reduction, needed)
+    return grad_p if needed[0] else None, grad_q if needed[1] else None, None
+
+
+def _batch_kl_backward_kernel(
+    grad: Tensor,
+    p_logits: Tensor,
+    q_logits: Tensor,
+    rows: Tensor,
+    stats: Tensor,
+    reduction: str,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor]:
+    batch = p_logits.shape[0]
+    row_grad = (grad / max(batch, 1) if reduction == "mean" else grad).expand(batch)  # (B,)
+    grad_p = torch.empty(p_logits.shape if needed[0] else (0,), dtype=p_logits.dtype, device=p_logits.device)
+    grad_q = torch.empty(q_logits.shape if needed[1] else (0,), dtype=q_logits.dtype, device=q_logits.device)
+    kernels(p_logits.device).batch_kl_backward(
+        row_grad, p_logits, q_logits, rows, stats, grad_p if needed[0] else None, grad_q if needed[1] else None
+    )
+    return grad_p, grad_q
+
+
+def _batch_kl_backward_fake(
+    grad: Tensor,
+    p_logits: Tensor,
+    q_logits: Tensor,
+    rows: Tensor,
+    stats: Tensor,
+    reduction: str,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor]:
+    return (
+        p_logits.new_empty(p_logits.shape if needed[0] else (0,)),
+        q_logits.new_empty(q_logits.shape if needed[1] else (0,)),
+    )
+
+
+_batch_kl = register(
+    "batch_kl(Tensor p_logits, Tensor q_logits, str reduction) -> (Tensor, Tensor, Tensor)",
+    _batch_kl_kernel,
+    _batch_kl_fake,
+    setup_context=_batch_kl_setup,
+    backward=_batch_kl_autograd,
+)
+_batch_kl_backward = register(
+    "batch_kl_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor rows, Tensor stats, str reduction, "
+    "bool[] needed) -> (Tensor, Tensor)",
+    _batch_kl_backward_kernel,
+    _batch_kl_backward_fake,
+)
+
+
+# strength_weights: (M,) -> (M,)
+
+
+def _strength_weights_kernel(kl: Tensor) -> Tensor:
+    strength = torch.empty(kl.shape, dtype=kl.dtype, device=kl.device)  # (M,)
+    kernels(kl.device).strength_weights(kl, strength)
+    return strength
+
+
+def _strength_weights_fake(kl: Tensor) -> Tensor:
+    return kl.new_empty(kl.shape)
+
+
+def _strength_weights_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _strength_weights_autograd(ctx: Any, grad: Tensor) -> Tensor:
+    return _strength_weights_backward(grad, *ctx.saved_tensors)
+
+
+def _strength_weights_backward_kernel(grad: Tensor, kl: Tensor) -> Tensor:
+    grad_kl = torch.empty(kl.shape, dtype=kl.dtype, device=kl.device)  # (M,)
+    kernels(kl.device).strength_weights_backward(grad, kl, grad_kl)
+    return grad_kl
+
+
+def _strength_weights_backward_fake(grad: Tensor, kl: Tensor) -> Tensor:
+    return kl.new_empty(kl.shape)
+
+
+_strength_weights = register(
+    "strength_weights(Tensor kl) -> Tensor",
+    _strength_weights_kernel,
+    _strength_weights_fake,
+    setup_context=_strength_weights_setup,
+    backward=_strength_weights_autograd,
+)
+_strength_weights_backward = register(
+    "strength_weights_backward(Tensor grad, Tensor kl) -> Tensor",
+    _strength_weights_backward_kernel,
+    _strength_weights_backward_fake,
+)

@@ -1,0 +1,209 @@
+"""Unit vectors and their mixture along a great circle: `normalize`, `geodesic_mixup`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._library import register
+from .backends import kernels
+from .reference import arithmetic_dtype
+
+
+def normalize(x: Tensor, *, eps: float = 1e-12) -> Tensor:
+    r"""Rows scaled to unit length: ``x / max(‖x‖, eps)``.
+
+    Equal to ``torch.nn.functional.normalize(x, dim=-1, eps=eps)``, except that a row with ``‖x‖ <= eps`` receives a zero
+    gradient, where that function's is ``g / eps``.
+
+    Args:
+        x: (..., D) features; float16 and bfloat16 are computed in float32.
+        eps: the smallest length divided by.
+
+    Returns:
+        (..., D), the dtype of `x`. A row that is not finite, or whose squared length overflows, is NaN throughout.
+
+    Raises:
+        TypeError: `x` is no floating tensor.
+        ValueError: `x` has no last dimension to normalise, or `eps` is not positive.
+    """
+    _checks.rows("x", x)
+    unit, _ = _normalize(_as_rows(x), _checks.epsilon(eps))
+    return unit if x.dim() == 2 else unit.view(x.shape)
+
+
+def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float = 1e-12) -> Tensor:
+    r"""The point of the great circle from ŷ (weight 0) to x̂ (weight 1)::
+
+        x̂, ŷ = normalize(x), normalize(y);   θ = arccos ⟨x̂, ŷ⟩
+        z = sin(wθ)/sin θ · x̂ + sin((1-w)θ)/sin θ · ŷ
+
+    Also called slerp. Value and gradient are exact down to identical vectors (``z = x̂``), where the quotient is taken as
+    the analytic function that it is. Opposite vectors have no unique geodesic: ⟨x̂, ŷ⟩ is clamped to at least -1 + 1e-6
+    (1e-12 in float64), which keeps z finite and no longer than 1, with no gradient through the clamp.
+
+    Args:
+        x: (..., D) features; float16 and bfloat16 are computed in float32.
+        y: (..., D) features of the same shape, dtype and device. Under autocast the dtypes may differ; the widest is taken.
+        weight: of `x`: a float, a 0-d tensor, or a tensor of shape (...) with a weight a row; on the device of `x`.
+            Values outside [0, 1] continue the circle beyond x̂ or ŷ. A tensor receives a gradient if it asks for one.
+        eps: the smallest length divided by, as in :func:`normalize`.
+
+    Returns:
+        (..., D), the dtype of `x`. A row that is not finite is NaN throughout and touches no other; a row with
+        ``‖x‖ <= eps`` receives a zero gradient.
+
+    Raises:
+        TypeError: an argument that is no floating tensor, or dtypes that differ.
+        ValueError: shapes or devices that differ, a weight of the wrong shape or not finite, an `eps` not positive.
+
+    Source: Oh et al., "Geodesic Multi-Modal Mixup for Robust Fine-Tuning", NeurIPS 2023; the gradient is this project's.
+    """
+    autocast = isinstance(x, Tensor) and _checks.autocast_enabled(x)
+    _checks.rows("x", x)
+    _checks.rows("y", y)
+    _checks.alike("y", y, "x", x, autocast=autocast)
+    weight = _checks.mixing_weight(weight, x, x.shape[:-1])
+    if autocast:
+        x, y = _checks.widest(x, y)
+    z, _ = _geodesic_mixup(_as_rows(x), _as_rows(y), weight, _checks.epsilon(eps))
+    return z if x.dim() == 2 else z.view(x.shape)
+
+
+def _as_rows(features: Tensor) -> Tensor:
+    """(..., D) -> (B, D). A matrix is passed on as it is: a view of it would be one more node in the autograd graph."""
+    return features if features.dim() == 2 else features.reshape(-1, features.shape[-1])
+
+
+# normalize: (B, D) -> (B, D), norm (B,)
+
+
+def _normalize_kernel(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # (B, D)
+    norm = torch.empty(x.shape[:1], dtype=arithmetic_dtype(x.dtype), device=x.device)  # (B,)
+    kernels(x.device).normalize(x, eps, out, norm)
+    return out, norm
+
+
+def _normalize_fake(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=arithmetic_dtype(x.dtype))
+
+
+def _normalize_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.eps = inputs[1]
+    ctx.save_for_backward(inputs[0], output[1])
+
+
+def _normalize_autograd(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+    if grad is None:
+        return None, None
+    return _normalize_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+def _normalize_backward_kernel(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # (B, D)
+    kernels(x.device).normalize_backward(grad, x, norm, eps, grad_x)
+    return grad_x
+
+
+def _normalize_backward_fake(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_normalize = register(
+    "normalize(Tensor x, float eps) -> (Tensor, Tensor)",
+    _normalize_kernel,
+    _normalize_fake,
+    setup_context=_normalize_setup,
+    backward=_normalize_autograd,
+)
+_normalize_backward = register(
+    "normalize_backward(Tensor grad, Tensor x, Tensor norm, float eps) -> Tensor",
+    _normalize_backward_kernel,
+    _normalize_backward_fake,
+)
+
+
+# geodesic_mixup: (B, D) x2, weight () or (B,) -> (B, D), stats (3, B) holding ‖x‖, ‖y‖, ⟨x̂, ŷ⟩
+
+
+def _row_weight(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight in the arithmetic type with one value a row, by stride 0 where it is one for all.  -> (B,)"""
+    return weight.to(arithmetic_dtype(x.dtype)).expand(x.shape[0])
+
+
+def _geodesic_mixup_kernel(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    z = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # (B, D)
+    stats = torch.empty((3, x.shape[0]), dtype=arithmetic_dtype(x.dtype), device=x.device)  # (3, B)
+    kernels(x.device).geodesic_mixup(x, y, _row_weight(x, weight), eps, z, stats)
+    return z, stats
+
+
+def _geodesic_mixup_fake(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((3, x.shape[0]), dtype=arithmetic_dtype(x.dtype))
+
+
+def _geodesic_mixup_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, y, weight, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, y, weight, output[1])
+
+
+def _geodesic_mixup_autograd(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    needed = ctx.needs_input_grad[:3]
+    grad_x, grad_y, grad_w = _geodesic_mixup_backward(grad, *ctx.saved_tensors, ctx.eps, needed)
+    return grad_x if needed[0] else None, grad_y if needed[1] else None, grad_w if needed[2] else None, None
+
+
+def _geodesic_mixup_backward_kernel(
+    grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    # a gradient nobody asked for is neither computed nor written; an operator must still return a tensor for it
+    grad_x = torch.empty(x.shape if needed[0] else (0,), dtype=x.dtype, device=x.device)  # (B, D)
+    grad_y = torch.empty(y.shape if needed[1] else (0,), dtype=y.dtype, device=y.device)  # (B, D)
+    grad_w = torch.empty(x.shape[:1] if needed[2] else (0,), dtype=stats.dtype, device=x.device)  # (B,)
+    kernels(x.device).geodesic_mixup_backward(
+        grad,
+        x,
+        y,
+        _row_weight(x, weight),
+        stats,
+        eps,
+        grad_x if needed[0] else None,
+        grad_y if needed[1] else None,
+        grad_w if needed[2] else None,
+    )
+    if needed[2]:
+        grad_w = (grad_w if weight.dim() else grad_w.sum()).to(weight.dtype)
+    return grad_x, grad_y, grad_w
+
+
+def _geodesic_mixup_backward_fake(
+    grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if needed[0] else (0,)),
+        y.new_empty(y.shape if needed[1] else (0,)),
+        weight.new_empty(weight.shape) if needed[2] else stats.new_empty((0,)),
+    )
+
+
+_geodesic_mixup = register(
+    "geodesic_mixup(Tensor x, Tensor y, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _geodesic_mixup_kernel,
+    _geodesic_mixup_fake,
+    setup_context=_geodesic_mixup_setup,
+    backward=_geodesic_mixup_autograd,
+)
+_geodesic_mixup_backward = register(
+    "geodesic_mixup_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor stats, float eps, bool[] needed) "
+    "-> (Tensor, Tensor, Tensor)",
+    _geodesic_mixup_backward_kernel,
+    _geodesic_mixup_backward_fake,
+)

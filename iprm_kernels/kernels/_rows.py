@@ -1,0 +1,162 @@
+"""The mathematics of one row, as the kernels share it.
+
+The formulas and their branches are those of `iprm_kernels.reference`. Sine, cosine and arc sine are written out here: the
+GPU libraries' range reduction for huge arguments keeps a table in local memory, and the interpreter has no arc functions.
+Every series is nested, 1 + r₀x (1 + r₁x (1 + ...)), so that its coefficients are ratios of small integers.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import reference
+
+FLOOR_32 = tl.constexpr(-1 + reference.ANTIPODE_MARGIN[torch.float32])
+FLOOR_64 = tl.constexpr(-1 + reference.ANTIPODE_MARGIN[torch.float64])
+SERIES_BELOW = tl.constexpr(reference.SERIES_BELOW)
+SERIES_TERMS_32 = tl.constexpr(reference.SERIES_TERMS[torch.float32])
+SERIES_TERMS_64 = tl.constexpr(reference.SERIES_TERMS[torch.float64])
+EXCESS_SERIES_BELOW = tl.constexpr(reference.EXCESS_SERIES_BELOW)
+EXCESS_SERIES_TERMS_32 = tl.constexpr(reference.EXCESS_SERIES_TERMS[torch.float32])
+EXCESS_SERIES_TERMS_64 = tl.constexpr(reference.EXCESS_SERIES_TERMS[torch.float64])
+
+
+# geodesic
+
+
+@triton.jit
+def square_root(x):
+    """√x rounded to nearest; the plain square root of float32 is an approximation on NVIDIA."""
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+def divisor(norm, EPS: tl.constexpr):
+    """max(‖x‖, eps), and NaN for a norm that is not finite, so that such a row is NaN throughout."""
+    eps = tl.full(norm.shape, EPS, norm.dtype)  # a comparison with a bare constant would round it to float32
+    return tl.where(norm < float("inf"), tl.where(norm < eps, eps, norm), float("nan"))
+
+
+@triton.jit
+def live_inverse_norm(norm, EPS: tl.constexpr):
+    """1 / ‖x‖ as the gradient uses it: zero for a dead row, ‖x‖ <= eps."""
+    return tl.where(norm <= tl.full(norm.shape, EPS, norm.dtype), 0.0, 1 / divisor(norm, EPS))
+
+
+@triton.jit
+def scale_rows(b, r_factor):
+    """Rows times a factor each, exactly zero where it is: the gradient of a dead row is zero whatever it multiplies."""
+    return tl.where(r_factor[:, None] == 0, 0.0, b * r_factor[:, None])
+
+
+@triton.jit
+def angle(h, k):
+    """θ in [0, π] of h = sin²(θ/2) and k = cos²(θ/2), to full relative accuracy.
+
+    With m the smaller of the two, θ or π - θ is 2 asin √m = 4 asin √v, where v = m / (2 + 2√(1-m)) <= 0.1465 is the half
+    angle's. asin(√v) / √v is a series in v, of ratios (2n+1)² / ((2n+2)(2n+3)): the first term left out is 2.5e-9 of the
+    sum after 8 terms and 3.4e-18 after 18.
+    """
+    TERMS: tl.constexpr = 18 if h.dtype == tl.float64 else 8
+    v = tl.where(h < k, h, k) / (2 + 2 * square_root(tl.where(h < k, k, h)))
+    series = tl.full(v.shape, 1.0, v.dtype)
+    for n in tl.static_range(TERMS - 2, -1, -1):
+        series = 1 + v * ((2 * n + 1) * (2 * n + 1) / ((2 * n + 2) * (2 * n + 3))) * series
+    nearest = 4 * square_root(v) * series
+    PI_REST: tl.constexpr = 1.2246467991473532e-16 if h.dtype == tl.float64 else -8.742278000372485e-08  # π - fl(π)
+    return tl.where(h < k, nearest, 3.141592653589793 - (nearest - PI_REST))
+
+
+@triton.jit
+def sine_cosine(a):
+    """sin a and cos a, as accurate as `a` itself: the error of reduction stays below half an ulp of `a`.
+
+    a = n π/2 + r with π/2 in three parts, the first short enough for its products with n to be exact (n < 2¹⁵ in float32,
+    2²⁰ in float64), then Taylor series to r¹¹ in float32 and r¹⁷ in float64, whose next terms are below 1e-10 and 1e-17.
+    """
+    n = tl.floor(a * 0.6366197723675814 + 0.5)
+    TERMS: tl.constexpr = 9 if a.dtype == tl.float64 else 6
+    if a.dtype == tl.float64:
+        r = ((a - n * 1.5707963267341256) - n * 6.077100506303966e-11) - n * 2.0222662487959506e-21
+    else:
+        r = ((a - n * 1.5703125) - n * 4.837512969970703125e-4) - n * 7.54978995489188216e-8
+    r_sine = tl.full(a.shape, 1.0, a.dtype)
+    r_cosine = tl.full(a.shape, 1.0, a.dtype)
+    for i in tl.static_range(TERMS - 1, 0, -1):
+        r_sine = 1 - r * r * (1 / (2 * i * (2 * i + 1))) * r_sine
+        r_cosine = 1 - r * r * (1 / (2 * i * (2 * i - 1))) * r_cosine
+    r_sine = r * r_sine
+    quadrant = n - 4 * tl.floor(n * 0.25)  # 0, 1, 2 or 3
+    odd = (quadrant == 1) | (quadrant == 3)
+    sine = tl.where(odd, r_cosine, r_sine)
+    cosine = tl.where(odd, r_sine, r_cosine)
+    return tl.where(quadrant >= 2, -sine, sine), tl.where((quadrant == 1) | (quadrant == 2), -cosine, cosine)
+
+
+@triton.jit
+def slerp(s, c):
+    """S(s, c) = sin(sθ) / sin θ, ∂S/∂s and ∂S/∂c, analytic at c = 1.  (BLOCK_B,) x2 -> (BLOCK_B,) x3
+
+    What the caller does not use of it is not computed. Comparisons are written so that a NaN passes through them.
+    """
+    FLOOR: tl.constexpr = FLOOR_64 if c.dtype == tl.float64 else FLOOR_32
+    floor = tl.full(c.shape, FLOOR, c.dtype)
+    TERMS: tl.constexpr = SERIES_TERMS_64 if c.dtype == tl.float64 else SERIES_TERMS_32
+    clamped = tl.where(c < floor, floor, c)
+    h = (1 - clamped) * 0.5
+    h = tl.where(h < 0, 0.0, h)
+    k = (1 + clamped) * 0.5
+    theta = angle(h, k)
+    sine, cosine = sine_cosine(s * theta)
+    at_one = h <= 0
+    sine_theta = tl.where(at_one, 1.0, 2 * square_root(h * k))
+    value = tl.where(at_one, s, sine / sine_theta)
+    ds = tl.where(at_one, 1.0, theta * cosine / sine_theta)
+    # ∂S/∂c: near c = 1 the closed form cancels like θ³, and the series of the reference takes its place
+    closed = (clamped * sine - s * cosine * sine_theta) / (sine_theta * sine_theta * sine_theta)
+    a = tl.full(h.shape, 1.0, h.dtype)
+    power = tl.full(h.shape, 1.0, h.dtype)
+    series = tl.zeros(h.shape, h.dtype)
+    for n in tl.static_range(TERMS):
+        a = a * ((n + 1) * (n + 1) - s * s) * (1 / ((n + 1) * (n + 1.5)))
+        series = series + (n + 1) * a * power
+        power = power * h
+    dc = tl.where(h < SERIES_BELOW, -0.5 * s * series, closed)
+    return value, ds, tl.where(c <= floor, 0.0, dc)
+
+
+# divergence
+
+
+@triton.jit
+def log_sum_exp_step(r_max, r_sum, b):
+    """One more block in a running log Σ exp: its maximum and Σ exp(· - maximum).  A maximum not finite counts as zero."""
+    r_new = tl.maximum(r_max, tl.max(b, axis=1))
+    r_shift = finite_or_zero(r_new)
+    return r_new, r_sum * tl.exp(r_max - r_shift) + tl.sum(tl.exp(b - r_shift[:, None]), axis=1)
+
+
+@triton.jit
+def finite_or_zero(x):
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
+
+
+@triton.jit
+def excess(d):
+    """φ(d) = d + exp(-d) - 1 for |d| < 0.5, as d²/2 (1 - d/3 (1 - d/4 (1 - ...)))."""
+    TERMS: tl.constexpr = EXCESS_SERIES_TERMS_64 if d.dtype == tl.float64 else EXCESS_SERIES_TERMS_32
+    series = tl.full(d.shape, 1.0, d.dtype)
+    for n in tl.static_range(TERMS + 1, 2, -1):
+        series = 1 - d * (1 / n) * series
+    return 0.5 * d * d * series
+
+
+@triton.jit
+def probabilities(b_p, b_q, r_p_lse, r_q_lse):
+    """P, Q, d = log P - log Q, and whether that is so small that Q - P and P φ(d) must be had from the series."""
+    d = (b_p - b_q) - (r_p_lse - r_q_lse)[:, None]
+    return tl.exp(b_p - r_p_lse[:, None]), tl.exp(b_q - r_q_lse[:, None]), d, tl.abs(d) < EXCESS_SERIES_BELOW

@@ -1,0 +1,74 @@
+"""How rows are laid over programs and threads, and how their blocks are read and written."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Elements of the tile of one program, when rows are so short that it takes several of them, by the size of the
+#: arithmetic type. A thread computes the row mathematics of every row that it holds a part of: twice the elements spill.
+TILE = {4: 1024, 8: 256}
+#: Rows of a tile at most: below eight columns the row mathematics, not the memory, is what a program waits for.
+TILE_ROWS = 128
+#: The longest row that is held in registers, by the same size; longer ones are read block by block. Twice as long spills.
+WHOLE_ROW = {4: 8192, 8: 2048}
+#: Columns of such a block.
+LOOPED_BLOCK = 2048
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def tiling(width: int, arithmetic: torch.dtype) -> dict[str, Any]:
+    """The tile of a kernel that reduces rows of `width`: its constants and num_warps.
+
+    Four warps (of 32 or of 64 threads) hold up to 1,024 elements; a longer row gets a warp for every 256 or 512 of them, up to
+    16 warps, as many as a block of 64-thread warps may have.
+    """
+    block = triton.next_power_of_2(width)
+    whole = block <= WHOLE_ROW[arithmetic.itemsize]
+    if not whole:
+        block = LOOPED_BLOCK
+    rows = min(max(TILE[arithmetic.itemsize] // block, 1), TILE_ROWS)
+    return {"BLOCK_B": rows, "BLOCK_D": block, "WHOLE": whole, "num_warps": min(max(block // 256, 4), 16)}
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the current device; this makes it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@triton.jit
+def block_rows(n_rows, i_rows, BLOCK_B: tl.constexpr):
+    """Offsets and mask of the rows of a program.  -> (BLOCK_B,) x2"""
+    o_rows = i_rows.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    return o_rows, o_rows < n_rows
+
+
+@triton.jit
+def load_block(p, stride_row, stride_col, o_rows, m_rows, o_cols, n_cols, DTYPE: tl.constexpr, other=0.0):
+    """Rows and columns of a matrix of any strides, in the arithmetic type.  -> (BLOCK_B, BLOCK_D)"""
+    pointers = p + o_rows[:, None] * stride_row + o_cols[None, :].to(tl.int64) * stride_col
+    return tl.load(pointers, mask=m_rows[:, None] & (o_cols < n_cols)[None, :], other=other).to(DTYPE)
+
+
+@triton.jit
+def store_block(p, value, o_rows, m_rows, o_cols, n_cols):
+    """`value` into rows and columns of a contiguous matrix, in its own type."""
+    pointers = p + o_rows[:, None] * n_cols + o_cols[None, :]
+    if INTERPRETED and p.dtype.element_ty == tl.bfloat16:
+        value = nearest_bfloat16(value)
+    tl.store(pointers, value.to(p.dtype.element_ty), mask=m_rows[:, None] & (o_cols < n_cols)[None, :])
+
+
+@triton.jit
+def nearest_bfloat16(value):
+    """float32 rounded to the nearest bfloat16, ties to even, as every GPU converts; the interpreter truncates."""
+    bits = value.to(tl.uint32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)

@@ -1,0 +1,240 @@
+"""`batch_kl` and `strength_weights`: kernels and launchers, forward and backward."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._rows import excess, finite_or_zero, log_sum_exp_step, probabilities
+from ._tiles import TILE, TILE_ROWS, block_rows, load_block, on_device_of, store_block, tiling
+
+#: Modalities a program of strength_weights takes at once; of the M x M terms of its gradient, a square of them.
+STRENGTH_BLOCK = 32
+
+
+@triton.jit
+def kl_terms(b_p, b_q, r_p_lse, r_q_lse):
+    """P φ(d), of which the sum over a row is its divergence; Q where P is zero."""
+    p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_lse, r_q_lse)
+    return tl.where(p_prob == 0, q_prob, tl.where(close, p_prob * excess(d), p_prob * d + (q_prob - p_prob)))
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def batch_kl_forward_kernel(
+    p_p,  # (B, C)
+    p_q,  # (B, C)
+    p_kl,  # (B,)
+    p_stats,  # (2, B)
+    p_row,
+    p_col,
+    q_row,
+    q_col,
+    n_rows,
+    n_cols,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    DTYPE: tl.constexpr = p_stats.dtype.element_ty
+    o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
+    o_cols = tl.arange(0, BLOCK_D)
+    r_p_max = tl.full((BLOCK_B,), -float("inf"), DTYPE)
+    r_q_max = tl.full((BLOCK_B,), -float("inf"), DTYPE)
+    r_p_sum = tl.zeros((BLOCK_B,), DTYPE)
+    r_q_sum = tl.zeros((BLOCK_B,), DTYPE)
+    if WHOLE:
+        b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
+        b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
+        r_p_max, r_p_sum = log_sum_exp_step(r_p_max, r_p_sum, b_p)
+        r_q_max, r_q_sum = log_sum_exp_step(r_q_max, r_q_sum, b_q)
+    else:
+        for i_col in range(0, n_cols, BLOCK_D):
+            b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
+            b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
+            r_p_max, r_p_sum = log_sum_exp_step(r_p_max, r_p_sum, b_p)
+            r_q_max, r_q_sum = log_sum_exp_step(r_q_max, r_q_sum, b_q)
+    r_p_lse = finite_or_zero(r_p_max) + tl.log(r_p_sum)
+    r_q_lse = finite_or_zero(r_q_max) + tl.log(r_q_sum)
+    if WHOLE:
+        r_kl = tl.sum(kl_terms(b_p, b_q, r_p_lse, r_q_lse), axis=1)
+    else:
+        b_kl = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        for i_col in range(0, n_cols, BLOCK_D):  # the second read that rows longer than the registers cost
+            b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
+            b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
+            b_kl += kl_terms(b_p, b_q, r_p_lse, r_q_lse)
+        r_kl = tl.sum(b_kl, axis=1)
+    tl.store(p_kl + o_rows, r_kl, mask=m_rows)
+    tl.store(p_stats + o_rows, r_p_lse, mask=m_rows)
+    tl.store(p_stats + n_rows.to(tl.int64) + o_rows, r_q_lse, mask=m_rows)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def batch_kl_backward_kernel(
+    p_grad,  # (B,)
+    p_p,  # (B, C)
+    p_q,  # (B, C)
+    p_kl,  # (B,)
+    p_stats,  # (2, B)
+    p_grad_p,  # (B, C) or None
+    p_grad_q,  # (B, C) or None
+    grad_row,
+    p_row,
+    p_col,
+    q_row,
+    q_col,
+    n_rows,
+    n_cols,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # elementwise once the row values are known, so a program takes a tile and never a whole row
+    DTYPE: tl.constexpr = p_stats.dtype.element_ty
+    n_col_blocks = tl.cdiv(n_cols, BLOCK_D)
+    o_rows, m_rows = block_rows(n_rows, tl.program_id(0) // n_col_blocks, BLOCK_B)
+    o_cols = (tl.program_id(0) % n_col_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    r_g = tl.load(p_grad + o_rows * grad_row, mask=m_rows, other=0.0).to(DTYPE)
+    r_p_lse = tl.load(p_stats + o_rows, mask=m_rows, other=0.0)
+    r_q_lse = tl.load(p_stats + n_rows.to(tl.int64) + o_rows, mask=m_rows, other=0.0)
+    b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
+    b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
+    p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_lse, r_q_lse)
+    if p_grad_p is not None:
+        r_kl = tl.load(p_kl + o_rows, mask=m_rows, other=0.0)
+        b = r_g[:, None] * tl.where(p_prob == 0, 0.0, p_prob * (d - r_kl[:, None]))
+        store_block(p_grad_p, b, o_rows, m_rows, o_cols, n_cols)
+    if p_grad_q is not None:
+        b = r_g[:, None] * tl.where(close & (p_prob > 0), p_prob * (excess(d) - d), q_prob - p_prob)
+        store_block(p_grad_q, b, o_rows, m_rows, o_cols, n_cols)
+
+
+@triton.jit
+def strength_ratio(p_kl, kl_stride, o, n, smallest, DTYPE: tl.constexpr):
+    """min KL / KL, one where they are equal: zeros and infinities among themselves too."""
+    kl = tl.load(p_kl + o * kl_stride, mask=o < n, other=float("inf")).to(DTYPE)
+    return tl.where(o < n, tl.where(kl == smallest, 1.0, smallest / kl), 0.0)
+
+
+@triton.jit
+def strength_weights_forward_kernel(
+    p_kl,  # (M,)
+    p_strength,  # (M,)
+    kl_stride,
+    n,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o = tl.arange(0, BLOCK).to(tl.int64)
+    b_smallest = tl.full((BLOCK,), float("inf"), DTYPE)
+    for i in range(0, n, BLOCK):
+        kl = tl.load(p_kl + (i + o) * kl_stride, mask=i + o < n, other=float("inf")).to(DTYPE)
+        b_smallest = tl.minimum(b_smallest, kl)
+    smallest = tl.min(b_smallest, axis=0)
+    b_sum = tl.zeros((BLOCK,), DTYPE)
+    for i in range(0, n, BLOCK):
+        b_sum += strength_ratio(p_kl, kl_stride, i + o, n, smallest, DTYPE)
+    total = tl.sum(b_sum, axis=0)
+    for i in range(0, n, BLOCK):
+        ratio = strength_ratio(p_kl, kl_stride, i + o, n, smallest, DTYPE)
+        tl.store(p_strength + i + o, (ratio / total).to(p_strength.dtype.element_ty), mask=i + o < n)
+
+
+@triton.jit
+def strength_weights_backward_kernel(
+    p_grad,  # (M,)
+    p_kl,  # (M,)
+    p_grad_kl,  # (M,)
+    grad_stride,
+    kl_stride,
+    n,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Σ_m (g_m - g_j) J_mj with J_mj = 1 / (KL_m (Σ_i KL_j/KL_i)²), for the BLOCK columns j of this program
+    o = tl.arange(0, BLOCK).to(tl.int64)
+    o_j = tl.program_id(0).to(tl.int64) * BLOCK + o
+    kl_j = tl.load(p_kl + o_j * kl_stride, mask=o_j < n, other=1.0).to(DTYPE)
+    g_j = tl.load(p_grad + o_j * grad_stride, mask=o_j < n, other=0.0).to(DTYPE)
+    column = tl.zeros((BLOCK,), DTYPE)
+    for i in range(0, n, BLOCK):
+        o_i = i + o
+        kl_i = tl.load(p_kl + o_i * kl_stride, mask=o_i < n, other=1.0).to(DTYPE)
+        ratio = tl.where(o_i[:, None] == o_j[None, :], 1.0, kl_j[None, :] / kl_i[:, None])
+        column += tl.sum(tl.where((o_i < n)[:, None], ratio, 0.0), axis=0)
+    column_undefined = (column != column) | (tl.abs(kl_j) == float("inf")) | (kl_j != kl_j)
+    b_grad = tl.zeros((BLOCK,), DTYPE)
+    for i in range(0, n, BLOCK):
+        o_m = i + o
+        kl_m = tl.load(p_kl + o_m * kl_stride, mask=o_m < n, other=0.0).to(DTYPE)
+        g_m = tl.load(p_grad + o_m * grad_stride, mask=o_m < n, other=0.0).to(DTYPE)
+        undefined = ((kl_m == 0) | (tl.abs(kl_m) == float("inf")) | (kl_m != kl_m))[:, None] | column_undefined[None, :]
+        jacobian = 1 / (kl_m[:, None] * (column * column)[None, :])
+        jacobian = tl.where(undefined | (o_m[:, None] == o_j[None, :]), 0.0, jacobian)
+        # a row beyond the last has KL 0 here and so no part in the sum
+        b_grad += tl.sum((g_m[:, None] - g_j[None, :]) * jacobian, axis=0)
+    tl.store(p_grad_kl + o_j, b_grad.to(p_grad_kl.dtype.element_ty), mask=o_j < n)
+
+
+def batch_kl(p_logits: Tensor, q_logits: Tensor, rows: Tensor, stats: Tensor) -> None:
+    n_rows, n_cols = p_logits.shape
+    if n_rows == 0:
+        return
+    tile = tiling(n_cols, stats.dtype)
+    with on_device_of(p_logits):
+        batch_kl_forward_kernel[(triton.cdiv(n_rows, tile["BLOCK_B"]),)](
+            p_logits, q_logits, rows, stats, *p_logits.stride(), *q_logits.stride(), n_rows, n_cols, **tile
+        )
+
+
+def batch_kl_backward(
+    grad: Tensor,
+    p_logits: Tensor,
+    q_logits: Tensor,
+    rows: Tensor,
+    stats: Tensor,
+    grad_p: Tensor | None,
+    grad_q: Tensor | None,
+) -> None:
+    n_rows, n_cols = p_logits.shape
+    if n_rows == 0:
+        return
+    tile = TILE[stats.dtype.itemsize]
+    block_d = min(triton.next_power_of_2(n_cols), tile)
+    block_b = min(tile // block_d, TILE_ROWS)
+    strides = (*grad.stride(), *p_logits.stride(), *q_logits.stride())
+    with on_device_of(p_logits):
+        batch_kl_backward_kernel[(triton.cdiv(n_rows, block_b) * triton.cdiv(n_cols, block_d),)](
+            grad,
+            p_logits,
+            q_logits,
+            rows.contiguous(),
+            stats.contiguous(),
+            grad_p,
+            grad_q,
+            *strides,
+            n_rows,
+            n_cols,
+            BLOCK_B=block_b,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+
+
+def strength_weights(kl: Tensor, strength: Tensor) -> None:
+    dtype = tl.float64 if kl.dtype.itemsize == 8 else tl.float32
+    with on_device_of(kl):
+        strength_weights_forward_kernel[(1,)](
+            kl, strength, *kl.stride(), kl.shape[0], DTYPE=dtype, BLOCK=STRENGTH_BLOCK, num_warps=1
+        )
+
+
+def strength_weights_backward(grad: Tensor, kl: Tensor, grad_kl: Tensor) -> None:
+    dtype = tl.float64 if kl.dtype.itemsize == 8 else tl.float32
+    programs = triton.cdiv(kl.shape[0], STRENGTH_BLOCK)
+    with on_device_of(kl):
+        strength_weights_backward_kernel[(programs,)](
+            grad, kl, grad_kl, *grad.stride(), *kl.stride(), kl.shape[0], DTYPE=dtype, BLOCK=STRENGTH_BLOCK, num_warps=1
+        )

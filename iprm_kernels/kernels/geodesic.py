@@ -1,0 +1,299 @@
+"""`normalize` and `geodesic_mixup`: kernels and launchers, forward and backward."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._rows import divisor, live_inverse_norm, scale_rows, slerp, square_root
+from ._tiles import block_rows, load_block, on_device_of, store_block, tiling
+
+# eps is a constant of the kernels: a float argument would arrive as float32, in a float64 kernel too.
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def normalize_forward_kernel(
+    p_x,  # (B, D)
+    p_out,  # (B, D)
+    p_norm,  # (B,)
+    x_row,
+    x_col,
+    n_rows,
+    n_cols,
+    EPS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    DTYPE: tl.constexpr = p_norm.dtype.element_ty
+    o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
+    o_cols = tl.arange(0, BLOCK_D)
+    if WHOLE:
+        b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        r_norm = square_root(tl.sum(b_x * b_x, axis=1))
+        store_block(p_out, b_x * (1 / divisor(r_norm, EPS))[:, None], o_rows, m_rows, o_cols, n_cols)
+    else:
+        b_xx = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        for i_col in range(0, n_cols, BLOCK_D):
+            b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+            b_xx += b_x * b_x
+        r_norm = square_root(tl.sum(b_xx, axis=1))
+        r_inverse = 1 / divisor(r_norm, EPS)
+        for i_col in range(0, n_cols, BLOCK_D):  # the second read that rows longer than the registers cost
+            b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+            store_block(p_out, b_x * r_inverse[:, None], o_rows, m_rows, i_col + o_cols, n_cols)
+    tl.store(p_norm + o_rows, r_norm, mask=m_rows)
+
+
+@triton.jit
+def normalize_gradient(b_g, b_unit, r_gx, r_live):
+    """(g - ⟨g, x̂⟩ x̂) / ‖x‖"""
+    return scale_rows(b_g - r_gx[:, None] * b_unit, r_live)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def normalize_backward_kernel(
+    p_grad,  # (B, D)
+    p_x,  # (B, D)
+    p_norm,  # (B,)
+    p_grad_x,  # (B, D)
+    grad_row,
+    grad_col,
+    x_row,
+    x_col,
+    n_rows,
+    n_cols,
+    EPS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    DTYPE: tl.constexpr = p_norm.dtype.element_ty
+    o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
+    o_cols = tl.arange(0, BLOCK_D)
+    r_norm = tl.load(p_norm + o_rows, mask=m_rows, other=1.0)
+    r_inverse = 1 / divisor(r_norm, EPS)
+    r_live = live_inverse_norm(r_norm, EPS)
+    if WHOLE:
+        b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        b_unit = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE) * r_inverse[:, None]
+        r_gx = tl.sum(b_g * b_unit, axis=1)
+        store_block(p_grad_x, normalize_gradient(b_g, b_unit, r_gx, r_live), o_rows, m_rows, o_cols, n_cols)
+    else:
+        b_gx = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        for i_col in range(0, n_cols, BLOCK_D):
+            b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+            b_unit = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE) * r_inverse[:, None]
+            b_gx += b_g * b_unit
+        r_gx = tl.sum(b_gx, axis=1)
+        for i_col in range(0, n_cols, BLOCK_D):
+            b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+            b_unit = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE) * r_inverse[:, None]
+            store_block(p_grad_x, normalize_gradient(b_g, b_unit, r_gx, r_live), o_rows, m_rows, i_col + o_cols, n_cols)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def geodesic_mixup_forward_kernel(
+    p_x,  # (B, D)
+    p_y,  # (B, D)
+    p_weight,  # (B,)
+    p_z,  # (B, D)
+    p_stats,  # (3, B)
+    x_row,
+    x_col,
+    y_row,
+    y_col,
+    weight_row,
+    n_rows,
+    n_cols,
+    EPS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    DTYPE: tl.constexpr = p_stats.dtype.element_ty
+    o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
+    o_cols = tl.arange(0, BLOCK_D)
+    r_w = tl.load(p_weight + o_rows * weight_row, mask=m_rows, other=0.0).to(DTYPE)
+    if WHOLE:
+        b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        r_xx = tl.sum(b_x * b_x, axis=1)
+        r_yy = tl.sum(b_y * b_y, axis=1)
+        r_xy = tl.sum(b_x * b_y, axis=1)
+    else:
+        b_xx = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        b_yy = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        b_xy = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        for i_col in range(0, n_cols, BLOCK_D):
+            b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+            b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+            b_xx += b_x * b_x
+            b_yy += b_y * b_y
+            b_xy += b_x * b_y
+        r_xx = tl.sum(b_xx, axis=1)
+        r_yy = tl.sum(b_yy, axis=1)
+        r_xy = tl.sum(b_xy, axis=1)
+    r_x_norm = square_root(r_xx)
+    r_y_norm = square_root(r_yy)
+    r_x_divisor = divisor(r_x_norm, EPS)
+    r_y_divisor = divisor(r_y_norm, EPS)
+    r_c = r_xy / (r_x_divisor * r_y_divisor)
+    r_p, _, _ = slerp(r_w, r_c)
+    r_q, _, _ = slerp(1 - r_w, r_c)
+    r_p /= r_x_divisor
+    r_q /= r_y_divisor
+    if WHOLE:
+        store_block(p_z, r_p[:, None] * b_x + r_q[:, None] * b_y, o_rows, m_rows, o_cols, n_cols)
+    else:
+        for i_col in range(0, n_cols, BLOCK_D):  # the second read that rows longer than the registers cost
+            b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+            b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+            store_block(p_z, r_p[:, None] * b_x + r_q[:, None] * b_y, o_rows, m_rows, i_col + o_cols, n_cols)
+    o_stats = n_rows.to(tl.int64)
+    tl.store(p_stats + o_rows, r_x_norm, mask=m_rows)
+    tl.store(p_stats + o_stats + o_rows, r_y_norm, mask=m_rows)
+    tl.store(p_stats + 2 * o_stats + o_rows, r_c, mask=m_rows)
+
+
+@triton.jit
+def geodesic_mixup_gradient(b_g, b_own, b_other, r_p, r_gp, r_kappa, r_c, r_live):
+    """[p g + κ ŷ - (p⟨g,x̂⟩ + κ c) x̂] / ‖x‖ for the gradient of x, the same with x and y exchanged for that of y."""
+    b = r_p[:, None] * b_g + r_kappa[:, None] * b_other - (r_p * r_gp + r_kappa * r_c)[:, None] * b_own
+    return scale_rows(b, r_live)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def geodesic_mixup_backward_kernel(
+    p_grad,  # (B, D)
+    p_x,  # (B, D)
+    p_y,  # (B, D)
+    p_weight,  # (B,)
+    p_stats,  # (3, B)
+    p_grad_x,  # (B, D) or None
+    p_grad_y,  # (B, D) or None
+    p_grad_w,  # (B,) or None
+    grad_row,
+    grad_col,
+    x_row,
+    x_col,
+    y_row,
+    y_col,
+    weight_row,
+    n_rows,
+    n_cols,
+    EPS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    DTYPE: tl.constexpr = p_stats.dtype.element_ty
+    o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
+    o_cols = tl.arange(0, BLOCK_D)
+    o_stats = n_rows.to(tl.int64)
+    r_w = tl.load(p_weight + o_rows * weight_row, mask=m_rows, other=0.0).to(DTYPE)
+    r_x_norm = tl.load(p_stats + o_rows, mask=m_rows, other=1.0)
+    r_y_norm = tl.load(p_stats + o_stats + o_rows, mask=m_rows, other=1.0)
+    r_c = tl.load(p_stats + 2 * o_stats + o_rows, mask=m_rows, other=1.0)
+    r_x_inverse = 1 / divisor(r_x_norm, EPS)
+    r_y_inverse = 1 / divisor(r_y_norm, EPS)
+    if WHOLE:
+        b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE) * r_x_inverse[:, None]
+        b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, o_cols, n_cols, DTYPE) * r_y_inverse[:, None]
+        r_gx = tl.sum(b_g * b_x, axis=1)
+        r_gy = tl.sum(b_g * b_y, axis=1)
+    else:
+        b_gx = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        b_gy = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        for i_col in range(0, n_cols, BLOCK_D):
+            b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+            b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE) * r_x_inverse[:, None]
+            b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE) * r_y_inverse[:, None]
+            b_gx += b_g * b_x
+            b_gy += b_g * b_y
+        r_gx = tl.sum(b_gx, axis=1)
+        r_gy = tl.sum(b_gy, axis=1)
+    r_p, r_p_ds, r_p_dc = slerp(r_w, r_c)
+    r_q, r_q_ds, r_q_dc = slerp(1 - r_w, r_c)
+    r_kappa = r_p_dc * r_gx + r_q_dc * r_gy
+    if p_grad_w is not None:
+        tl.store(p_grad_w + o_rows, r_gx * r_p_ds - r_gy * r_q_ds, mask=m_rows)
+    r_x_live = live_inverse_norm(r_x_norm, EPS)
+    r_y_live = live_inverse_norm(r_y_norm, EPS)
+    if WHOLE:
+        if p_grad_x is not None:
+            b = geodesic_mixup_gradient(b_g, b_x, b_y, r_p, r_gx, r_kappa, r_c, r_x_live)
+            store_block(p_grad_x, b, o_rows, m_rows, o_cols, n_cols)
+        if p_grad_y is not None:
+            b = geodesic_mixup_gradient(b_g, b_y, b_x, r_q, r_gy, r_kappa, r_c, r_y_live)
+            store_block(p_grad_y, b, o_rows, m_rows, o_cols, n_cols)
+    elif (p_grad_x is not None) or (p_grad_y is not None):
+        for i_col in range(0, n_cols, BLOCK_D):
+            b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+            b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE) * r_x_inverse[:, None]
+            b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE) * r_y_inverse[:, None]
+            if p_grad_x is not None:
+                b = geodesic_mixup_gradient(b_g, b_x, b_y, r_p, r_gx, r_kappa, r_c, r_x_live)
+                store_block(p_grad_x, b, o_rows, m_rows, i_col + o_cols, n_cols)
+            if p_grad_y is not None:
+                b = geodesic_mixup_gradient(b_g, b_y, b_x, r_q, r_gy, r_kappa, r_c, r_y_live)
+                store_block(p_grad_y, b, o_rows, m_rows, i_col + o_cols, n_cols)
+
+
+def normalize(x: Tensor, eps: float, out: Tensor, norm: Tensor) -> None:
+    n_rows, n_cols = x.shape
+    if n_rows == 0:
+        return
+    tile = tiling(n_cols, norm.dtype)
+    with on_device_of(x):
+        normalize_forward_kernel[(triton.cdiv(n_rows, tile["BLOCK_B"]),)](
+            x, out, norm, *x.stride(), n_rows, n_cols, EPS=eps, **tile
+        )
+
+
+def normalize_backward(grad: Tensor, x: Tensor, norm: Tensor, eps: float, grad_x: Tensor) -> None:
+    n_rows, n_cols = x.shape
+    if n_rows == 0:
+        return
+    tile = tiling(n_cols, norm.dtype)
+    with on_device_of(x):
+        normalize_backward_kernel[(triton.cdiv(n_rows, tile["BLOCK_B"]),)](
+            grad, x, norm.contiguous(), grad_x, *grad.stride(), *x.stride(), n_rows, n_cols, EPS=eps, **tile
+        )
+
+
+def geodesic_mixup(x: Tensor, y: Tensor, weight: Tensor, eps: float, z: Tensor, stats: Tensor) -> None:
+    n_rows, n_cols = x.shape
+    if n_rows == 0:
+        return
+    tile = tiling(n_cols, stats.dtype)
+    with on_device_of(x):
+        geodesic_mixup_forward_kernel[(triton.cdiv(n_rows, tile["BLOCK_B"]),)](
+            x, y, weight, z, stats, *x.stride(), *y.stride(), *weight.stride(), n_rows, n_cols, EPS=eps, **tile
+        )
+
+
+def geodesic_mixup_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    eps: float,
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+    grad_w: Tensor | None,
+) -> None:
+    n_rows, n_cols = x.shape
+    if n_rows == 0:
+        return
+    tile = tiling(n_cols, stats.dtype)
+    strides = (*grad.stride(), *x.stride(), *y.stride(), *weight.stride())
+    with on_device_of(x):
+        geodesic_mixup_backward_kernel[(triton.cdiv(n_rows, tile["BLOCK_B"]),)](
+            grad, x, y, weight, stats.contiguous(), grad_x, grad_y, grad_w, *strides, n_rows, n_cols, EPS=eps, **tile
+        )

@@ -1,0 +1,207 @@
+"""The readable definition of every operator, in plain torch.
+
+Nothing here is fast. Every other backend is tested against these functions in float64, and these against mpmath and
+numerical differentiation. All take 2-D features and return what the public operator returns, followed by the row
+statistics that its backward pass wants.
+
+Notation: x, y (B, D) features; x̂ = x / max(‖x‖, eps); c = ⟨x̂, ŷ⟩; h = (1 - c) / 2 = sin²(θ/2); w (B,) weight of x.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+#: Below this value of h, ∂S/∂c is summed as a series; above it the closed form has lost at most three bits.
+SERIES_BELOW = 0.125
+#: Terms of that series: the first one left out is below half an ulp of the sum at h = SERIES_BELOW.
+SERIES_TERMS = {torch.float32: 10, torch.float64: 20}
+#: c is clamped to at least -1 + δ, where the great circle through x̂ and ŷ stops being unique.
+ANTIPODE_MARGIN = {torch.float32: 1e-6, torch.float64: 1e-12}
+#: Below this |d|, d + exp(-d) - 1 is summed as a series of this many terms.
+EXCESS_SERIES_BELOW = 0.5
+EXCESS_SERIES_TERMS = {torch.float32: 9, torch.float64: 15}
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type rows are computed in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# geodesic
+
+
+def slerp_weight(s: Tensor, c: Tensor) -> Tensor:
+    """S(s, c) = sin(sθ) / sin θ with θ = arccos c, analytic at c = 1 where it is s.  (B,), (B,) -> (B,)
+
+    θ = 2 atan(√(h / (1 - h))) keeps full relative accuracy for small angles, which arccos does not.
+    """
+    c = c.clamp(min=-1 + ANTIPODE_MARGIN[c.dtype])
+    h, k = ((1 - c) / 2).clamp(min=0), (1 + c) / 2
+    theta = 2 * torch.atan2(h.sqrt(), k.sqrt())
+    # `h <= 0` and not `h > 0`: a NaN must reach the quotient, not the limit
+    return torch.where(h <= 0, s, torch.sin(s * theta) / (2 * (h * k).sqrt()))
+
+
+def slerp_weight_ds(s: Tensor, c: Tensor) -> Tensor:
+    """∂S/∂s = θ cos(sθ) / sin θ.  (B,), (B,) -> (B,)"""
+    c = c.clamp(min=-1 + ANTIPODE_MARGIN[c.dtype])
+    h, k = ((1 - c) / 2).clamp(min=0), (1 + c) / 2
+    theta = 2 * torch.atan2(h.sqrt(), k.sqrt())
+    return torch.where(h <= 0, torch.ones_like(c), theta * torch.cos(s * theta) / (2 * (h * k).sqrt()))
+
+
+def slerp_weight_dc(s: Tensor, c: Tensor) -> Tensor:
+    """∂S/∂c = (c sin(sθ) - s cos(sθ) sin θ) / sin³θ, zero where c is clamped.  (B,), (B,) -> (B,)
+
+    Near c = 1 the numerator cancels like θ³. There the series of S(s, c) = s ₂F₁(1-s, 1+s; 3/2; h) is used: with
+    a₀ = 1 and aₙ₊₁ = aₙ ((n+1)² - s²) / ((n+1)(n+3/2)), ∂S/∂c = -(s/2) Σ n aₙ hⁿ⁻¹.
+    """
+    floor = -1 + ANTIPODE_MARGIN[c.dtype]
+    clamped = c.clamp(min=floor)
+    h, k = ((1 - clamped) / 2).clamp(min=0), (1 + clamped) / 2
+    theta = 2 * torch.atan2(h.sqrt(), k.sqrt())
+    sine = 2 * (h * k).sqrt()
+    closed = (clamped * torch.sin(s * theta) - s * torch.cos(s * theta) * sine) / sine**3
+    series, a, power = torch.zeros_like(h), torch.ones_like(h), torch.ones_like(h)
+    for n in range(SERIES_TERMS[c.dtype]):
+        a = a * ((n + 1) ** 2 - s * s) / ((n + 1) * (n + 1.5))
+        series = series + (n + 1) * a * power
+        power = power * h
+    value = torch.where(h < SERIES_BELOW, -0.5 * s * series, closed)
+    return torch.where(c <= floor, torch.zeros_like(c), value)
+
+
+def inverse_norm(norm: Tensor, eps: float) -> Tensor:
+    """1 / max(‖x‖, eps), and NaN for a norm that is not finite, so that such a row is NaN throughout.  (B,) -> (B,)"""
+    return torch.where(norm.isfinite(), 1 / norm.clamp(min=eps), torch.full_like(norm, math.nan))
+
+
+def live_inverse_norm(norm: Tensor, eps: float) -> Tensor:
+    """1 / ‖x‖ as the gradient uses it: zero for a dead row, ‖x‖ <= eps.  (B,) -> (B,)"""
+    return torch.where(norm <= eps, torch.zeros_like(norm), inverse_norm(norm, eps))
+
+
+def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x̂ = x / max(‖x‖, eps).  (B, D) -> (B, D), norm (B,)"""
+    rows = x.to(arithmetic_dtype(x.dtype))
+    norm = rows.norm(dim=1)
+    return (rows * inverse_norm(norm, eps)[:, None]).to(x.dtype), norm
+
+
+def normalize_backward(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor]:
+    """∂x = (g - ⟨g, x̂⟩ x̂) / ‖x‖, zero for a dead row.  (B, D) x2, (B,) -> (B, D)"""
+    g, rows = grad.to(norm.dtype), x.to(norm.dtype)
+    unit = rows * inverse_norm(norm, eps)[:, None]
+    projected = g - (g * unit).sum(1, keepdim=True) * unit
+    return (_scale_rows(projected, live_inverse_norm(norm, eps)).to(x.dtype),)
+
+
+def geodesic_mixup(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """z = S(w, c) x̂ + S(1-w, c) ŷ.  (B, D) x2, (B,) -> (B, D), stats (3, B) holding ‖x‖, ‖y‖, c"""
+    dtype = weight.dtype
+    x_hat, x_norm = normalize(x.to(dtype), eps)
+    y_hat, y_norm = normalize(y.to(dtype), eps)
+    c = (x_hat * y_hat).sum(1)
+    z = slerp_weight(weight, c)[:, None] * x_hat + slerp_weight(1 - weight, c)[:, None] * y_hat
+    return z.to(x.dtype), torch.stack([x_norm, y_norm, c])
+
+
+def geodesic_mixup_backward(
+    grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂x, ∂y, ∂w of `geodesic_mixup`.  (B, D) x3, (B,), (3, B) -> (B, D), (B, D), (B,)
+
+    κ  = S'(w,c)⟨g,x̂⟩ + S'(1-w,c)⟨g,ŷ⟩
+    ∂x = [p g + κ ŷ - (p⟨g,x̂⟩ + κ c) x̂] / ‖x‖        p = S(w,c)
+    ∂y = [q g + κ x̂ - (q⟨g,ŷ⟩ + κ c) ŷ] / ‖y‖        q = S(1-w,c)
+    ∂w = ⟨g,x̂⟩ ∂S/∂s(w,c) - ⟨g,ŷ⟩ ∂S/∂s(1-w,c)
+    """
+    x_norm, y_norm, c = stats
+    g = grad.to(c.dtype)
+    x_hat = x.to(c.dtype) * inverse_norm(x_norm, eps)[:, None]
+    y_hat = y.to(c.dtype) * inverse_norm(y_norm, eps)[:, None]
+    gx, gy = (g * x_hat).sum(1), (g * y_hat).sum(1)
+    p, q = slerp_weight(weight, c), slerp_weight(1 - weight, c)
+    kappa = slerp_weight_dc(weight, c) * gx + slerp_weight_dc(1 - weight, c) * gy
+    dx = p[:, None] * g + kappa[:, None] * y_hat - (p * gx + kappa * c)[:, None] * x_hat
+    dy = q[:, None] * g + kappa[:, None] * x_hat - (q * gy + kappa * c)[:, None] * y_hat
+    dw = gx * slerp_weight_ds(weight, c) - gy * slerp_weight_ds(1 - weight, c)
+    dx = _scale_rows(dx, live_inverse_norm(x_norm, eps))
+    dy = _scale_rows(dy, live_inverse_norm(y_norm, eps))
+    return dx.to(x.dtype), dy.to(y.dtype), dw
+
+
+def _scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
+    """rows · factor, exactly zero where the factor is: the gradient of a dead row is zero whatever it multiplies."""
+    return torch.where(factor[:, None] == 0, torch.zeros_like(rows), rows * factor[:, None])
+
+
+# divergence
+
+
+def excess(d: Tensor) -> Tensor:
+    """φ(d) = d + exp(-d) - 1 >= 0, to full relative accuracy: Σ (-1)ⁿ dⁿ/n! from n = 2 for small d.  (...) -> (...)"""
+    terms = EXCESS_SERIES_TERMS[d.dtype]
+    series = torch.zeros_like(d)
+    for n in range(terms + 1, 1, -1):
+        series = 1 / math.factorial(n) - d * series
+    return torch.where(d.abs() < EXCESS_SERIES_BELOW, d * d * series, d + torch.expm1(-d))
+
+
+def batch_kl(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """KL_i = Σ_k P_ik (log P_ik - log Q_ik), P and Q the softmax of the logits.  (B, C) x2 -> (B,), stats (2, B)
+
+    Because ΣP = ΣQ, this equals Σ_k P φ(d) with d = log P - log Q and φ(d) = d + exp(-d) - 1: terms that are never
+    negative, so nothing cancels however close P and Q are. The statistics are log Σ exp of either row.
+    """
+    dtype = arithmetic_dtype(p_logits.dtype)
+    p, q = p_logits.to(dtype), q_logits.to(dtype)
+    stats = torch.stack([p.logsumexp(1), q.logsumexp(1)])
+    p_prob, q_prob, d = _probabilities(p, q, stats)
+    close = d.abs() < EXCESS_SERIES_BELOW
+    terms = torch.where(close, p_prob * excess(d), p_prob * d + (q_prob - p_prob))
+    return torch.where(p_prob == 0, q_prob, terms).sum(1), stats
+
+
+def batch_kl_backward(grad: Tensor, p_logits: Tensor, q_logits: Tensor, kl: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """∂p = g P (d - KL),  ∂q = g (Q - P), the latter as P (φ(d) - d) where P and Q are close.
+
+    grad (B,), logits (B, C) x2, kl (B,), stats (2, B) -> (B, C), (B, C)
+    """
+    p_prob, q_prob, d = _probabilities(p_logits.to(kl.dtype), q_logits.to(kl.dtype), stats)
+    g = grad.to(kl.dtype)[:, None]
+    dp = torch.where((p_prob == 0) & ~kl.isnan()[:, None], torch.zeros_like(d), p_prob * (d - kl[:, None]))
+    close = (d.abs() < EXCESS_SERIES_BELOW) & (p_prob > 0)
+    dq = torch.where(close, p_prob * (excess(d) - d), q_prob - p_prob)
+    return (g * dp).to(p_logits.dtype), (g * dq).to(q_logits.dtype)
+
+
+def _probabilities(p: Tensor, q: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P, Q and d = log P - log Q, the logits subtracted first: that is exact where they are close.  (B, C) each"""
+    p_lse, q_lse = stats[0, :, None], stats[1, :, None]
+    return torch.exp(p - p_lse), torch.exp(q - q_lse), (p - q) - (p_lse - q_lse)
+
+
+def strength_weights(kl: Tensor) -> tuple[Tensor]:
+    """ω_m = (1/KL_m) / Σ_j (1/KL_j), scaled by the smallest: r_m = min KL / KL_m, ω = r / Σ r.  (M,) -> (M,)
+
+    Zeros share everything equally, an infinite KL gets nothing, all infinite are equal, a NaN spreads.
+    """
+    smallest = kl.min()
+    ratio = torch.where(kl == smallest, torch.ones_like(kl), smallest / kl)
+    return (ratio / ratio.sum(),)
+
+
+def strength_weights_backward(grad: Tensor, kl: Tensor) -> tuple[Tensor]:
+    """∂ω_m/∂KL_j = 1 / (KL_m (Σ_i KL_j/KL_i)²) for m ≠ j, and every column sums to zero.  (M,) x2 -> (M,)
+
+    Where several KL are zero, or one infinite, ω has no derivative and zero is returned in its place.
+    """
+    column = (kl[None, :] / kl[:, None]).fill_diagonal_(1.0).sum(0)[None, :]  # Σ_i KL_j / KL_i
+    jacobian = 1 / (kl[:, None] * column**2)
+    undefined = (kl == 0)[:, None] | ~kl.isfinite()[:, None] | ~kl.isfinite()[None, :] | column.isnan()
+    jacobian = torch.where(undefined, torch.zeros_like(jacobian), jacobian).fill_diagonal_(0.0)
+    return (((grad[:, None] - grad[None, :]) * jacobian).sum(0),)

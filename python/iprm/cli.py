@@ -1,0 +1,102 @@
+"""The command `iprm`. Only the commands that train load Lightning."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from .suggest import InputError, closest
+
+HELP = """\
+usage: iprm COMMAND [OPTIONS]
+
+Trains classifiers of several modalities (sound and image, text and image, ...) that do not starve each other.
+
+commands:
+  compare   train several methods with several seeds on a dataset; a table, a plot and CSV files
+  fit       train one model and keep the checkpoint that is best on validation
+  test      evaluate a checkpoint on the test split
+  predict   write a checkpoint's predictions as CSV
+  info      versions, and which implementation of each operator runs here
+
+start here:
+  iprm compare --data digits                                   two minutes, nothing to download
+  iprm fit --config digits                                     one model, on the same data
+  iprm compare --data features --path my_features.npz          your own features
+
+iprm COMMAND --help explains a command.
+"""
+
+NEEDS_CONFIGURATION = """\
+{command} needs a configuration. Try one that comes with the package:
+
+  iprm {command} --config digits{checkpoint}
+
+shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` lists every setting,
+`iprm fit --config digits --print_config` writes a configuration to start from."""
+
+COMMANDS = ("compare", "fit", "test", "predict", "info")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, 1 for a run that met a number that is not finite, 2 for input that
+    cannot be used (the message says which and suggests another), 130 after an interrupt."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        print(f"iprm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("iprm: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if command == "--version":
+        from iprm_kernels import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        match = closest(command, COMMANDS)
+        raise InputError(f"unknown command {command!r}" + (f": did you mean {match!r}?" if match else "; try iprm --help"))
+    if command == "info":
+        from .info import info_command
+
+        return info_command(arguments[1:])
+    return _training_command(command, arguments[1:])
+
+
+def _training_command(command: str, arguments: list[str]) -> int:
+    if command != "compare" and not arguments:
+        raise InputError(_needs_configuration(command))
+    try:
+        from .compare_cli import compare_command
+        from .fit import lightning_command
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("iprm"):
+            raise
+        raise InputError(f'this command needs more packages: pip install "iprm-kernels[train]" ({error})') from error
+    from .guard import NonFiniteError
+
+    try:
+        return compare_command(arguments) if command == "compare" else lightning_command(command, arguments)
+    except NonFiniteError as error:
+        print(f"iprm: stopped at {error}", file=sys.stderr)
+        return 1
+
+
+def _needs_configuration(command: str) -> str:
+    from .configs import shipped
+
+    checkpoint = "" if command == "fit" else " --ckpt_path CHECKPOINT"
+    return NEEDS_CONFIGURATION.format(command=command, checkpoint=checkpoint, shipped=", ".join(shipped()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Configurations that come with the package: `--config digits` means the file digits.yaml here."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..suggest import InputError, unknown
+
+
+def shipped() -> list[str]:
+    """The names of the configurations here."""
+    return sorted(Path(entry.name).stem for entry in resources.files(__name__).iterdir() if entry.name.endswith(".yaml"))
+
+
+def find_config(name: str) -> Path:
+    """The file that `--config NAME` means: a path as it is, or else a configuration shipped with the package.
+
+    Raises:
+        InputError: neither; the message suggests the closest shipped name.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if name not in shipped():
+        raise InputError(f"{unknown('configuration', name, shipped())}; nor is there such a file")
+    return Path(str(resources.files(__name__) / f"{name}.yaml"))
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """The content of a configuration.
+
+    Raises:
+        InputError: there is none of that name, or it is no YAML mapping.
+    """
+    import yaml
+
+    path = find_config(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping of settings, got {type(content).__name__}")
+    return content

@@ -1,0 +1,53 @@
+"""Datasets by name. A dataset is a `MultimodalData` class; it is imported when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from ..suggest import InputError, unknown
+
+if TYPE_CHECKING:
+    from .base import MultimodalData
+
+#: name -> "module:class". A new dataset is one line here and one file beside this one.
+DATASETS = {
+    "digits": "iprm.data.digits:Digits",
+    "av-digits": "iprm.data.av_digits:AvDigits",
+    "features": "iprm.data.features:Features",
+}
+
+
+def dataset_class(name: str) -> type[MultimodalData]:
+    """The data module class called `name`.
+
+    Raises:
+        InputError: no such dataset; the message suggests the closest.
+    """
+    if name not in DATASETS:
+        raise InputError(unknown("dataset", name, DATASETS))
+    module, _, attribute = DATASETS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def options_of(cls: type) -> dict[str, inspect.Parameter]:
+    """The keyword options that `cls` is made with, by name."""
+    return dict(inspect.signature(cls).parameters)
+
+
+def make_data(name: str, **options: Any) -> MultimodalData:
+    """The dataset called `name`, with its options.
+
+    Raises:
+        InputError: no such dataset or option (the message suggests the closest), or a required option is missing.
+    """
+    cls = dataset_class(name)
+    known = options_of(cls)
+    for option in options:
+        if option not in known:
+            raise InputError(unknown(f"option of dataset {name!r}", option, known))
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise InputError(f"dataset {name!r} needs the option {option!r}, for example --set {option}=PATH")
+    return cls(**options)

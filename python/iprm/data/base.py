@@ -1,0 +1,160 @@
+"""What every dataset is: tensors in memory, in three disjoint splits, served in batches of ({modality: tensor}, target)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..suggest import InputError, unknown
+
+Batch = tuple[dict[str, Tensor], Tensor]
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Split(Dataset[Batch]):
+    """One split, whole in memory.
+
+    inputs: modality -> (N, ...); target: (N,) int64; origin: modality -> (N,) int64, the item of the source that each row
+    was made from, by which splits can be shown to be disjoint.
+    """
+
+    inputs: Mapping[str, Tensor]
+    target: Tensor
+    origin: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {modality: x[index] for modality, x in self.inputs.items()}, self.target[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A whole batch by one index_select a tensor: collating 64 rows one by one costs more than a small model's step."""
+        rows = torch.as_tensor(indices)
+        return {modality: x[rows] for modality, x in self.inputs.items()}, self.target[rows]
+
+
+class MultimodalData(L.LightningDataModule):
+    """A dataset in three splits. A subclass says how it is read, in `read`; everything else follows from the tensors."""
+
+    def __init__(self, *, batch_size: int = 64, seed: int = 0, predict_split: str = "test") -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise InputError(f"batch_size: expected at least 1, got {batch_size}")
+        if seed < 0:
+            raise InputError(f"seed: expected a number from 0 up, got {seed}")
+        if predict_split not in SPLITS:
+            raise InputError(unknown("split", predict_split, SPLITS))
+        self.batch_size, self.seed, self.predict_split = batch_size, seed, predict_split
+
+    def read(self) -> dict[str, Split]:
+        """The splits "train", "val" and "test", determined by the options and the seed alone."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def splits(self) -> dict[str, Split]:
+        """What `read` returned, read on first use.
+
+        Raises:
+            InputError: a split has no rows.
+        """
+        splits = self.read()
+        for name, split in splits.items():
+            if len(split) == 0:
+                raise InputError(f"{type(self).__name__}: the {name} split is empty")
+        return splits
+
+    def setup(self, stage: str) -> None:
+        _ = self.splits
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """modality -> shape of one row, without the batch dimension."""
+        return {modality: list(x.shape[1:]) for modality, x in self.splits["train"].inputs.items()}
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self.splits["train"].inputs)
+
+    @property
+    def num_classes(self) -> int:
+        return 1 + max(int(split.target.max()) for split in self.splits.values())
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes of the splits and a digest of which source items each holds: what a report keeps to be checked against."""
+
+        def digest(split: Split) -> str:
+            rows = b"".join(origin.numpy().astype("<i8").tobytes() for _, origin in sorted(split.origin.items()))
+            return hashlib.sha256(rows).hexdigest()[:16]
+
+        return {name: {"rows": len(split), "digest": digest(split)} for name, split in self.splits.items()}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.predict_split)
+
+    def _loader(self, split: str, *, shuffle: bool = False) -> DataLoader[Batch]:
+        return DataLoader(
+            self.splits[split],
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """`Split.__getitems__` has made the batch already."""
+    return batch
+
+
+def stratified(labels: np.ndarray, fractions: Mapping[str, float], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Divides rows at random so that every split has every class in the same proportion.
+
+    Args:
+        labels: (N,) integers.
+        fractions: split -> its part of the rows, adding up to at most 1; "train" takes what the others leave.
+
+    Returns:
+        split -> indices of its rows, ascending; disjoint, and together all of them.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
+    edges = np.cumsum(list(fractions.values()))
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        cuts = np.rint(edges * len(rows)).astype(int)
+        for name, part in zip(parts, np.split(rows, cuts), strict=True):
+            parts[name].append(part)
+    return {name: np.sort(np.concatenate(rows)) if rows else np.empty(0, int) for name, rows in parts.items()}
+
+
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Both splits, and what is left for training, have some part of the rows.
+
+    Raises:
+        InputError: otherwise.
+    """
+    if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+        raise InputError(
+            "val_fraction and test_fraction: expected positive numbers with a sum below 1, "
+            f"got {val_fraction} and {test_fraction}"
+        )

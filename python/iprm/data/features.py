@@ -1,0 +1,134 @@
+"""`features`: what most users have, one .npz of features that some encoders of theirs have extracted."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..suggest import InputError
+from .base import SPLITS, MultimodalData, Split, check_fractions, stratified
+
+PREFIX = "x_"
+
+
+class Features(MultimodalData):
+    """One .npz file with arrays ``x_<modality>`` (N, D_m), ``y`` (N,) whole numbers from 0, and optionally ``split`` (N,) of
+    "train", "val" and "test", or of 0, 1 and 2 for these. Features are used as they are, in float32.
+
+    Without ``split``, rows are divided at random, every class in proportion. Object arrays are refused: loading one would
+    run whatever code the file holds.
+
+    Args:
+        path: the .npz file.
+        batch_size: rows a step.
+        seed: decides the splits, where the file does not.
+        val_fraction: part of the rows that models are selected on, where the file has no ``split``.
+        test_fraction: part of the rows kept for the end, where the file has no ``split``.
+        predict_split: what `iprm predict` predicts: "train", "val" or "test".
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 64,
+        seed: int = 0,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.25,
+        predict_split: str = "test",
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, predict_split=predict_split)
+        check_fractions(val_fraction, test_fraction)
+        self.path = Path(path)
+        self.fractions = {"test": test_fraction, "val": val_fraction}
+
+    def read(self) -> dict[str, Split]:
+        arrays = self._arrays()
+        labels = self._labels(arrays)
+        features = self._features(arrays, len(labels))
+        if "split" in arrays:
+            rows = self._given_split(arrays["split"], len(labels))
+        else:
+            rows = stratified(labels, self.fractions, np.random.default_rng(self.seed))
+        for name in SPLITS:
+            if len(rows[name]) == 0:
+                raise self._error(f"the {name} split is empty ({len(labels)} rows in all)")
+
+        def split(index: np.ndarray) -> Split:
+            inputs = {modality: torch.from_numpy(x[index]) for modality, x in features.items()}
+            return Split(inputs, torch.from_numpy(labels[index]), dict.fromkeys(inputs, torch.from_numpy(index)))
+
+        return {name: split(rows[name]) for name in SPLITS}
+
+    def _error(self, what: str) -> InputError:
+        return InputError(f"{self.path}: {what}")
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        if not self.path.is_file():
+            raise self._error("there is no such file")
+        try:
+            file = np.load(self.path, allow_pickle=False)
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise self._error(f"not a readable .npz file: {error}") from error
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise self._error("expected an .npz of several arrays (numpy.savez), got a single array")
+        with file:
+            return {name: self._array(file, name) for name in file.files}
+
+    def _array(self, file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+        try:
+            return file[name]
+        except ValueError as error:
+            raise self._error(f"array {name!r} cannot be read without running code it holds: {error}") from error
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise self._error(f"array {name!r} is broken: {error}") from error
+
+    def _labels(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        if "y" not in arrays:
+            raise self._error(f"there is no array 'y' of labels; the file has {', '.join(sorted(arrays)) or 'no arrays'}")
+        y = arrays["y"]
+        if not np.issubdtype(y.dtype, np.integer):
+            raise self._error(f"y: expected whole numbers (an integer type), got {y.dtype}; save y.astype(int)")
+        if y.ndim != 1:
+            raise self._error(f"y: expected shape (N,), got {y.shape}")
+        if len(y) == 0:
+            raise self._error("the dataset is empty: y has no rows")
+        if y.min() < 0:
+            raise self._error(f"y: expected labels from 0 up, got {y.min()} in row {int(y.argmin())}")
+        return y.astype(np.int64)
+
+    def _features(self, arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+        names = [name for name in arrays if name.startswith(PREFIX) and name != PREFIX]
+        if not names:
+            raise self._error(f"there is no array 'x_<modality>' of features; the file has {', '.join(sorted(arrays))}")
+        return {name.removeprefix(PREFIX): self._feature(name, arrays[name], count) for name in names}
+
+    def _feature(self, name: str, x: np.ndarray, count: int) -> np.ndarray:
+        if not np.issubdtype(x.dtype, np.floating) and not np.issubdtype(x.dtype, np.integer):
+            raise self._error(f"{name}: expected numbers, got {x.dtype}")
+        if x.ndim != 2 or x.shape[1] == 0:
+            raise self._error(f"{name}: expected shape (N, D) with D of at least 1, got {x.shape}")
+        if len(x) != count:
+            raise self._error(f"{name}: expected as many rows as y, {count}, got {len(x)}")
+        with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is named below
+            x = x.astype(np.float32)
+        broken = np.flatnonzero(~np.isfinite(x).all(axis=1))
+        if len(broken):
+            modality = name.removeprefix(PREFIX)
+            more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
+            raise self._error(f"modality {modality!r}: row {broken[0]} has a feature that is not finite in float32{more}")
+        return x
+
+    def _given_split(self, split: np.ndarray, count: int) -> dict[str, np.ndarray]:
+        if split.shape != (count,):
+            raise self._error(f"split: expected shape ({count},) as y, got {split.shape}")
+        names = SPLITS if split.dtype.kind == "U" else tuple(range(len(SPLITS)))
+        foreign = ~np.isin(split, names)
+        if foreign.any():
+            row = int(foreign.argmax())
+            raise self._error(f'split: expected "train", "val" or "test", or 0, 1 or 2, got {split[row].item()!r} in row {row}')
+        return {name: np.flatnonzero(split == value) for name, value in zip(SPLITS, names, strict=True)}

@@ -1,0 +1,261 @@
+"""The method: `ProbeRebalance`, a fusion head for features of two or more modalities."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import iprm_kernels as ik
+from iprm_kernels.collectives import all_reduce_sum
+
+from .base import FusionModule, cross_entropy, sum_logits
+from .output import FusionOutput
+
+
+class ProbeRebalance(FusionModule):
+    r"""Classifies from the features of several modalities, none of which may starve the others.
+
+    Each training step probes a pair of modalities (x, y) with its weight λ, and learns from the weights ω it measures::
+
+        P̄  = head_xy(mix(x, y, λ))                              # the probe, without gradient
+        KL  = batch_kl(head_x(x), P̄), batch_kl(head_y(y), P̄)
+        ω   = strength_weights(KL)                              # closer to the mixture: stronger
+        λ  <- ω_x at the pair's first step, then α λ + (1-α) ω_x
+        logits_xy = head_xy(mix(x, y, ω_x))                     # the rebalanced mixture
+        loss   = cross_entropy(logits_xy) + Σ_m cross_entropy(head_m(m))
+        logits = logits_xy + Σ_m head_m(m)
+
+    ``mix`` is `iprm_kernels.geodesic_mixup`; all heads are linear. Evaluation mixes once, with the newest λ, and changes
+    nothing. With more than two modalities losses and logits of the pairs' mixtures are averaged. Under an initialised
+    torch.distributed the KL sums are added over all processes, so that each measures the joint batch.
+
+    Use, on top of any encoders::
+
+        >>> fusion = ProbeRebalance(512, num_classes=31, modalities=("audio", "video"))
+        >>> features = {"audio": torch.randn(64, 512), "video": torch.randn(64, 512)}
+        >>> out = fusion(features, torch.randint(31, (64,)))
+        >>> out.loss.backward()
+        >>> out.logits.shape, out.strength.shape
+        (torch.Size([64, 31]), torch.Size([2]))
+
+    Args:
+        feature_dim: width D of all modalities, or a mapping modality -> width; those wider than the narrowest get a
+            learned linear projection to it, ``projections.<modality>``.
+        num_classes: C.
+        modalities: two or more names.
+        alpha: share of the old λ in the new, in [0, 1]; 0 takes each step's ω as it is.
+        pairs: with M > 2 modalities, "all" pairs a step (Tri-CLS of the paper), or one of them at "random" (with
+            ``shared_mix_head``, its Single-CLS). The draw depends on the count of steps alone: equal on all processes, and
+            continued by a restored module. "random" with separate heads leaves heads without gradient in a step
+            (``find_unused_parameters`` of DistributedDataParallel); "random" is not for torch.compile, which would
+            specialise on the count.
+        shared_mix_head: one head, ``mix_heads.shared``, for the mixtures of all pairs instead of ``mix_heads.<a>_<b>``.
+        mixup: "geodesic", or "linear" for λ x + (1-λ) y on the features as they are.
+        passes: 2, or 1 to learn from the probe itself, mixed with λ.
+        ema_start: "paper" as above; "released" averages from the first step on, λ_1 = α/2 + (1-α) ω, and evaluates with the
+            λ that the last training step probed with, as the released code does.
+
+    Buffers: ``weight`` (λ of the next step), ``eval_weight`` (λ of evaluation), ``strength`` (last ω), ``steps`` (training
+    steps by pair), of shapes (), (), (2,), () for two modalities and (P,), (P,), (P, 2), (P,) for P pairs. They stay at
+    least float32 in a module of a narrower type.
+
+    Shapes: features (B, D_modality) each, target (B,) -> `FusionOutput`, whose ``weight`` is the λ this call mixed or probed
+    with and whose ``strength`` is the ω measured, in evaluation the one last measured.
+
+    Raises:
+        TypeError, ValueError: arguments out of the ranges above.
+
+    Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
+    """
+
+    weight: Tensor
+    eval_weight: Tensor
+    strength: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        feature_dim: int | Mapping[str, int],
+        num_classes: int,
+        modalities: Sequence[str] = ("x", "y"),
+        *,
+        alpha: float = 0.8,
+        pairs: str = "all",
+        shared_mix_head: bool = False,
+        mixup: str = "geodesic",
+        passes: int = 2,
+        ema_start: str = "paper",
+    ) -> None:
+        super().__init__(feature_dim, num_classes, modalities)
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise TypeError(f"alpha: expected a number in [0, 1], got {alpha!r}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
+        self.alpha = float(alpha)
+        self.sampling = _choice("pairs", pairs, ("all", "random"))
+        self.mixup = _choice("mixup", mixup, ("geodesic", "linear"))
+        self.passes = _choice("passes", passes, (1, 2))
+        self.ema_start = _choice("ema_start", ema_start, ("paper", "released"))
+        self.pairs = tuple(itertools.combinations(self.modalities, 2))
+        self.mix_head_names = tuple("shared" if shared_mix_head else f"{a}_{b}" for a, b in self.pairs)
+        if not shared_mix_head and len(set(self.mix_head_names)) < len(self.pairs):
+            raise ValueError(f"modalities: names whose pairs are distinct when joined by '_', got {self.modalities}")
+
+        width = self._project_to_smallest()
+        self.heads = nn.ModuleDict({name: nn.Linear(width, self.num_classes) for name in self.modalities})
+        self.mix_heads = nn.ModuleDict(
+            {name: nn.Linear(width, self.num_classes) for name in dict.fromkeys(self.mix_head_names)}
+        )
+
+        shape = (len(self.pairs),) if len(self.pairs) > 1 else ()
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("weight", torch.full(shape, 0.5, dtype=dtype))
+        self.register_buffer("eval_weight", torch.full(shape, 0.5, dtype=dtype))
+        self.register_buffer("strength", torch.full((*shape, 2), 0.5, dtype=dtype))
+        self.register_buffer("steps", torch.zeros(shape, dtype=torch.int64))
+        self._draws = 0  # training steps on the host, so that drawing a pair reads nothing back from the device
+        self.register_load_state_dict_post_hook(_recount)
+
+    def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+        features, target = self._checked(features, target)
+        features = self._projected(features)
+        if not self.training:
+            return self._evaluate(features, target)
+        if target is not None and len(self.pairs) == 1 and self.passes == 2 and self.mixup == "geodesic":
+            return self._fused_step(features, target)
+        return self._step(features, target)
+
+    def _fused_step(self, features: dict[str, Tensor], target: Tensor) -> FusionOutput:
+        """The training step of two modalities as one operator."""
+        weight = self.weight.clone()  # the buffer moves on before the backward pass reads this one
+        a, b = self.pairs[0]
+        modules = (self.heads[a], self.heads[b], self.mix_heads[self.mix_head_names[0]])
+        head_a, head_b, head_mix = (_parameters(module) for module in modules)
+        step = ik.linear_probe_rebalance(features[a], features[b], head_a, head_b, head_mix, target, weight, group=_group())
+        self._advance([0], [step.strength])
+        logits_by = {a: step.logits_x, b: step.logits_y, "mix": step.logits_mix}
+        return FusionOutput(step.loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
+
+    def _step(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
+        """The training step of any number of pairs, with or without labels."""
+        weight = self.weight.clone()
+        unimodal = {name: self.heads[name](x) for name, x in features.items()}
+        drawn = self._draw()
+        mixed, strengths = [], []
+        for pair in drawn:
+            logits, strength = self._probe(pair, features, unimodal, weight.reshape(-1)[pair])
+            mixed.append(logits)
+            strengths.append(strength)
+        self._advance(drawn, strengths)
+        return self._output(unimodal, mixed, target, weight)
+
+    @torch.no_grad()
+    def _advance(self, drawn: list[int], strengths: list[Tensor]) -> None:
+        """Takes the measured ω of the drawn pairs into λ: in place, for DistributedDataParallel holds on to the buffers."""
+        for pair, measured in zip(drawn, strengths, strict=True):
+            weight, eval_weight, steps = (state.view(-1)[pair] for state in (self.weight, self.eval_weight, self.steps))
+            strength = self.strength.view(-1, 2)[pair]
+            strength.copy_(measured)
+            if self.ema_start == "released":
+                eval_weight.copy_(weight)
+            averaged = torch.lerp(strength[0], weight, self.alpha)
+            if self.ema_start == "paper":
+                averaged = torch.where(steps == 0, strength[0], averaged)
+            weight.copy_(averaged)
+            if self.ema_start == "paper":
+                eval_weight.copy_(weight)
+            steps.add_(1)
+
+    def _evaluate(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
+        weight = self.eval_weight.clone()
+        unimodal = {name: self.heads[name](x) for name, x in features.items()}
+        mixed = [self._mixed(pair, features, weight.reshape(-1)[pair]) for pair in range(len(self.pairs))]
+        return self._output(unimodal, mixed, target, weight)
+
+    def _probe(
+        self, pair: int, features: dict[str, Tensor], unimodal: dict[str, Tensor], weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The pair's mixed logits to learn from (B, C), and its measured ω (2,)."""
+        a, b = self.pairs[pair]
+        if self.mixup == "geodesic" and self.passes == 2:
+            head = self.mix_heads[self.mix_head_names[pair]]
+            return ik.probe_rebalance(features[a], features[b], unimodal[a], unimodal[b], head, weight, group=_group())[:2]
+        with torch.set_grad_enabled(self.passes == 1 and torch.is_grad_enabled()):
+            probe = self._mixed(pair, features, weight)
+        with torch.no_grad():
+            kl = torch.stack([ik.batch_kl(unimodal[name], probe) for name in (a, b)])
+            strength = ik.strength_weights(all_reduce_sum(kl, _group()))
+        return probe if self.passes == 1 else self._mixed(pair, features, strength[0]), strength
+
+    def _mixed(self, pair: int, features: dict[str, Tensor], weight: Tensor) -> Tensor:
+        """The pair's mixture with the given weight of its first modality, through its head.  () -> (B, C)"""
+        x, y = (features[name] for name in self.pairs[pair])
+        z = ik.geodesic_mixup(x, y, weight) if self.mixup == "geodesic" else weight * x + (1 - weight) * y
+        return self.mix_heads[self.mix_head_names[pair]](z)
+
+    def _output(self, unimodal: dict[str, Tensor], mixed: list[Tensor], target: Tensor | None, weight: Tensor) -> FusionOutput:
+        logits_by = {**unimodal, "mix": torch.stack(mixed).mean(0) if len(mixed) > 1 else mixed[0]}
+        loss = None
+        if target is not None:
+            mix_loss = torch.stack([cross_entropy(logits, target) for logits in mixed]).mean()
+            loss = mix_loss + torch.stack([cross_entropy(logits, target) for logits in unimodal.values()]).sum()
+        return FusionOutput(loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
+
+    def _draw(self) -> list[int]:
+        """The pairs of this step."""
+        if self.sampling == "all" or len(self.pairs) == 1:
+            return list(range(len(self.pairs)))
+        self._draws += 1
+        return [_hash(self._draws) % len(self.pairs)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProbeRebalance:
+        # bfloat16 could not hold the average: its step near 1/2 is 2⁻⁸, and a smaller (1-α)(ω-λ) would leave λ where it is
+        exact = {name: getattr(self, name) for name in ("weight", "eval_weight", "strength")}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, value.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, alpha={self.alpha}, pairs={self.sampling!r}, mixup={self.mixup!r}, "
+            f"passes={self.passes}, ema_start={self.ema_start!r}"
+        )
+
+
+def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if isinstance(value, bool) or value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def _parameters(head: nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(head, nn.Linear)
+    return head.weight, head.bias
+
+
+def _group() -> dist.ProcessGroup | None:
+    """All processes of a distributed run; None in a single one."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def _hash(count: int) -> int:
+    """SplitMix64's output function: the same 64 well-mixed bits for the same count, everywhere."""
+    mask = 2**64 - 1
+    bits = count * 0x9E3779B97F4A7C15 & mask
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & mask
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & mask
+    return bits ^ bits >> 31
+
+
+def _recount(module: nn.Module, _: Any) -> None:
+    """After a state was loaded, continues the draws from its count of steps."""
+    assert isinstance(module, ProbeRebalance)
+    module._draws = int(module.steps.sum())

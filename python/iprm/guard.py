@@ -1,0 +1,82 @@
+"""Notices the first number of a run that is not finite, without stopping a GPU to look at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .output import FusionOutput
+
+
+class NonFiniteError(RuntimeError):
+    """A run met a number that is not finite; the message names the step, and the modality or the loss."""
+
+
+class FiniteGuard:
+    """Keeps, on the device, the first step at which each watched tensor was not finite.
+
+    On the CPU, where looking costs nothing, it raises in the step itself. On a GPU looking would synchronise, so it looks
+    every `interval` steps, and whenever its owner asks: before an epoch ends and before a checkpoint is written.
+
+    Args:
+        place: what is run, for the message: "training step" or "validation batch".
+        interval: steps between looks on a GPU.
+    """
+
+    def __init__(self, place: str, interval: int = 50) -> None:
+        self.place, self.interval = place, interval
+        self._first: Tensor | None = None  # (2M + 1,) int64: the step, or -1; inputs, features, loss
+        self._names: list[str] = []
+        self._seen = 0
+
+    def watch(self, step: int, inputs: Mapping[str, Tensor], features: Mapping[str, Tensor], output: FusionOutput) -> None:
+        """Records which of the tensors are not finite at this step.
+
+        Raises:
+            NonFiniteError: at once on the CPU; on a GPU, every `interval` steps.
+        """
+        outcome = output.logits if output.loss is None else output.loss
+        watched = (*inputs.values(), *features.values(), outcome)
+        faulty = ~torch.stack([x.detach().isfinite().all() for x in watched])
+        if self._first is None:
+            self._names = [f"modality {m!r}: its input is not finite" for m in inputs]
+            self._names += [f"modality {m!r}: its encoder gives features that are not finite" for m in features]
+            self._names.append("the logits are not finite" if output.loss is None else "the loss is not finite")
+            self._first = torch.full_like(faulty, -1, dtype=torch.int64)
+        self._first = torch.where(faulty & (self._first < 0), step, self._first)
+        self._seen += 1
+        if not faulty.is_cuda or self._seen % self.interval == 0:
+            self.look()
+
+    def look(self) -> None:
+        """Raises NonFiniteError if any step so far was faulty, naming the first and its cause: inputs before features before
+        the loss. Synchronises with the device."""
+        if self._first is None:
+            return
+        faults = [(step, order) for order, step in enumerate(self._first.tolist()) if step >= 0]
+        if faults:
+            step, order = min(faults)
+            raise NonFiniteError(f"{self.place} {step}: {self._names[order]}")
+
+
+def check_state(module: nn.Module, step: int) -> None:
+    """Every parameter and buffer of `module` is finite. One synchronisation with the device.
+
+    Raises:
+        NonFiniteError: naming those that are not, and the step after which they were found.
+    """
+    state = {name: x for name, x in _tensors(module) if x.is_floating_point()}
+    if not state:
+        return
+    finite = torch.stack([x.detach().isfinite().all() for x in state.values()]).tolist()
+    broken = [name for name, good in zip(state, finite, strict=True) if not good]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise NonFiniteError(f"after training step {step}: {broken[0]}{more} is not finite, no checkpoint is written")
+
+
+def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()

@@ -1,0 +1,28 @@
+"""What `iprm predict` writes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def write_predictions(path: Path, batches: Sequence[dict[str, Tensor]]) -> None:
+    """One CSV row an input: row, target, prediction, and the probability p_<class> of every class.
+
+    Args:
+        path: its folder is created if it is not there.
+        batches: `FusionClassifier.predict_step` of each: probability (B, C), target (B,).
+    """
+    probability = torch.cat([batch["probability"] for batch in batches])
+    target = torch.cat([batch["target"] for batch in batches])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "target", "prediction", *(f"p_{k}" for k in range(probability.shape[1]))])
+        prediction = probability.argmax(1)
+        for row, (t, k, p) in enumerate(zip(target.tolist(), prediction.tolist(), probability.tolist(), strict=True)):
+            writer.writerow([row, t, k, *(f"{value:.6g}" for value in p)])

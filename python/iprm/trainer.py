@@ -1,0 +1,152 @@
+"""Training: encoders, a fusion method and an optimiser as one Lightning module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from .data.base import Batch
+from .encoders import build_encoders
+from .guard import FiniteGuard, check_state
+from .methods import build
+from .metrics import EpochMeans, EpochMetrics
+from .output import FusionOutput
+from .suggest import InputError
+
+
+class FusionClassifier(L.LightningModule):
+    """A classifier of several modalities: an encoder each, then a fusion method, learned by SGD with one step of decay.
+
+    Logged once an epoch: `train_loss`, `train_accuracy`, `train_accuracy_<head>`, and of IPRM `weight` (λ at its end) and
+    `strength_<modality>` (mean ω); of validation and test `<split>_loss`, `_accuracy`, `_macro_f1`, `_map` (mean average
+    precision over classes) and `_accuracy_<head>`. A head is a modality or "mix". No step waits for a GPU.
+
+    A step whose input, features or loss is not finite ends the run with `NonFiniteError` (see `FiniteGuard`), and a
+    checkpoint is written only of a model whose steps and parameters are finite.
+
+    Args:
+        shapes: modality -> shape of one input, (C, H, W) or (D,).
+        num_classes: C.
+        method: a fusion method: "iprm", "concat", "sum", "weight", "joint", or "unimodal-<modality>".
+        method_options: further options of the method, such as {"alpha": 0.9}.
+        encoders: modality -> "cnn", "mlp", "linear" or "identity"; those not named are chosen by shape.
+        feature_dim: width of every encoder's features.
+        learning_rate: of SGD.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        decay_at: the part of the epochs after which the learning rate is multiplied by `decay`.
+        decay: see `decay_at`.
+
+    Raises:
+        InputError: an unknown method, option or encoder; the message suggests the closest.
+    """
+
+    encoders: nn.ModuleDict
+    fusion: nn.Module
+    val_metrics: EpochMetrics
+    test_metrics: EpochMetrics
+
+    def __init__(
+        self,
+        shapes: dict[str, list[int]],
+        num_classes: int,
+        method: str = "iprm",
+        method_options: dict[str, Any] | None = None,
+        encoders: dict[str, str] | None = None,
+        feature_dim: int = 64,
+        learning_rate: float = 0.01,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        decay_at: float = 0.7,
+        decay: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.encoders, widths = build_encoders(shapes, feature_dim, encoders or {})
+        try:
+            self.fusion = build(method, widths, num_classes, tuple(shapes), **(method_options or {}))
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+        self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
+        self.decay_at, self.decay = decay_at, decay
+        self.means = EpochMeans()
+        self.guard = FiniteGuard("training step")
+        self.val_metrics, self.test_metrics = EpochMetrics(num_classes), EpochMetrics(num_classes)
+        self.evaluation_guard = FiniteGuard("evaluation batch")
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """modality -> (B, ...) to modality -> (B, D)."""
+        return {modality: encoder(inputs[modality]) for modality, encoder in self.encoders.items()}
+
+    def forward(self, inputs: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+        """modality -> (B, ...), target (B,) int64 or None -> FusionOutput."""
+        return self.fusion(self.encode(inputs), target)
+
+    # training
+
+    def on_train_start(self) -> None:
+        self.means.reset()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        inputs, target = batch
+        features = self.encode(inputs)
+        output = self.fusion(features, target)
+        self.guard.watch(self.global_step, inputs, features, output)
+        self.means.update(output, target)
+        return output.loss
+
+    def on_train_epoch_end(self) -> None:
+        self.guard.look()
+        self.log_dict(self.means.compute(tuple(self.encoders)), sync_dist=True)
+        self.means.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning calls this before it writes a checkpoint: an error here leaves the last one as it was."""
+        self.guard.look()
+        check_state(self, self.global_step)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimiser = torch.optim.SGD(
+            self.parameters(), lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:  # a run bounded by steps or time has no known part of its epochs
+            return {"optimizer": optimiser}
+        step_size = max(1, round(self.decay_at * epochs))
+        return {"optimizer": optimiser, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimiser, step_size, self.decay)}
+
+    # evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(self.val_metrics, batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val", self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(self.test_metrics, batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test", self.test_metrics)
+
+    def _evaluate(self, metrics: EpochMetrics, batch: Batch, batch_idx: int) -> None:
+        inputs, target = batch
+        features = self.encode(inputs)
+        output = self.fusion(features, target)
+        self.evaluation_guard.watch(batch_idx, inputs, features, output)
+        metrics.update(output, target)
+
+    def _log_metrics(self, stage: str, metrics: EpochMetrics) -> None:
+        self.evaluation_guard.look()
+        self.log_dict({f"{stage}_{name}": value for name, value in metrics.compute().items()})
+        metrics.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """probability (B, C) and target (B,): what `iprm predict` writes."""
+        inputs, target = batch
+        return {"probability": self(inputs).logits.float().softmax(1), "target": target}

@@ -1,0 +1,19 @@
+"""Versions of what results depend on, found without importing any of it."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("iprm-kernels", "torch", "triton", "lightning", "torchmetrics", "jsonargparse", "numpy", "scikit-learn")
+
+
+def versions() -> dict[str, str]:
+    """Python, and each package or "not installed"."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

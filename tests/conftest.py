@@ -1,0 +1,63 @@
+"""What every test runs under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import poison
+import pytest
+import torch
+from places import FUSED, INTERPRETED, PLACES, Place
+
+import iprm_kernels as ik
+
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,  # the same examples in every run
+    database=None,
+    deadline=None,
+    max_examples=12 if INTERPRETED else 100,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # poison and backend outlive an example by design
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
+
+
+def _at(place: Place) -> Iterator[Place]:
+    status = ik.backends()[place.backend]
+    if not status.available:
+        pytest.skip(str(status))
+    with ik.use_backend(place.backend):
+        yield place
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Runs the test once by every backend, in use while the test runs."""
+    yield from _at(request.param)
+
+
+@pytest.fixture(params=FUSED)
+def fused(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Runs the test once by every backend but the reference, which it is compared with."""
+    yield from _at(request.param)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "empty", poison.poisoned_empty)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """As many threads on every machine, and the number a test changes is put back."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(2)

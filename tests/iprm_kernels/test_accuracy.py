@@ -1,0 +1,176 @@
+"""Every backend, dtype and kind of shape within the error budget of the reference, forward and all gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import cases
+import numpy as np
+import oracle
+import pytest
+import torch
+from error_budget import Truth, assert_within_budget
+from places import INTERPRETED, Place
+from torch import Tensor
+
+import iprm_kernels as ik
+from iprm_kernels import reference
+
+EPS = 1e-12
+WIDEST = 20_000
+
+# (B, D): what each is there for
+FEATURE_SHAPES = [
+    (5, 1),  # one column: x̂ = ±1
+    (129, 2),  # narrower than a vector register; more rows than a block, not a multiple
+    (1000, 3),
+    (64, 7),
+    (129, 16),  # one AVX-512 register of float32, no tail
+    (1, 31),  # one row; register and tail
+    (2, 64),
+    (5, 100),  # a power of two padded up, in a Triton block
+    (64, 512),  # the size of IPRM's features
+    (2, 1000),
+    (5, 1024),
+    (1000, 100),  # enough rows for every thread
+    (2, WIDEST),  # rows longer than a Triton block, which loops; long sums
+]
+LOGIT_SHAPES = [
+    (1, 2),  # two classes, one row
+    (1000, 2),
+    (5, 6),  # the classes of CREMA-D
+    (129, 31),
+    (64, 31),
+    (5, 1000),  # looped in registers by cpp, one block in Triton
+    (1, 1),  # KL is zero
+    (2, WIDEST),  # longer than a Triton block
+]
+if INTERPRETED:  # each kind of shape with few rows
+    FEATURE_SHAPES = [(5, 1), (9, 2), (33, 7), (1, 31), (5, 100), (3, 1024), (2, WIDEST)]
+    LOGIT_SHAPES = [(1, 2), (33, 6), (5, 31), (3, 1000), (1, 1), (2, WIDEST)]
+
+
+def mixup_with_gradients(x: Tensor, y: Tensor, w: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """By the backend in use, through autograd."""
+    x, y, w = (tensor.detach().requires_grad_() for tensor in (x, y, w))
+    z = ik.geodesic_mixup(x, y, w, eps=EPS)
+    z.backward(g)
+    return {"z": z.detach(), "dx": x.grad, "dy": y.grad, "dw": w.grad}
+
+
+def kl_with_gradients(p: Tensor, q: Tensor, g: Tensor) -> dict[str, Tensor]:
+    p, q = (tensor.detach().requires_grad_() for tensor in (p, q))
+    kl = ik.batch_kl(p, q, reduction="none")
+    kl.backward(g)
+    return {"kl": kl.detach(), "dp": p.grad, "dq": q.grad}
+
+
+def plain(compute: Callable[..., dict[str, Tensor]], *inputs: Tensor) -> dict[str, Tensor]:
+    with ik.use_backend("reference"):
+        return {name: value.cpu() for name, value in compute(*inputs).items()}
+
+
+def few_rows(tensors: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
+    """Rows evenly picked: 50 digits take some 50 µs an element."""
+    picked = torch.linspace(0, len(tensors[0]) - 1, min(rows, len(tensors[0]))).long()
+    return tuple(tensor[picked] for tensor in tensors)
+
+
+@functools.cache
+def mixup_truth(batch: int, width: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Truth]]:
+    """Inputs on the CPU and what must come out of them."""
+    x, y = cases.feature_pairs(batch, width, dtype)
+    w = torch.linspace(0, 1, batch, dtype=reference.arithmetic_dtype(dtype))
+    inputs = (x, y, w, cases.randn(batch, width, seed=6, dtype=dtype))
+    if dtype != torch.float64:
+        values = plain(mixup_with_gradients, *(tensor.double() for tensor in inputs))
+        return inputs, {name: Truth.of(value) for name, value in values.items()}
+    inputs = few_rows(inputs, 1 + 2000 // width)
+    rows = [
+        oracle.geodesic_mixup(oracle.row(x), oracle.row(y), oracle.row([w])[0], oracle.row(g))
+        for x, y, w, g in zip(inputs[0], inputs[1], inputs[2].tolist(), inputs[3], strict=True)
+    ]
+    return inputs, {name: Truth.of_digits(np.array([getattr(row, name) for row in rows])) for name in ("z", "dx", "dy", "dw")}
+
+
+@functools.cache
+def kl_truth(batch: int, classes: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Truth]]:
+    p, q = cases.logit_pairs(batch, classes, dtype)
+    inputs = (p, q, 1 + cases.randn(batch, seed=7, dtype=reference.arithmetic_dtype(dtype)).abs())
+    if dtype != torch.float64:
+        values = plain(kl_with_gradients, *(tensor.double() for tensor in inputs))
+        return inputs, {name: Truth.of(value) for name, value in values.items()}
+    inputs = few_rows(inputs, 1 + 2000 // classes)
+    rows = [oracle.batch_kl(oracle.row(p), oracle.row(q)) for p, q in zip(*inputs[:2], strict=True)]
+    kl, dp, dq = (np.array(column) for column in zip(*rows, strict=True))
+    g = oracle.row(inputs[2])[:, None]
+    return inputs, {"kl": Truth.of_digits(kl), "dp": Truth.of_digits(g * dp), "dq": Truth.of_digits(g * dq)}
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "width"), FEATURE_SHAPES)
+def test_geodesic_mixup(fused: Place, batch: int, width: int, dtype: torch.dtype) -> None:
+    inputs, truth = mixup_truth(batch, width, dtype)
+    values = mixup_with_gradients(*(tensor.to(fused.device) for tensor in inputs))
+    baseline = plain(mixup_with_gradients, *inputs)
+    x_norm, y_norm, g_norm = (tensor.double().norm(dim=1) for tensor in (inputs[0], inputs[1], inputs[3]))
+    magnitude = {"z": torch.ones_like(g_norm), "dx": g_norm / x_norm, "dy": g_norm / y_norm, "dw": g_norm}
+    for name, value in values.items():
+        assert_within_budget(name, value, baseline[name], truth[name], magnitude[name])
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "width"), FEATURE_SHAPES)
+def test_normalize(fused: Place, batch: int, width: int, dtype: torch.dtype) -> None:
+    (x, _, _, g), _ = mixup_truth(batch, width, dtype)
+
+    def with_gradient(x: Tensor, g: Tensor) -> dict[str, Tensor]:
+        x = x.detach().requires_grad_()
+        out = ik.normalize(x, eps=EPS)
+        out.backward(g)
+        return {"out": out.detach(), "dx": x.grad}
+
+    if dtype == torch.float64:  # normalize(x) is the mixture of x with itself by the weight 1
+        rows = [oracle.geodesic_mixup(oracle.row(x), oracle.row(x), 1, oracle.row(g)) for x, g in zip(x, g, strict=True)]
+        truth = {
+            "out": Truth.of_digits(np.array([row.z for row in rows])),
+            "dx": Truth.of_digits(np.array([row.dx for row in rows])),
+        }
+    else:
+        truth = {name: Truth.of(value) for name, value in plain(with_gradient, x.double(), g.double()).items()}
+    values, baseline = with_gradient(x.to(fused.device), g.to(fused.device)), plain(with_gradient, x, g)
+    magnitude = {"out": torch.ones(len(x)), "dx": g.double().norm(dim=1) / x.double().norm(dim=1)}
+    for name, value in values.items():
+        assert_within_budget(name, value, baseline[name], truth[name], magnitude[name])
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "classes"), LOGIT_SHAPES)
+def test_batch_kl(fused: Place, batch: int, classes: int, dtype: torch.dtype) -> None:
+    inputs, truth = kl_truth(batch, classes, dtype)
+    values = kl_with_gradients(*(tensor.to(fused.device) for tensor in inputs))
+    baseline = plain(kl_with_gradients, *inputs)
+    # a row is as exact as its own size: near-equal distributions lose nothing. The smallest normal stands for zero.
+    smallest = torch.finfo(torch.float32).tiny
+    for name, value in values.items():
+        magnitude = truth[name].high.abs().reshape(len(inputs[0]), -1).amax(1).clamp(min=smallest)
+        assert_within_budget(name, value, baseline[name], truth[name], magnitude)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [7, 100, 1024])
+def test_half_precision_rounds_once(fused: Place, dtype: torch.dtype, width: int) -> None:
+    """A result in 16 bits is the float32 result rounded: nothing on the way was kept in 16 bits."""
+    x, y = cases.feature_pairs(5, width, dtype, fused.device)
+    g, w = cases.randn(5, width, seed=6, dtype=dtype, device=fused.device), torch.full((), 0.3, device=fused.device)
+    half = mixup_with_gradients(x, y, w, g)
+    single = mixup_with_gradients(x.float(), y.float(), w, g.float())
+    kl_half = kl_with_gradients(x, y, w.expand(5))
+    kl_single = kl_with_gradients(x.float(), y.float(), w.expand(5))
+    for name, value in {**half, **kl_half}.items():
+        wanted = {**single, **kl_single}[name]
+        # half an ulp of the stored type (below the normal range, of its smallest step), and float32's own order of summing
+        step = torch.finfo(dtype).eps * wanted.abs().clamp(min=torch.finfo(dtype).tiny) if value.dtype == dtype else 0.0
+        order = 4 * torch.finfo(torch.float32).eps * wanted.abs().max()
+        assert ((value.float() - wanted).abs() <= step / 2 + order).all(), name

@@ -1,0 +1,135 @@
+"""The operators as PyTorch sees them: opcheck, compile, autocast, second derivatives, CUDA graphs, no synchronisation."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from places import INTERPRETED, Place
+from torch import Tensor
+
+import iprm_kernels as ik
+
+OPS = torch.ops.iprm
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float64], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+class TestOpcheck:
+    """Schema, fake kernel, autograd registration and AOT dispatch of every operator with hand-written kernels."""
+
+    @pytest.mark.parametrize("strided", [False, True])
+    def test_normalize(self, place: Place, dtype: torch.dtype, strided: bool) -> None:
+        x = cases.randn(5, 7, dtype=dtype, device=place.device)
+        x = x.T.contiguous().T if strided else x
+        torch.library.opcheck(OPS.normalize.default, (*leaves(x), 1e-12))
+        norm = OPS.normalize(x, 1e-12)[1]
+        torch.library.opcheck(OPS.normalize_backward.default, (torch.ones_like(x), x, norm, 1e-12))
+
+    @pytest.mark.parametrize("weight_shape", [(), (5,)], ids=str)
+    @pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
+    def test_geodesic_mixup(
+        self, place: Place, dtype: torch.dtype, weight_shape: tuple[int, ...], needed: tuple[bool, ...]
+    ) -> None:
+        x, y = cases.feature_pairs(5, 7, dtype, place.device)
+        weight = torch.full(weight_shape, 0.3, dtype=dtype, device=place.device)
+        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip((x, y, weight), needed, strict=True)]
+        torch.library.opcheck(OPS.geodesic_mixup.default, (*inputs, 1e-12))
+        stats = OPS.geodesic_mixup(x, y, weight, 1e-12)[1]
+        torch.library.opcheck(
+            OPS.geodesic_mixup_backward.default, (torch.ones_like(x), x, y, weight, stats, 1e-12, list(needed))
+        )
+
+    @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+    @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
+    def test_batch_kl(self, place: Place, dtype: torch.dtype, reduction: str, needed: tuple[bool, bool]) -> None:
+        logits = cases.logit_pairs(5, 7, dtype, place.device)
+        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(logits, needed, strict=True)]
+        torch.library.opcheck(OPS.batch_kl.default, (*inputs, reduction))
+        value, rows, stats = OPS.batch_kl(*logits, reduction)
+        torch.library.opcheck(
+            OPS.batch_kl_backward.default, (torch.ones_like(value), *logits, rows, stats, reduction, list(needed))
+        )
+
+    def test_strength_weights(self, place: Place) -> None:
+        kl = torch.tensor([1.0, 2.0, 3.0], device=place.device)
+        torch.library.opcheck(OPS.strength_weights.default, leaves(kl))
+        torch.library.opcheck(OPS.strength_weights_backward.default, (torch.ones_like(kl), kl))
+
+
+def every_op(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    z = ik.normalize(ik.geodesic_mixup(x, y, weight))
+    strength = ik.strength_weights(torch.stack([ik.batch_kl(x, z), ik.batch_kl(y, z, reduction="mean")]))
+    return z.square().sum(0).dot(x.detach()[0]) + strength[0] + ik.batch_kl(x, y, reduction="none").mean()
+
+
+def gradients(function: object, *inputs: Tensor) -> list[Tensor]:
+    fresh = leaves(*inputs)
+    value = function(*fresh)
+    return [value.detach(), *torch.autograd.grad(value, fresh)]
+
+
+def test_fullgraph_compile_equals_eager(place: Place) -> None:
+    x, y = cases.feature_pairs(9, 31, torch.float32, place.device)
+    weight = torch.tensor(0.3, device=place.device)
+    torch.compiler.reset()
+    compiled = torch.compile(every_op, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+    torch.testing.assert_close(gradients(compiled, x, y, weight), gradients(every_op, x, y, weight))
+
+
+def test_second_derivatives_are_refused(place: Place) -> None:
+    x, y = leaves(*cases.feature_pairs(5, 7, torch.float32, place.device))
+    for value in (ik.normalize(x), ik.geodesic_mixup(x, y, 0.3), ik.batch_kl(x, y), ik.strength_weights(x[0].abs())):
+        (grad,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives are not provided"):
+            grad.square().sum().backward()
+
+
+def test_autocast_takes_the_widest(place: Place) -> None:
+    x, y = cases.feature_pairs(5, 7, torch.float32, place.device)
+    x.requires_grad_()
+    for function in (lambda x, y: ik.geodesic_mixup(x, y, 0.3), ik.batch_kl):
+        with torch.autocast(place.device.type, dtype=torch.bfloat16):
+            value = function(x, y.bfloat16())
+        assert value.dtype == torch.float32
+        assert torch.equal(value, function(x, y.bfloat16().float()))
+        value.sum().backward()
+        assert x.grad.dtype == torch.float32
+
+
+def test_without_autocast_mixed_dtypes_are_refused(place: Place) -> None:
+    x, y = cases.feature_pairs(5, 7, torch.float32, place.device)
+    for function in (lambda x, y: ik.geodesic_mixup(x, y, 0.3), ik.batch_kl):
+        with pytest.raises(TypeError, match=r"expected the dtype of .*torch\.float32, got torch\.bfloat16"):
+            function(x, y.bfloat16())
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation() -> None:
+    x, y = cases.feature_pairs(64, 512, torch.float32, "cuda")
+    weight = torch.tensor(0.3, device="cuda")
+    gradients(every_op, x, y, weight)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(every_op, x, y, weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph() -> None:
+    x, y = cases.feature_pairs(64, 512, torch.float32, "cuda")
+    weight = torch.tensor(0.3, device="cuda")
+    wanted = gradients(every_op, x, y, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(every_op, x, y, weight)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))

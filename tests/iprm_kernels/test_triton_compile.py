@@ -1,0 +1,232 @@
+"""Every Triton kernel compiles for GPUs that are not here, exactly as its launcher would launch it, and spills no register.
+
+The launchers run on meta tensors while a recorder stands in for the launch itself; what it recorded is compiled ahead of
+time for each target. So a case below is a call, and the tile, the warps and the flags are the launcher's own choice.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: there is nothing to compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
+from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
+
+from iprm_kernels import kernels  # noqa: E402
+from iprm_kernels.reference import arithmetic_dtype  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ROWS = 4096
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+#: (dtype, width), a kernel regime each: several rows a program; one; the longest whole row, of a width that allows no
+#: vector loads and so needs the most registers; a loop over blocks
+SHAPES = (
+    (F32, 31), (F32, 1024), (F32, 8191), (F32, 16385),
+    (BF16, 1024), (BF16, 8191), (F16, 1024),
+    (F64, 31), (F64, 2047), (F64, 4097),
+)  # fmt: skip
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def plain(dtype: torch.dtype, width: int) -> torch.Tensor:
+    return empty(ROWS, width, dtype=dtype)
+
+
+def transposed(dtype: torch.dtype, width: int) -> torch.Tensor:
+    """A view whose columns are further apart than 32 bits can say."""
+    return torch.empty_strided((ROWS, width), (1, 2**31 + 16), dtype=dtype, device="meta")
+
+
+def normalize(x: torch.Tensor) -> None:
+    kernels.normalize(x, 1e-12, plain(x.dtype, x.shape[1]), empty(ROWS, dtype=arithmetic_dtype(x.dtype)))
+
+
+def normalize_backward(x: torch.Tensor) -> None:
+    kernels.normalize_backward(x, x, empty(ROWS, dtype=arithmetic_dtype(x.dtype)), 1e-12, plain(x.dtype, x.shape[1]))
+
+
+def geodesic_mixup(x: torch.Tensor) -> None:
+    dtype = arithmetic_dtype(x.dtype)
+    kernels.geodesic_mixup(x, x, empty(ROWS, dtype=dtype), 1e-12, plain(x.dtype, x.shape[1]), empty(3, ROWS, dtype=dtype))
+
+
+def geodesic_mixup_backward(x: torch.Tensor, needed: tuple[bool, ...] = (True, True, True)) -> None:
+    dtype = arithmetic_dtype(x.dtype)
+    row, grad = empty(ROWS, dtype=dtype), plain(x.dtype, x.shape[1])
+    outputs = [out if need else None for out, need in zip((grad, grad, row), needed, strict=True)]
+    kernels.geodesic_mixup_backward(x, x, x, row, empty(3, ROWS, dtype=dtype), 1e-12, *outputs)
+
+
+def batch_kl(x: torch.Tensor) -> None:
+    dtype = arithmetic_dtype(x.dtype)
+    kernels.batch_kl(x, x, empty(ROWS, dtype=dtype), empty(2, ROWS, dtype=dtype))
+
+
+def batch_kl_backward(x: torch.Tensor, needed: tuple[bool, ...] = (True, True)) -> None:
+    dtype = arithmetic_dtype(x.dtype)
+    row, grad = empty(ROWS, dtype=dtype), plain(x.dtype, x.shape[1])
+    outputs = [grad if need else None for need in needed]
+    kernels.batch_kl_backward(row, x, x, row, empty(2, ROWS, dtype=dtype), *outputs)
+
+
+def strength_weights(x: torch.Tensor) -> None:
+    kernels.strength_weights(x[0], empty(x.shape[1], dtype=x.dtype))
+
+
+def strength_weights_backward(x: torch.Tensor) -> None:
+    kernels.strength_weights_backward(x[0], x[0], empty(x.shape[1], dtype=x.dtype))
+
+
+@dataclass
+class Launch:
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+
+    def compile(self, target: GPUTarget) -> CompiledKernel:
+        """As the launch would: None and 1 are constants of the kernel, multiples of 16 (aligned pointers too) known as such."""
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            specialize = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialize):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            signature[parameter.name] = mangle_type(value)
+            if specialize and (isinstance(value, torch.Tensor) or value % 16 == 0):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=self.options)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    recorded: list[Launch] = []
+
+    def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(self.arg_names, args, strict=False))
+        arguments |= {name: value for name, value in kwargs.items() if name in self.arg_names}
+        options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
+        recorded.append(Launch(self, arguments, options, grid))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    return recorded
+
+
+def spills(compiled: CompiledKernel, folder: Path) -> dict[str, int]:
+    """Bytes of stack and local memory (NVIDIA), spilled registers and scratch (AMD), as the assembler reports them."""
+    if "amdgcn" in compiled.asm:
+        found = re.findall(r"\.(\w+_spill_count|private_segment_fixed_size):\s*(\d+)", compiled.asm["amdgcn"])
+    else:
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"(STACK|LOCAL):(\d+)", report)
+    return {name: int(value) for name, value in found}
+
+
+ROW_OPS = (normalize, normalize_backward, geodesic_mixup, geodesic_mixup_backward, batch_kl, batch_kl_backward)
+STRENGTH_OPS = (strength_weights, strength_weights_backward)
+OPS = (*ROW_OPS, *STRENGTH_OPS)
+
+#: op, its input, and for a backward pass the gradients asked for
+Case = tuple[Callable[..., None], torch.Tensor, tuple[bool, ...] | None]
+CASES: list[Case] = [
+    *((op, plain(*shape), None) for op, shape in product(ROW_OPS, SHAPES)),
+    *((op, transposed(*shape), None) for op in (geodesic_mixup_backward, batch_kl) for shape in ((F32, 8191), (F64, 2047))),
+    *((op, plain(dtype, 2), None) for op, dtype in product(STRENGTH_OPS, (F32, F64))),
+    *(
+        (geodesic_mixup_backward, plain(F32, 1024), needed)
+        for needed in product((True, False), repeat=3)
+        if 0 < sum(needed) < 3
+    ),
+    *((batch_kl_backward, plain(F32, 1024), needed) for needed in ((True, False), (False, True))),
+]
+
+
+def named(case: Case) -> str:
+    op, x, needed = case
+    words = [op.__name__, str(x.dtype).removeprefix("torch."), str(x.shape[1])]
+    words += ["transposed"] if not x.is_contiguous() else []
+    words += ["needs", *(str(int(need)) for need in needed)] if needed else []
+    return "-".join(words)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_compiles_without_spills(case: Case, target: str, launches: list[Launch], tmp_path: Path) -> None:
+    op, x, needed = case
+    op(x, needed) if needed else op(x)
+    (launch,) = launches
+    found = spills(launch.compile(TARGETS[target]), tmp_path)
+    assert found
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("width", [1, 31, 1024, 16385])
+def test_one_launch_with_its_programs_in_the_first_dimension(
+    op: Callable[..., None], width: int, launches: list[Launch]
+) -> None:
+    op(plain(F32, width))
+    (launch,) = launches
+    assert len(launch.grid) == 1
+    assert launch.grid[0] > 0
+
+
+@pytest.mark.parametrize("op", ROW_OPS)
+def test_no_rows_no_launch(op: Callable[..., None], launches: list[Launch]) -> None:
+    op(plain(F32, 64)[:0])
+    assert not launches
+
+
+#: op, matrices read, matrices written
+TRAFFIC = (
+    (normalize, 1, 1), (normalize_backward, 2, 1),
+    (geodesic_mixup, 2, 1), (geodesic_mixup_backward, 3, 2),
+    (batch_kl, 2, 0), (batch_kl_backward, 2, 2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(F32, 31), (BF16, 1024), (F32, 8192), (F64, 2048)])
+@pytest.mark.parametrize(("op", "reads", "writes"), TRAFFIC)
+def test_reads_each_matrix_once_and_writes_only_the_outputs(
+    op: Callable[..., None], reads: int, writes: int, dtype: torch.dtype, width: int, launches: list[Launch]
+) -> None:
+    op(plain(dtype, width))
+    (launch,) = launches
+    ir = launch.compile(TARGETS["sm_90"]).asm["ttir"]
+    assert len(re.findall(r"tt\.load .*tensor<\d+x\d+x!tt\.ptr", ir)) == reads
+    assert len(re.findall(r"tt\.store .*tensor<\d+x\d+x!tt\.ptr", ir)) == writes
+    assert "scf.for" not in ir
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_deterministic_without_atomics(op: Callable[..., None], launches: list[Launch]) -> None:
+    op(plain(F32, 16385))
+    (launch,) = launches
+    assert "atomic" not in launch.compile(TARGETS["sm_90"]).asm["ttir"]
