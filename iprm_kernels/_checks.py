@@ -63,7 +63,8 @@ def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
         if weight.device != like.device:
             raise ValueError(f"weight: expected the device of x, {like.device}, got {weight.device}")
         if weight.dim() != 0 and weight.shape != lead:
-            raise ValueError(f"weight: expected a float, shape () or {tuple(lead)}, got {tuple(weight.shape)}")
+            shapes = f"a float, shape () or {tuple(lead)}" if lead else "a float or shape ()"
+            raise ValueError(f"weight: expected {shapes}, got {tuple(weight.shape)}")
         return weight.reshape(-1) if weight.dim() > 1 else weight
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"weight: expected a float or a tensor, got {type(weight).__name__}")

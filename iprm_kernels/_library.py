@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import DispatchKey, DispatchKeySet
+
+#: What a kernel runs below: autograd, and autocast, which would narrow the matrix products of a kernel in plain torch.
+ABOVE_KERNELS = functools.reduce(
+    operator.or_,
+    map(
+        DispatchKeySet,
+        (
+            DispatchKey.AutogradFunctionality,
+            DispatchKey.AutogradOther,
+            DispatchKey.AutogradNestedTensor,
+            DispatchKey.AutocastCPU,
+            DispatchKey.AutocastCUDA,
+        ),
+    ),
+)
 
 LIBRARY = torch.library.Library("iprm", "DEF")
 
@@ -40,7 +58,7 @@ def register(
         )
 
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._ExcludeDispatchKeyGuard(ABOVE_KERNELS):
             output = overload(*arguments)
         if setup_context is not None:
             setup_context(ctx, arguments, output)
@@ -50,7 +68,7 @@ def register(
     def backward_below(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             return (backward or refuse)(ctx, *grads)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._ExcludeDispatchKeyGuard(ABOVE_KERNELS):
             return (backward or refuse)(ctx, *grads)
 
     function = type(
@@ -60,7 +78,7 @@ def register(
     def autograd(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return function.apply(*arguments)  # type: ignore[attr-defined]
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._ExcludeDispatchKeyGuard(ABOVE_KERNELS):
             return overload(*arguments)
 
     LIBRARY.impl(name, autograd, "Autograd")

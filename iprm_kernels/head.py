@@ -77,17 +77,12 @@ def probe_rebalance(
 
     Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
     """
-    _checks.matrix("x", x)
-    for name, logits in (("logits_x", logits_x), ("logits_y", logits_y)):
-        _checks.matrix(name, logits, "(B, C)")
-        if logits.shape[0] != x.shape[0]:
-            raise ValueError(f"{name}: expected {x.shape[0]} rows, as x has, got shape {tuple(logits.shape)}")
+    _check_probe(x, y, logits_x, logits_y, head)
+    weight = _checks.mixing_weight(weight, x, torch.Size(()))
+    _check_group(group)
     with torch.no_grad():
         probe = head(geodesic_mixup(x.detach(), y.detach(), weight))
-        if probe.shape != logits_x.shape:
-            raise ValueError(
-                f"head: expected an output of the shape of logits_x, {tuple(logits_x.shape)}, got {tuple(probe.shape)}"
-            )
+        _check_output(probe, logits_x)
         kl = all_reduce_sum(torch.stack([batch_kl(logits_x, probe), batch_kl(logits_y, probe)]), group)
         strength = strength_weights(kl)
     return ProbeResult(head(geodesic_mixup(x, y, strength[0])), strength, kl)
@@ -146,8 +141,8 @@ def linear_probe_rebalance(
     _check_heads(heads, x, autocast)
     _check_target(target, x)
     weight = _checks.mixing_weight(weight, x, torch.Size(()))
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    _check_options(label_smoothing, ignore_index)
+    _check_group(group)
     if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, y = x.to(dtype), y.to(dtype)
@@ -186,12 +181,51 @@ def _two_pass(
     return StepResult(losses.sum(), losses, mixed.logits, logits_x, logits_y, mixed.strength, mixed.kl)
 
 
+def _check_probe(x: Tensor, y: Tensor, logits_x: Tensor, logits_y: Tensor, head: Any) -> None:
+    autocast = isinstance(x, Tensor) and _checks.autocast_enabled(x)
+    _checks.matrix("x", x)
+    _checks.matrix("y", y)
+    _checks.alike("y", y, "x", x, autocast=autocast)
+    _checks.matrix("logits_x", logits_x, "(B, C)")
+    if logits_x.shape[0] != x.shape[0]:
+        raise ValueError(f"logits_x: expected {x.shape[0]} rows, as x has, got shape {tuple(logits_x.shape)}")
+    _checks.matrix("logits_y", logits_y, "(B, C)")
+    _checks.alike("logits_y", logits_y, "logits_x", logits_x, autocast=autocast)
+    if not callable(head):
+        raise TypeError(f"head: expected a callable (B, D) -> (B, C), got {type(head).__name__}")
+
+
+def _check_output(probe: Any, logits_x: Tensor) -> None:
+    if not isinstance(probe, Tensor):
+        raise TypeError(f"head: expected an output tensor (B, C), got {type(probe).__name__}")
+    if probe.shape != logits_x.shape:
+        raise ValueError(
+            f"head: expected an output of the shape of logits_x, {tuple(logits_x.shape)}, got {tuple(probe.shape)}"
+        )
+    _checks.same_place("head", probe, "logits_x", logits_x, autocast=_checks.autocast_enabled(probe))
+
+
+def _check_group(group: Any) -> None:
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise TypeError(f"group: expected a ProcessGroup or None, got {type(group).__name__}")
+
+
+def _check_options(label_smoothing: Any, ignore_index: Any) -> None:
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing: expected a number in [0, 1], got {type(label_smoothing).__name__}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+
+
 def _check_heads(heads: dict[str, LinearHead], x: Tensor, autocast: bool) -> None:
     """Each head is (weight (C, D), bias (C,) or None), all of the same C, for the features."""
     classes = None
     for name, head in heads.items():
         if not isinstance(head, (tuple, list)) or len(head) != 2:
-            raise TypeError(f"{name}: expected (weight (C, D), bias (C,) or None), got {type(head).__name__}")
+            came = f"a {type(head).__name__} of {len(head)}" if isinstance(head, (tuple, list)) else type(head).__name__
+            raise TypeError(f"{name}: expected (weight (C, D), bias (C,) or None), got {came}")
         weight, bias = head
         _checks.matrix(f"{name} weight", weight, "(C, D)")
         classes = weight.shape[0] if classes is None else classes
@@ -274,6 +308,7 @@ def _fake(
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[5:])
     x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, target, _, *settings, _ = inputs
     ctx.label_smoothing, ctx.ignore_index = settings
     ctx.biases = [bias is not None for bias in (bias_x, bias_y, bias_mix)]

@@ -40,8 +40,8 @@ def linear_head_forward(
     """(B, D) x2, heads of x, y and the mixture, (B,), () -> the fields of StepResult, then A, V (B, C), stats (3, B)"""
     weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix = heads
     dtype, classes = arithmetic_dtype(x.dtype), weight_x.shape[0]
-    a, u_x = (x @ torch.cat([weight_mix, weight_x]).T).to(dtype).split(classes, dim=1)
-    v, u_y = (y @ torch.cat([weight_mix, weight_y]).T).to(dtype).split(classes, dim=1)
+    a, u_x = (x.to(dtype) @ torch.cat([weight_mix, weight_x]).to(dtype).T).split(classes, dim=1)
+    v, u_y = (y.to(dtype) @ torch.cat([weight_mix, weight_y]).to(dtype).T).split(classes, dim=1)
     logits_x, logits_y = _biased(u_x, bias_x), _biased(u_y, bias_y)
     stats = _row_stats(x.to(dtype), y.to(dtype))
 
@@ -93,7 +93,7 @@ def linear_head_backward(
     mix_x, d_weight_x = _head_gradient(x, (p * inv_x)[:, None] * dz, du_x)
     mix_y, d_weight_y = _head_gradient(y, (q * inv_y)[:, None] * dz, du_y)
     heads = (d_weight_x, du_x.sum(0), d_weight_y, du_y.sum(0), mix_x + mix_y, dz.sum(0))
-    return dx, dy, *(gradient.to(x.dtype).contiguous() for gradient in heads)
+    return dx, dy, *(gradient.to(x.dtype) for gradient in heads)
 
 
 def _row_stats(x: Tensor, y: Tensor) -> Tensor:
@@ -184,4 +184,4 @@ def _feature_gradient(
 def _head_gradient(x: Tensor, dz: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
     """[dz | du]ᵀ X: this modality's part of dW_m, and dW_x.  (B, D), (B, C) x2 -> (C, D) x2"""
     product = torch.cat([dz, du], dim=1).to(x.dtype).T @ x
-    return product.split(dz.shape[1])
+    return product[: dz.shape[1]], product[dz.shape[1] :].clone()  # an operator's outputs may not share memory

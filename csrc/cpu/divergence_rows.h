@@ -131,7 +131,7 @@ IPRM_INLINE void kl_gradients(const Probabilities<V, S>& at, S kl, S grad, V* dp
   constexpr S kClose = S(kExcessSeriesBelow);
   const V zero = {};
   const auto absent = at.p == S(0);
-  *dp = grad * (absent ? zero : at.p * (at.d - kl));
+  *dp = grad * (kl != kl ? V{} + kl : absent ? zero : at.p * (at.d - kl));
   const V close = at.p * (at.d * at.d * excess_series<S>(at.d) - at.d);
   *dq = grad * ((at.d < kClose) & (at.d > -kClose) & ~absent ? close : at.q - at.p);
 }

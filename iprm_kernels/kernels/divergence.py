@@ -104,7 +104,8 @@ def batch_kl_backward_kernel(
     p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_lse, r_q_lse)
     if p_grad_p is not None:
         r_kl = tl.load(p_kl + o_rows, mask=m_rows, other=0.0)
-        b = r_g[:, None] * tl.where(p_prob == 0, 0.0, p_prob * (d - r_kl[:, None]))
+        absent = (p_prob == 0) & (r_kl == r_kl)[:, None]  # in a row that is not finite nothing is
+        b = r_g[:, None] * tl.where(absent, 0.0, p_prob * (d - r_kl[:, None]))
         store_block(p_grad_p, b, o_rows, m_rows, o_cols, n_cols)
     if p_grad_q is not None:
         b = r_g[:, None] * tl.where(close & (p_prob > 0), p_prob * (excess(d) - d), q_prob - p_prob)

@@ -24,6 +24,19 @@ def kl(p: Any = X, q: Any = X, **options: Any) -> Any:
     return ik.batch_kl(p, q, **options)
 
 
+T = torch.tensor([0, 3])
+HEAD = (torch.ones(4, 3), torch.ones(4))
+LOGITS = torch.ones(2, 4)
+
+
+def step(x: Any = X, y: Any = X, *heads: Any, target: Any = T, weight: Any = 0.5, **options: Any) -> Any:
+    return ik.linear_probe_rebalance(x, y, *(heads or (HEAD, HEAD, HEAD)), target, weight, **options)
+
+
+def probe(x: Any = X, y: Any = X, *logits: Any, head: Any = torch.nn.Linear(3, 4), weight: Any = 0.5, **options: Any) -> Any:
+    return ik.probe_rebalance(x, y, *(logits or (LOGITS, LOGITS)), head, weight, **options)
+
+
 WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ik.normalize([1.0]), TypeError, r"x: expected a tensor \(\.\.\., D\), got list"),
     (lambda: ik.normalize(X.int()), TypeError, r"x: expected float16, .*, got torch\.int32"),
@@ -57,6 +70,36 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ik.strength_weights(KL.int()), TypeError, r"kl: expected float16, .*, got torch\.int32"),
     (lambda: ik.strength_weights(X), ValueError, r"kl: expected shape \(M,\), got \(2, 3\)"),
     (lambda: ik.strength_weights(KL[:0]), ValueError, r"kl: .*at least 1, got \(0,\)"),
+    (lambda: step(x=X[0]), ValueError, r"x: expected shape \(B, D\), got \(3,\)"),
+    (lambda: step(y=torch.ones(3, 3)), ValueError, r"y: expected the shape of x, \(2, 3\), got \(3, 3\)"),
+    (lambda: step(y=X.double()), TypeError, r"y: expected the dtype of x, torch\.float32, got torch\.float64"),
+    (lambda: step(X, X, HEAD[0], HEAD, HEAD), TypeError, r"head_x: expected \(weight \(C, D\), bias .*, got Tensor"),
+    (lambda: step(X, X, HEAD, (HEAD[0],), HEAD), TypeError, r"head_y: expected \(weight \(C, D\), bias .*, got a tuple of 1"),
+    (lambda: step(X, X, HEAD, (HEAD[0].T, None), HEAD), ValueError, r"head_y weight: .*\(4, 3\), got \(3, 4\)"),
+    (lambda: step(X, X, HEAD, HEAD, (HEAD[0][:3], None)), ValueError, r"head_mix weight: .*\(4, 3\), got \(3, 3\)"),
+    (lambda: step(X, X, (HEAD[0], X[0]), HEAD, HEAD), ValueError, r"head_x bias: expected shape \(4,\), got \(3,\)"),
+    (lambda: step(X, X, (HEAD[0], 0.0), HEAD, HEAD), TypeError, r"head_x bias: expected a tensor \(C,\), got float"),
+    (lambda: step(X, X, HEAD, HEAD, (HEAD[0].half(), None)), TypeError, r"head_mix weight: expected the dtype of x"),
+    (lambda: step(X, X, HEAD, HEAD, (HEAD[0].to("meta"), None)), ValueError, r"head_mix weight: expected the device of x"),
+    (lambda: step(target=[0, 1]), TypeError, r"target: expected an int64 tensor \(B,\), got list"),
+    (lambda: step(target=T.int()), TypeError, r"target: expected int64 class indices, got torch\.int32"),
+    (lambda: step(target=T.float()), TypeError, r"target: expected int64 class indices, got torch\.float32"),
+    (lambda: step(target=T[:1]), ValueError, r"target: expected shape \(2,\), got \(1,\)"),
+    (lambda: step(target=T.to("meta")), ValueError, r"target: expected the device of x, cpu, got meta"),
+    (lambda: step(target=T + 1), ValueError, r"target: expected labels in \[0, 4\), got 4 in row 1"),
+    (lambda: step(target=T - 1), ValueError, r"target: expected labels in \[0, 4\), got -1 in row 0"),
+    (lambda: step(weight=torch.ones(2)), ValueError, r"weight: expected a float or shape \(\), got \(2,\)"),
+    (lambda: step(label_smoothing=1.5), ValueError, r"label_smoothing: expected a number in \[0, 1\], got 1\.5"),
+    (lambda: step(label_smoothing="0"), TypeError, r"label_smoothing: expected a number in \[0, 1\], got str"),
+    (lambda: step(ignore_index=0.5), TypeError, r"ignore_index: expected an integer, got float"),
+    (lambda: step(group="world"), TypeError, r"group: expected a ProcessGroup or None, got str"),
+    (lambda: probe(x=X[0]), ValueError, r"x: expected shape \(B, D\), got \(3,\)"),
+    (lambda: probe(y=torch.ones(2, 4)), ValueError, r"y: expected the shape of x, \(2, 3\), got \(2, 4\)"),
+    (lambda: probe(X, X, LOGITS[:1], LOGITS), ValueError, r"logits_x: expected 2 rows, as x has, got shape \(1, 4\)"),
+    (lambda: probe(X, X, LOGITS, X), ValueError, r"logits_y: expected the shape of logits_x, \(2, 4\), got \(2, 3\)"),
+    (lambda: probe(head=HEAD), TypeError, r"head: expected a callable \(B, D\) -> \(B, C\), got tuple"),
+    (lambda: probe(weight=torch.ones(2)), ValueError, r"weight: expected a float or shape \(\), got \(2,\)"),
+    (lambda: probe(group=0), TypeError, r"group: expected a ProcessGroup or None, got int"),
 ]
 
 
@@ -71,3 +114,16 @@ def test_wrong_argument(call: Callable[[], Any], error: type[Exception], message
     with pytest.raises(error, match=f"^{message}") as caught:
         call()
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    ("head", "error", "message"),
+    [
+        (torch.nn.Identity(), ValueError, r"head: expected an output of the shape of logits_x, \(2, 4\), got \(2, 3\)"),
+        (lambda z: z.tolist(), TypeError, r"head: expected an output tensor \(B, C\), got list"),
+        (lambda z: LOGITS.double(), TypeError, r"head: expected the dtype of logits_x, torch\.float32, got torch\.float64"),
+    ],
+)
+def test_wrong_output_of_a_head(head: Callable[..., Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        probe(head=head)

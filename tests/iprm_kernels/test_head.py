@@ -1,0 +1,323 @@
+"""`linear_probe_rebalance` and `probe_rebalance`: what a step returns, whom its gradients reach, and its edges."""
+
+from __future__ import annotations
+
+import itertools
+
+import heads
+import pytest
+import torch
+import torch.nn.functional as F
+from heads import LEAVES, Step
+from places import INTERPRETED, Place
+from torch import Tensor, nn
+
+import iprm_kernels as ik
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def plain(step: Step) -> Step:
+    """The same step by the reference: two passes and autograd."""
+    with ik.use_backend("reference"):
+        return heads.run(step.inputs, **step.options)
+
+
+def assert_equal_steps(step: Step, other: Step) -> None:
+    torch.testing.assert_close(step.outputs, other.outputs, **CLOSE)
+    torch.testing.assert_close(step.gradients, other.gradients, **CLOSE)
+
+
+# options
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("ignored", [(), (0, 3)], ids=["all rows", "rows ignored"])
+def test_losses_are_those_of_torch(place: Place, label_smoothing: float, ignored: tuple[int, ...]) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    inputs["target"][list(ignored)] = 99
+    step = heads.run(inputs, label_smoothing=label_smoothing, ignore_index=99)
+    for loss, name in zip(step.outputs["losses"], ("logits_mix", "logits_x", "logits_y"), strict=True):
+        wanted = F.cross_entropy(step.outputs[name], inputs["target"], label_smoothing=label_smoothing, ignore_index=99)
+        torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(step.outputs["loss"], step.outputs["losses"].sum())
+    assert_equal_steps(step, plain(step))
+
+
+def test_ignored_rows_are_measured_and_learn_nothing(place: Place) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    whole = heads.run(inputs)
+    inputs["target"][4] = -100
+    step = heads.run(inputs)
+    assert torch.equal(step.outputs["kl"], whole.outputs["kl"])
+    assert (step.gradients["x"][4] == 0).all()
+    assert (step.gradients["y"][4] == 0).all()
+
+
+def test_without_any_label_the_losses_are_nan_as_those_of_torch(place: Place) -> None:
+    inputs = heads.inputs(3, 7, 2, device=place.device)
+    inputs["target"].fill_(-100)
+    outputs = heads.run(inputs).outputs
+    assert outputs["losses"].isnan().all()
+    assert outputs["strength"].isfinite().all()
+
+
+@pytest.mark.parametrize("missing", list(itertools.product([True, False], repeat=3)), ids=str)
+def test_heads_without_bias(place: Place, missing: tuple[bool, ...]) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    for name, without in zip(("bias_x", "bias_y", "bias_mix"), missing, strict=True):
+        inputs[name] = None if without else inputs[name]
+    step = heads.run(inputs)
+    assert_equal_steps(step, plain(step))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_probing_weight(place: Place, weight: float) -> None:
+    """A float or a 0-d tensor: the mixture it probes is `geodesic_mixup`'s, through the head."""
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    by_float = heads.run({**inputs, "weight": weight})
+    by_tensor = heads.run({**inputs, "weight": torch.tensor(weight, device=place.device)})
+    assert torch.equal(by_float.outputs["kl"], by_tensor.outputs["kl"])
+    probe = F.linear(ik.geodesic_mixup(inputs["x"], inputs["y"], weight), inputs["weight_mix"], inputs["bias_mix"])
+    own = [F.linear(inputs[m], inputs[f"weight_{m}"], inputs[f"bias_{m}"]) for m in "xy"]
+    kl = torch.stack([ik.batch_kl(logits, probe) for logits in own])
+    torch.testing.assert_close(by_float.outputs["kl"], kl, **CLOSE)
+    torch.testing.assert_close(by_float.outputs["strength"], ik.strength_weights(kl), **CLOSE)
+
+
+# gradients
+
+
+@pytest.mark.parametrize("name", ["loss", "losses", "logits_mix", "logits_x", "logits_y"])
+def test_gradient_through_each_output(place: Place, name: str) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    step = heads.run(inputs, through=(name,))
+    assert_equal_steps(step, plain(step))
+
+
+def test_gradient_through_several_outputs_adds_up(place: Place) -> None:
+    step = heads.run(heads.inputs(9, 31, 6, device=place.device), through=("loss", "losses", "logits_mix", "logits_y"))
+    assert_equal_steps(step, plain(step))
+
+
+@pytest.mark.parametrize("needed", [("x",), ("y", "weight_mix"), ("weight_x", "bias_mix"), ("bias_y",), LEAVES], ids=str)
+def test_only_what_asks_gets_a_gradient(place: Place, needed: tuple[str, ...]) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    whole, step = heads.run(inputs), heads.run(inputs, needed=needed)
+    for leaf in LEAVES:
+        if leaf in needed:
+            torch.testing.assert_close(step.gradients[leaf], whole.gradients[leaf], **CLOSE)
+        else:
+            assert step.gradients[leaf] is None
+
+
+def test_strength_and_kl_carry_no_gradient(place: Place) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    inputs["x"].requires_grad_()
+    step = heads.call(inputs)
+    assert step.loss.requires_grad
+    assert not step.strength.requires_grad
+    assert not step.kl.requires_grad
+
+
+# rows at the edges
+
+
+def test_identical_features(place: Place) -> None:
+    """c = 1: the mixture is x̂ whatever the weight, and the gradients are the limit's."""
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    inputs["y"] = inputs["x"].clone()
+    step = heads.run(inputs)
+    mixed = F.linear(F.normalize(inputs["x"]), inputs["weight_mix"], inputs["bias_mix"])
+    torch.testing.assert_close(step.outputs["logits_mix"], mixed, **CLOSE)
+    assert_equal_steps(step, plain(step))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["dead beside close", "dead beside opposite"])
+def test_dead_rows_learn_from_their_own_head_alone(place: Place, sign: float) -> None:
+    """‖x‖ <= 1e-12: nothing comes through the mixture, and the unimodal gradient dU W_x is left. In float64, since beside
+    the antipode float32 has lost three digits."""
+    inputs = heads.inputs(9, 31, 6, torch.float64, device=place.device)
+    inputs["y"][5] = sign * inputs["x"][5]
+    inputs["x"][2] = 0.0
+    inputs["y"][7] = 0.0
+    inputs["x"][8] = inputs["y"][8] = 0.0
+    step = heads.run(inputs)
+    residual = step.outputs["logits_x"].softmax(1) - F.one_hot(inputs["target"], 6)
+    own = residual @ inputs["weight_x"] / 9
+    torch.testing.assert_close(step.gradients["x"][[2, 8]], own[[2, 8]], **CLOSE)
+    assert_equal_steps(step, plain(step))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_never_learned_from_silently(place: Place, bad: float) -> None:
+    """Such a row is in ω, which all rows share: the loss is NaN and says so."""
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    inputs["x"][3, 30] = bad
+    outputs = heads.run(inputs).outputs
+    assert outputs["loss"].isnan()
+    assert outputs["strength"].isnan().all()
+    clean = [row for row in range(9) if row != 3]
+    assert outputs["logits_x"][clean].isfinite().all()
+    assert outputs["logits_y"].isfinite().all()
+
+
+def test_heads_that_agree_share_the_weight(place: Place) -> None:
+    """All heads zero: every prediction uniform, every KL zero, ω uniform, no 0/0."""
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    for name in ("weight_x", "weight_y", "weight_mix", "bias_x", "bias_y", "bias_mix"):
+        inputs[name] = torch.zeros_like(inputs[name])
+    step = heads.run(inputs)
+    assert step.outputs["kl"].tolist() == [0.0, 0.0]
+    assert step.outputs["strength"].tolist() == [0.5, 0.5]
+    assert all(gradient.isfinite().all() for gradient in step.gradients.values())
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 3), (1, 1, 1), (1, 1, 2), (2, 1, 31)], ids=str)
+def test_smallest_shapes(place: Place, shape: tuple[int, int, int]) -> None:
+    step = heads.run(heads.inputs(*shape, device=place.device))
+    other = plain(step)
+    torch.testing.assert_close(step.outputs, other.outputs, equal_nan=True, **CLOSE)
+    torch.testing.assert_close(step.gradients, other.gradients, equal_nan=True, **CLOSE)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every other column", "expanded"])
+def test_any_strides(place: Place, layout: str) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    if layout == "expanded":
+        inputs["x"], inputs["weight_mix"] = inputs["x"][:1].expand(9, 31), inputs["weight_mix"][:, :1].expand(6, 31)
+    contiguous = heads.run({name: t.contiguous() if isinstance(t, Tensor) else t for name, t in inputs.items()})
+    for name in ("x", "y", "weight_x", "weight_y", "weight_mix"):
+        if layout == "transposed":
+            inputs[name] = inputs[name].T.contiguous().T
+        elif layout == "every other column":
+            inputs[name] = inputs[name].repeat_interleave(2, dim=1)[:, ::2]
+    assert_equal_steps(heads.run(inputs), contiguous)
+
+
+# as PyTorch sees it
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(place: Place, dtype: torch.dtype, biased: bool) -> None:
+    inputs = heads.inputs(5, 7, 3, dtype, device=place.device)
+    parameters = [
+        tensor.detach().requires_grad_() if biased or "bias" not in name else None
+        for name, tensor in inputs.items()
+        if name in LEAVES
+    ]
+    weight = torch.tensor(0.3, dtype=inputs["x"].double().dtype if dtype == torch.float64 else torch.float32)
+    arguments = (*parameters, inputs["target"], weight.to(place.device), 0.1, -100, "")
+    torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, arguments)
+    outputs = torch.ops.iprm.linear_probe_rebalance(*(t.detach() if isinstance(t, Tensor) else t for t in arguments))
+    grads = (torch.ones_like(outputs[0]), None, torch.ones_like(outputs[2]), None, None)
+    saved = [parameters[i].detach() for i in (0, 1, 2, 4, 6)]
+    torch.library.opcheck(
+        torch.ops.iprm.linear_probe_rebalance_backward.default,
+        (*grads, *saved, inputs["target"], *outputs[2:6], *outputs[7:], 0.1, -100),
+    )
+
+
+def test_fullgraph_compile_equals_eager(place: Place) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    torch.compiler.reset()
+    compiled = torch.compile(heads.call, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+    assert_equal_steps(heads.run(inputs, call=compiled), heads.run(inputs))
+
+
+def test_autocast_casts_features_and_heads(place: Place) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    with torch.autocast(place.device.type, dtype=torch.bfloat16):
+        step = heads.run(inputs)
+    narrow = {name: t.bfloat16() if name in LEAVES else t for name, t in inputs.items()}
+    outputs = heads.run(narrow).outputs
+    torch.testing.assert_close(step.outputs, outputs, rtol=0, atol=0)
+    assert step.outputs["logits_mix"].dtype == torch.bfloat16
+    assert step.outputs["loss"].dtype == torch.float32
+    assert all(step.gradients[name].dtype == torch.float32 for name in LEAVES)
+
+
+def test_second_derivatives_are_refused(fused: Place) -> None:
+    inputs = heads.inputs(5, 7, 3, device=fused.device)
+    x = inputs["x"].requires_grad_()
+    (grad,) = torch.autograd.grad(heads.call(inputs).loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not provided"):
+        grad.square().sum().backward()
+
+
+def test_repeats_bitwise(place: Place) -> None:
+    inputs = heads.inputs(129, 100, 31, device=place.device)
+    first, second = heads.run(inputs), heads.run(inputs)
+    for results in zip((*first.outputs.values(), *first.gradients.values()),
+                       (*second.outputs.values(), *second.gradients.values()), strict=True):  # fmt: skip
+        assert torch.equal(*results)
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation_and_captured_in_a_cuda_graph() -> None:
+    inputs = heads.inputs(64, 512, 31, device="cuda")
+    inputs["weight"] = torch.tensor(0.3, device="cuda")
+    wanted = heads.run(inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        heads.run(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = heads.run(inputs)
+    graph.replay()
+    assert torch.equal(captured.outputs["loss"], wanted.outputs["loss"])
+    assert all(torch.equal(captured.gradients[name], wanted.gradients[name]) for name in LEAVES)
+
+
+@pytest.mark.gpu
+def test_a_label_out_of_range_on_a_gpu_is_nan_and_never_read() -> None:
+    inputs = heads.inputs(64, 512, 31, device="cuda")
+    inputs["target"][5] = 10**9
+    step = heads.run(inputs)
+    assert step.outputs["losses"].isnan().all()
+    assert step.gradients["x"][5].isnan().all()
+    assert step.outputs["strength"].isfinite().all()
+
+
+# any head
+
+
+def mlp(inputs: dict[str, Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(31, 16), nn.Tanh(), nn.Linear(16, 6)).to(inputs["x"].device)
+
+
+def test_any_head_is_called_twice_the_first_time_without_gradient(place: Place) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    x, y = (inputs[name].requires_grad_() for name in "xy")
+    own = [F.linear(inputs[m], inputs[f"weight_{m}"]) for m in "xy"]
+    head, seen = mlp(inputs), []
+
+    def counted(z: Tensor) -> Tensor:
+        seen.append((z.detach(), torch.is_grad_enabled()))
+        return head(z)
+
+    result = ik.probe_rebalance(x, y, *own, counted, 0.3)
+    assert [enabled for _, enabled in seen] == [False, True]
+    kl = torch.stack([ik.batch_kl(logits, head(ik.geodesic_mixup(x, y, 0.3))) for logits in own]).detach()
+    torch.testing.assert_close(result.kl, kl)
+    torch.testing.assert_close(result.strength, ik.strength_weights(kl))
+    torch.testing.assert_close(seen[1][0], ik.geodesic_mixup(x, y, result.strength[0]).detach())
+    assert not result.strength.requires_grad
+    assert not result.kl.requires_grad
+
+
+def test_any_head_learns_from_the_rebalanced_mixture_alone(place: Place) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    own = [F.linear(inputs[m], inputs[f"weight_{m}"]).requires_grad_() for m in "xy"]
+    x, y = (inputs[name].requires_grad_() for name in "xy")
+    head = mlp(inputs)
+    leaves = [x, y, *head.parameters()]
+    result = ik.probe_rebalance(x, y, *own, head, 0.3)
+    gradients = torch.autograd.grad(result.logits.square().sum(), leaves, retain_graph=True)
+    mixed = head(ik.geodesic_mixup(x, y, result.strength[0]))
+    torch.testing.assert_close(gradients, torch.autograd.grad(mixed.square().sum(), leaves))
+    assert torch.autograd.grad(result.logits.sum(), own, allow_unused=True) == (None, None)

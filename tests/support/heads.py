@@ -1,0 +1,89 @@
+"""Inputs and runs of the linear head step, for the tests of `linear_probe_rebalance`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import cases
+import torch
+from torch import Tensor
+
+import iprm_kernels as ik
+
+#: What a step is differentiated by, in the order of the operator's arguments.
+LEAVES = ("x", "y", "weight_x", "bias_x", "weight_y", "bias_y", "weight_mix", "bias_mix")
+
+
+class Step(NamedTuple):
+    """A step that was run: on what, with what, and what came of it, by name."""
+
+    inputs: dict[str, Any]
+    options: dict[str, Any]
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+def inputs(
+    batch: int,
+    width: int,
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Features at all angles, heads that make logits of size 1 to 3, labels of every class, and λ = 0.3."""
+    x, y = cases.feature_pairs(batch, width, dtype, device)
+    made = {"x": x, "y": y}
+    for seed, name in enumerate(("x", "y", "mix"), start=10):
+        scale = 2.0 if name != "mix" else 2.0 * width**0.5  # features of the mixture are of length 1
+        made[f"weight_{name}"] = (scale / width**0.5 * cases.randn(classes, width, seed=seed)).to(device, dtype)
+        made[f"bias_{name}"] = cases.randn(classes, seed=seed + 3, dtype=dtype, device=device)
+    target = torch.arange(batch, device=device) % classes
+    return {**made, "target": target, "weight": 0.3}
+
+
+def call(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
+    """`linear_probe_rebalance` of inputs by name."""
+    named = [(arguments[f"weight_{m}"], arguments[f"bias_{m}"]) for m in ("x", "y", "mix")]
+    return ik.linear_probe_rebalance(
+        arguments["x"], arguments["y"], *named, arguments["target"], arguments["weight"], **options
+    )
+
+
+def run(
+    arguments: dict[str, Any],
+    *,
+    needed: tuple[str, ...] = LEAVES,
+    through: tuple[str, ...] = ("loss",),
+    call: Callable[..., ik.StepResult] = call,
+    **options: Any,
+) -> Step:
+    """Forward and backward from the outputs named, weighed by fixed numbers, to the leaves named."""
+    leaves = {
+        name: t.detach().requires_grad_(name in needed) if name in LEAVES and t is not None else t
+        for name, t in arguments.items()
+    }
+    result = call(leaves, **options)
+    sum(_weighed(getattr(result, name)) for name in through).backward()
+    gradients = {name: _gradient(leaves[name]) for name in LEAVES}
+    outputs = {name: value.detach() for name, value in result._asdict().items()}
+    return Step(arguments, {**options, "needed": needed, "through": through}, outputs, gradients)
+
+
+def _weighed(output: Tensor) -> Tensor:
+    """A sum in which no two elements weigh the same.  (...) -> ()"""
+    return (output * weights(output.shape, output.dtype).to(output.device)).sum()
+
+
+def weights(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Numbers from 1 to 2, by which the elements of an output enter what is differentiated."""
+    return torch.linspace(1, 2, math.prod(shape), dtype=torch.float64).to(dtype).view(shape)
+
+
+def _gradient(leaf: Tensor | None) -> Tensor | None:
+    """Zeros where the leaf asked and was not reached, None where it did not ask."""
+    if leaf is None or not leaf.requires_grad:
+        return None
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
