@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .dtypes import FLOATING, arithmetic_dtype
+
+#: The smallest eps: 1 / eps² enters gradients, and must be representable.
+SMALLEST_EPS = {torch.float32: 1e-18, torch.float64: 1e-150}
 
 
 def rows(name: str, value: Any, shape: str = "(..., D)") -> None:
@@ -43,12 +47,15 @@ def same_place(name: str, value: Tensor, other_name: str, other: Tensor, *, auto
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}")
 
 
-def epsilon(eps: Any) -> float:
-    """`eps` is a positive finite number."""
+def epsilon(eps: Any, like: Tensor) -> float:
+    """`eps` is a finite number that can be divided by twice in the arithmetic of `like`."""
     if not isinstance(eps, (int, float)) or isinstance(eps, bool):
         raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
     if not (0 < eps < math.inf):
         raise ValueError(f"eps: expected a positive finite number, got {eps}")
+    smallest = SMALLEST_EPS[arithmetic_dtype(like.dtype)]
+    if eps < smallest:
+        raise ValueError(f"eps: expected at least {smallest} for {like.dtype}, got {eps}")
     return float(eps)
 
 
@@ -68,14 +75,14 @@ def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
         return weight.reshape(-1) if weight.dim() > 1 else weight
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"weight: expected a float or a tensor, got {type(weight).__name__}")
-    if not math.isfinite(weight):
+    if not -math.inf < weight < math.inf:  # and not math.isfinite, which torch.compile cannot trace
         raise ValueError(f"weight: expected a finite number, got {weight}")
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.full((), weight, dtype=dtype, device=like.device)
+    return torch.full((), weight, dtype=arithmetic_dtype(like.dtype), device=like.device)
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def widest(*tensors: Tensor) -> list[Tensor]:
@@ -84,3 +91,65 @@ def widest(*tensors: Tensor) -> list[Tensor]:
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return [tensor.to(dtype) for tensor in tensors]
+
+
+# the head step
+
+
+def linear_heads(heads: dict[str, Any], x: Tensor, autocast: bool) -> None:
+    """Each head is (weight (C, D), bias (C,) or None), all of the same C, for the features."""
+    classes = None
+    for name, head in heads.items():
+        if not isinstance(head, (tuple, list)) or len(head) != 2:
+            came = f"a {type(head).__name__} of {len(head)}" if isinstance(head, (tuple, list)) else type(head).__name__
+            raise TypeError(f"{name}: expected (weight (C, D), bias (C,) or None), got {came}")
+        weight, bias = head
+        matrix(f"{name} weight", weight, "(C, D)")
+        classes = weight.shape[0] if classes is None else classes
+        if weight.shape != (classes, x.shape[1]):
+            raise ValueError(f"{name} weight: expected shape {(classes, x.shape[1])}, got {tuple(weight.shape)}")
+        same_place(f"{name} weight", weight, "x", x, autocast=autocast)
+        if bias is not None:
+            rows(f"{name} bias", bias, "(C,)")
+            if bias.shape != (classes,):
+                raise ValueError(f"{name} bias: expected shape {(classes,)}, got {tuple(bias.shape)}")
+            same_place(f"{name} bias", bias, "x", x, autocast=autocast)
+
+
+def target(value: Any, x: Tensor) -> None:
+    """`value` is (B,) class indices on the device of `x`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"target: expected an int64 tensor (B,), got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"target: expected int64 class indices, got {value.dtype}")
+    if value.shape != x.shape[:1]:
+        raise ValueError(f"target: expected shape {tuple(x.shape[:1])}, got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"target: expected the device of x, {x.device}, got {value.device}")
+
+
+def labels(value: Tensor, classes: int, ignore_index: int) -> None:
+    """Labels on the CPU are in [0, C) or `ignore_index`; on a GPU looking would synchronise."""
+    if value.device.type != "cpu" or len(value) == 0:
+        return
+    lowest, highest = value.aminmax()
+    if lowest >= 0 and highest < classes:
+        return
+    wrong = (value != ignore_index) & ((value < 0) | (value >= classes))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"target: expected labels in [0, {classes}), got {int(value[row])} in row {row}")
+
+
+def cross_entropy_options(label_smoothing: Any, ignore_index: Any) -> None:
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing: expected a number in [0, 1], got {type(label_smoothing).__name__}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+
+
+def process_group(group: Any) -> None:
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise TypeError(f"group: expected a ProcessGroup or None, got {type(group).__name__}")

@@ -11,9 +11,17 @@ the operator has allocated (None for a gradient that nobody asked for)::
     batch_kl_backward(grad, p_logits, q_logits, rows, stats, grad_p, grad_q)
     strength_weights(kl, strength)
     strength_weights_backward(grad, kl, grad_kl)
+    head_probe(x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, weight,
+               a, v, u_x, u_y, stats, kl, logits_x, logits_y)
+    head_rebalance(a, v, u_x, u_y, bias_mix, stats, kl, target, label_smoothing, ignore_index,
+                   strength, logits_mix, loss, losses)
+    head_backward(grad_loss, grad_losses, grad_mix, grad_logits_x, grad_logits_y, x, y, weight_x, weight_y, weight_mix,
+                  bias_mix, target, a, v, u_x, u_y, stats, strength, label_smoothing, ignore_index, grad_x, grad_y,
+                  grad_weight_x, grad_bias_x, grad_weight_y, grad_bias_y, grad_weight_mix, grad_bias_mix)
 
 Features are 2-D with any strides, outputs contiguous; weight and row gradients are (B,), of stride 0 where one value serves
-all rows. stats of one backend serve the backward of another.
+all rows. stats of one backend serve the backward of another. Between head_probe and head_rebalance the KL sums may be added
+over processes.
 """
 
 from __future__ import annotations
@@ -39,6 +47,9 @@ KERNELS = (
     "batch_kl_backward",
     "strength_weights",
     "strength_weights_backward",
+    "head_probe",
+    "head_rebalance",
+    "head_backward",
 )
 
 #: The backends tried for a device when none was asked for, best first. Triton joins "cuda" once its tests have passed on
@@ -96,7 +107,7 @@ def _load_cpp() -> _Loaded:
         importlib.import_module("._C", __package__)
     except ImportError as error:
         reason = (
-            f"the C++ extension is not there: {error}; reinstall iprm-kernels where a C++17 compiler is on the PATH, "
+            f"the C++ extension is not there: {error}; reinstall iprm-kernels where a C++20 compiler is on the PATH, "
             "with IPRM_KERNELS_BUILD=cpu to make a failed build an error"
         )
         return _Loaded(None, (), reason)
@@ -117,7 +128,9 @@ def _load_triton() -> _Loaded:
         return _Loaded(None, (), "no GPU is visible; TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests")
     devices = ("cpu", "cuda") if triton.knobs.runtime.interpret else ("cuda",)
     module = importlib.import_module(".kernels", __package__)
-    return _Loaded(SimpleNamespace(**{name: getattr(module, name) for name in KERNELS}), devices, reason)
+    own = {name: getattr(module, name) for name in module.__all__}
+    composed = vars(_load_reference().kernels)  # the head step, of torch's matrix products
+    return _Loaded(SimpleNamespace(**{**composed, **own}), devices, reason)
 
 
 def _load_cuda() -> _Loaded:
@@ -136,15 +149,16 @@ def _known(name: str) -> str:
     return name
 
 
-# Process-wide and no thread-local: autograd runs backward passes of GPU tensors in threads of its own.
-_requested: list[str] = []
+# Process-wide and no thread-local: autograd runs backward passes of GPU tensors in threads of its own. An entry is a list of
+# its own, so that of two threads each takes back what it put in.
+_requested: list[list[str]] = []
 # Read once: a look into os.environ takes 4 µs, a tenth of a small forward pass.
 _from_environment = os.environ.get("IPRM_KERNELS_BACKEND")
 
 
 def requested() -> str | None:
     """The backend asked for by `use_backend` or IPRM_KERNELS_BACKEND; None leaves the choice to the device."""
-    return _requested[-1] if _requested else _from_environment
+    return _requested[-1][0] if _requested else _from_environment
 
 
 @functools.cache
@@ -169,7 +183,8 @@ def kernels(device: torch.device) -> SimpleNamespace:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the operators called inside, on every thread of the process, by one backend.
+    """Runs the operators called inside, on every thread of the process, by one backend. Use it around a compiled function, not
+    within: torch.compile cannot trace it.
 
     Args:
         name: "reference", "cpp", "triton" or "cuda". The variable IPRM_KERNELS_BACKEND does the same for a whole run.
@@ -181,11 +196,12 @@ def use_backend(name: str) -> Iterator[None]:
     loaded = _load(_known(name))
     if loaded.kernels is None:
         raise BackendUnavailableError(f"backend {name!r} cannot run here: {loaded.reason}")
-    _requested.append(name)
+    entry = [name]
+    _requested.append(entry)
     try:
         yield
     finally:
-        _requested.pop()
+        _requested[:] = [other for other in _requested if other is not entry]
 
 
 def backends() -> dict[str, BackendStatus]:

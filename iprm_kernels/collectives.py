@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-
-_groups: weakref.WeakValueDictionary[str, ProcessGroup] = weakref.WeakValueDictionary()
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 
 def group_name(group: ProcessGroup | None) -> str:
-    """The name under which `all_reduce_named` finds the group again; "" for no group."""
-    if group is None:
-        return ""
-    _groups[group.group_name] = group
-    return group.group_name
+    """The name that an operator takes for the group; "" for none."""
+    return "" if group is None else group.group_name
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -28,4 +22,4 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 def all_reduce_named(values: Tensor, name: str) -> Tensor:
     """`all_reduce_sum` over the group of that name, "" being none."""
-    return all_reduce_sum(values, _groups[name] if name else None)
+    return all_reduce_sum(values, _resolve_process_group(name) if name else None)

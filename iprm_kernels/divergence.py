@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _checks
 from ._library import register
 from .backends import kernels
-from .reference import arithmetic_dtype
+from .dtypes import arithmetic_dtype
 
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -22,7 +22,8 @@ def batch_kl(p_logits: Tensor, q_logits: Tensor, *, reduction: str = "sum") -> T
         KL_i = Σ_k P_ik (log P_ik - log Q_ik)
 
     Summed as ``Σ P φ(d)`` with ``d = log P - log Q`` and ``φ(d) = d + exp(-d) - 1 >= 0``, which is the same number without
-    cancellation: never negative, never NaN for finite logits, zero for equal rows, right to the last digits for close ones.
+    cancellation: never negative, never NaN for finite logits, zero for equal rows, right to the last digits for close ones,
+    and unmoved by what the logits of a row have in common.
     No softmax is written to memory. Differentiable in both arguments.
 
     Args:
@@ -54,13 +55,13 @@ def strength_weights(kl: Tensor) -> Tensor:
         ω_m = (1 / KL_m) / Σ_j (1 / KL_j)            two modalities: ω_0 = KL_1 / (KL_0 + KL_1)
 
     The modality that stands closer to the mixture is the stronger, and weighs more. Computed on the device, without a
-    synchronisation. Differentiable wherever ω is; zero gradient elsewhere (several KL zero, or one infinite).
+    synchronisation. Differentiable wherever ω is; zero gradient elsewhere (several KL zero, or one infinite); a NaN spreads.
 
     Args:
         kl: (M,) divergences, none negative.
 
     Returns:
-        (M,), summing to one. KL that are zero share everything equally; an infinite one gets 0; all equal: uniform.
+        (M,), the dtype of `kl`, summing to one. KL that are zero share everything equally; an infinite one gets 0; all equal: uniform.
 
     Raises:
         TypeError: `kl` is no floating tensor.
@@ -74,13 +75,13 @@ def strength_weights(kl: Tensor) -> Tensor:
     return _strength_weights(kl)
 
 
-# batch_kl: (B, C) x2 -> () or (B,), rows (B,), stats (2, B) holding log Σ exp of either
+# batch_kl: (B, C) x2 -> () or (B,), rows (B,), stats (4, B) holding max p, Σ exp(p - max p), and the same of q
 
 
 def _batch_kl_kernel(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
     batch, dtype = p_logits.shape[0], arithmetic_dtype(p_logits.dtype)
     rows = torch.empty((batch,), dtype=dtype, device=p_logits.device)  # (B,)
-    stats = torch.empty((2, batch), dtype=dtype, device=p_logits.device)  # (2, B)
+    stats = torch.empty((4, batch), dtype=dtype, device=p_logits.device)  # (4, B)
     kernels(p_logits.device).batch_kl(p_logits, q_logits, rows, stats)
     if reduction == "sum":
         return rows.sum(), rows, stats
@@ -95,7 +96,7 @@ def _batch_kl_fake(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[
     return (
         p_logits.new_empty(shape, dtype=dtype),
         p_logits.new_empty((batch,), dtype=dtype),
-        p_logits.new_empty((2, batch), dtype=dtype),
+        p_logits.new_empty((4, batch), dtype=dtype),
     )
 
 
@@ -105,11 +106,11 @@ def _batch_kl_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1], output[2])
 
 
-def _batch_kl_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _batch_kl_autograd(ctx: Any, saved: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None
     needed = ctx.needs_input_grad[:2]
-    grad_p, grad_q = _batch_kl_backward(grad, *ctx.saved_tensors, ctx.reduction, needed)
+    grad_p, grad_q = _batch_kl_backward(grad, *saved, ctx.reduction, needed)
     return grad_p if needed[0] else None, grad_q if needed[1] else None, None
 
 
@@ -166,9 +167,10 @@ _batch_kl_backward = register(
 
 
 def _strength_weights_kernel(kl: Tensor) -> Tensor:
-    strength = torch.empty(kl.shape, dtype=kl.dtype, device=kl.device)  # (M,)
-    kernels(kl.device).strength_weights(kl, strength)
-    return strength
+    wide = kl.to(arithmetic_dtype(kl.dtype))
+    strength = torch.empty(kl.shape, dtype=wide.dtype, device=kl.device)  # (M,)
+    kernels(kl.device).strength_weights(wide, strength)
+    return strength.to(kl.dtype)
 
 
 def _strength_weights_fake(kl: Tensor) -> Tensor:
@@ -179,14 +181,15 @@ def _strength_weights_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(inputs[0])
 
 
-def _strength_weights_autograd(ctx: Any, grad: Tensor) -> Tensor:
-    return _strength_weights_backward(grad, *ctx.saved_tensors)
+def _strength_weights_autograd(ctx: Any, saved: Any, grad: Tensor) -> Tensor:
+    return _strength_weights_backward(grad, *saved)
 
 
 def _strength_weights_backward_kernel(grad: Tensor, kl: Tensor) -> Tensor:
-    grad_kl = torch.empty(kl.shape, dtype=kl.dtype, device=kl.device)  # (M,)
-    kernels(kl.device).strength_weights_backward(grad, kl, grad_kl)
-    return grad_kl
+    dtype = arithmetic_dtype(kl.dtype)
+    grad_kl = torch.empty(kl.shape, dtype=dtype, device=kl.device)  # (M,)
+    kernels(kl.device).strength_weights_backward(grad.to(dtype), kl.to(dtype), grad_kl)
+    return grad_kl.to(kl.dtype)
 
 
 def _strength_weights_backward_fake(grad: Tensor, kl: Tensor) -> Tensor:

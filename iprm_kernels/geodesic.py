@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _checks
 from ._library import register
 from .backends import kernels
-from .reference import arithmetic_dtype
+from .dtypes import arithmetic_dtype
 
 
 def normalize(x: Tensor, *, eps: float = 1e-12) -> Tensor:
@@ -21,7 +21,7 @@ def normalize(x: Tensor, *, eps: float = 1e-12) -> Tensor:
 
     Args:
         x: (..., D) features; float16 and bfloat16 are computed in float32.
-        eps: the smallest length divided by.
+        eps: the smallest length divided by; at least 1e-18, for float64 at least 1e-150.
 
     Returns:
         (..., D), the dtype of `x`. A row that is not finite, or whose squared length overflows, is NaN throughout.
@@ -31,7 +31,7 @@ def normalize(x: Tensor, *, eps: float = 1e-12) -> Tensor:
         ValueError: `x` has no last dimension to normalise, or `eps` is not positive.
     """
     _checks.rows("x", x)
-    unit, _ = _normalize(_as_rows(x), _checks.epsilon(eps))
+    unit, _ = _normalize(_as_rows(x), _checks.epsilon(eps, x))
     return unit if x.dim() == 2 else unit.view(x.shape)
 
 
@@ -53,8 +53,8 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float =
         eps: the smallest length divided by, as in :func:`normalize`.
 
     Returns:
-        (..., D), the dtype of `x`. A row that is not finite is NaN throughout and touches no other; a row with
-        ``‖x‖ <= eps`` receives a zero gradient.
+        (..., D), the dtype of `x`, under autocast the widest. A row that is not finite, or whose squared length overflows, is
+        NaN throughout and touches no other; a row with ``‖x‖ <= eps`` receives a zero gradient.
 
     Raises:
         TypeError: an argument that is no floating tensor, or dtypes that differ.
@@ -69,7 +69,7 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float =
     weight = _checks.mixing_weight(weight, x, x.shape[:-1])
     if autocast:
         x, y = _checks.widest(x, y)
-    z, _ = _geodesic_mixup(_as_rows(x), _as_rows(y), weight, _checks.epsilon(eps))
+    z, _ = _geodesic_mixup(_as_rows(x), _as_rows(y), weight, _checks.epsilon(eps, x))
     return z if x.dim() == 2 else z.view(x.shape)
 
 
@@ -98,10 +98,10 @@ def _normalize_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(inputs[0], output[1])
 
 
-def _normalize_autograd(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+def _normalize_autograd(ctx: Any, saved: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
     if grad is None:
         return None, None
-    return _normalize_backward(grad, *ctx.saved_tensors, ctx.eps), None
+    return _normalize_backward(grad, *saved, ctx.eps), None
 
 
 def _normalize_backward_kernel(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
@@ -153,11 +153,11 @@ def _geodesic_mixup_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(x, y, weight, output[1])
 
 
-def _geodesic_mixup_autograd(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _geodesic_mixup_autograd(ctx: Any, saved: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None
     needed = ctx.needs_input_grad[:3]
-    grad_x, grad_y, grad_w = _geodesic_mixup_backward(grad, *ctx.saved_tensors, ctx.eps, needed)
+    grad_x, grad_y, grad_w = _geodesic_mixup_backward(grad, *saved, ctx.eps, needed)
     return grad_x if needed[0] else None, grad_y if needed[1] else None, grad_w if needed[2] else None, None
 
 

@@ -6,18 +6,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import _checks
 from ._library import register
-from .backends import requested
-from .collectives import all_reduce_sum, group_name
+from .backends import kernels
+from .collectives import all_reduce_named, all_reduce_sum, group_name
 from .divergence import batch_kl, strength_weights
+from .dtypes import arithmetic_dtype
 from .geodesic import geodesic_mixup
-from .linear_head import linear_head_backward, linear_head_forward
-from .reference import arithmetic_dtype
 
 LinearHead = tuple[Tensor, Tensor | None]
 
@@ -79,7 +77,7 @@ def probe_rebalance(
     """
     _check_probe(x, y, logits_x, logits_y, head)
     weight = _checks.mixing_weight(weight, x, torch.Size(()))
-    _check_group(group)
+    _checks.process_group(group)
     with torch.no_grad():
         probe = head(geodesic_mixup(x.detach(), y.detach(), weight))
         _check_output(probe, logits_x)
@@ -136,49 +134,22 @@ def linear_probe_rebalance(
     autocast = isinstance(x, Tensor) and _checks.autocast_enabled(x)
     _checks.matrix("x", x)
     _checks.matrix("y", y)
-    _checks.alike("y", y, "x", x, autocast=autocast)
+    _checks.alike("y", y, "x", x, autocast=autocast and torch.float64 not in (x.dtype, y.dtype))
     heads = {"head_x": head_x, "head_y": head_y, "head_mix": head_mix}
-    _check_heads(heads, x, autocast)
-    _check_target(target, x)
+    _checks.linear_heads(heads, x, autocast and x.dtype != torch.float64)
+    _checks.target(target, x)
     weight = _checks.mixing_weight(weight, x, torch.Size(()))
-    _check_options(label_smoothing, ignore_index)
-    _check_group(group)
+    _checks.cross_entropy_options(label_smoothing, ignore_index)
+    _checks.process_group(group)
     if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, y = x.to(dtype), y.to(dtype)
         heads = {name: (w.to(dtype), b if b is None else b.to(dtype)) for name, (w, b) in heads.items()}
-    if requested() == "reference":
-        return _two_pass(x, y, heads, target, weight, label_smoothing, ignore_index, group)
     parameters = (*heads["head_x"], *heads["head_y"], *heads["head_mix"])
     outputs = _linear_probe_rebalance(
         x, y, *parameters, target, weight, float(label_smoothing), int(ignore_index), group_name(group)
     )
     return StepResult(*outputs[:7])
-
-
-def _two_pass(
-    x: Tensor,
-    y: Tensor,
-    heads: dict[str, LinearHead],
-    target: Tensor,
-    weight: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    group: ProcessGroup | None,
-) -> StepResult:
-    """The step as it reads, through `probe_rebalance` and autograd: what `use_backend("reference")` runs."""
-    if not torch.compiler.is_compiling():  # compiled, cross_entropy itself refuses such a label
-        _check_labels(target, heads["head_x"][0].shape[0], ignore_index)
-    logits_x, logits_y = F.linear(x, *heads["head_x"]), F.linear(y, *heads["head_y"])
-    mixed = probe_rebalance(x, y, logits_x, logits_y, lambda z: F.linear(z, *heads["head_mix"]), weight, group=group)
-    dtype = arithmetic_dtype(x.dtype)
-    losses = torch.stack(
-        [
-            F.cross_entropy(logits.to(dtype), target, ignore_index=ignore_index, label_smoothing=label_smoothing)
-            for logits in (mixed.logits, logits_x, logits_y)
-        ]
-    )
-    return StepResult(losses.sum(), losses, mixed.logits, logits_x, logits_y, mixed.strength, mixed.kl)
 
 
 def _check_probe(x: Tensor, y: Tensor, logits_x: Tensor, logits_y: Tensor, head: Any) -> None:
@@ -205,62 +176,8 @@ def _check_output(probe: Any, logits_x: Tensor) -> None:
     _checks.same_place("head", probe, "logits_x", logits_x, autocast=_checks.autocast_enabled(probe))
 
 
-def _check_group(group: Any) -> None:
-    if group is not None and not isinstance(group, ProcessGroup):
-        raise TypeError(f"group: expected a ProcessGroup or None, got {type(group).__name__}")
-
-
-def _check_options(label_smoothing: Any, ignore_index: Any) -> None:
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing: expected a number in [0, 1], got {type(label_smoothing).__name__}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
-
-
-def _check_heads(heads: dict[str, LinearHead], x: Tensor, autocast: bool) -> None:
-    """Each head is (weight (C, D), bias (C,) or None), all of the same C, for the features."""
-    classes = None
-    for name, head in heads.items():
-        if not isinstance(head, (tuple, list)) or len(head) != 2:
-            came = f"a {type(head).__name__} of {len(head)}" if isinstance(head, (tuple, list)) else type(head).__name__
-            raise TypeError(f"{name}: expected (weight (C, D), bias (C,) or None), got {came}")
-        weight, bias = head
-        _checks.matrix(f"{name} weight", weight, "(C, D)")
-        classes = weight.shape[0] if classes is None else classes
-        if weight.shape != (classes, x.shape[1]):
-            raise ValueError(f"{name} weight: expected shape {(classes, x.shape[1])}, got {tuple(weight.shape)}")
-        _checks.same_place(f"{name} weight", weight, "x", x, autocast=autocast)
-        if bias is not None:
-            _checks.rows(f"{name} bias", bias, "(C,)")
-            if bias.shape != (classes,):
-                raise ValueError(f"{name} bias: expected shape {(classes,)}, got {tuple(bias.shape)}")
-            _checks.same_place(f"{name} bias", bias, "x", x, autocast=autocast)
-
-
-def _check_target(target: Tensor, x: Tensor) -> None:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected an int64 tensor (B,), got {type(target).__name__}")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target: expected int64 class indices, got {target.dtype}")
-    if target.shape != x.shape[:1]:
-        raise ValueError(f"target: expected shape {tuple(x.shape[:1])}, got {tuple(target.shape)}")
-    if target.device != x.device:
-        raise ValueError(f"target: expected the device of x, {x.device}, got {target.device}")
-
-
-def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raises ValueError for a label outside [0, C) on the CPU; on a GPU looking would synchronise."""
-    if target.device.type != "cpu":
-        return
-    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(f"target: expected labels in [0, {classes}), got {int(target[row])} in row {row}")
-
-
-# linear_probe_rebalance: the seven fields of StepResult, then what the backward pass wants
+# linear_probe_rebalance: the seven fields of StepResult, then what the backward pass wants: A, V (B, C), stats (3, B), and the
+# unimodal logits in the arithmetic type where those returned are narrower
 
 
 def _kernel(
@@ -278,56 +195,56 @@ def _kernel(
     ignore_index: int,
     group: str,
 ) -> tuple[Tensor, ...]:
-    _check_labels(target, weight_x.shape[0], ignore_index)
+    batch, classes, dtype, device = x.shape[0], weight_x.shape[0], arithmetic_dtype(x.dtype), x.device
+    _checks.labels(target, classes, ignore_index)
+    a, v, u_x, u_y = (torch.empty((batch, classes), dtype=dtype, device=device) for _ in range(4))
+    stats = torch.empty((3, batch), dtype=dtype, device=device)
+    kl, strength, losses = (torch.empty((count,), dtype=dtype, device=device) for count in (2, 2, 3))
+    loss = torch.empty((), dtype=dtype, device=device)
+    logits_mix = torch.empty((batch, classes), dtype=x.dtype, device=device)
+    narrow = x.dtype != dtype
+    logits_x, logits_y = (torch.empty_like(logits_mix) if narrow else None for _ in range(2))
+
+    run = kernels(device)
     heads = (weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix)
-    return linear_head_forward(x, y, heads, target, weight, label_smoothing, ignore_index, group)
+    run.head_probe(x, y, *heads, weight.to(dtype), a, v, u_x, u_y, stats, kl, logits_x, logits_y)
+    all_reduce_named(kl, group)
+    settings = (label_smoothing, ignore_index)
+    run.head_rebalance(a, v, u_x, u_y, bias_mix, stats, kl, target, *settings, strength, logits_mix, loss, losses)
+    if narrow:
+        return loss, losses, logits_mix, logits_x, logits_y, strength, kl, a, v, stats, u_x, u_y
+    return loss, losses, logits_mix, u_x, u_y, strength, kl, a, v, stats, a.new_empty(0), a.new_empty(0)
 
 
-def _fake(
-    x: Tensor,
-    y: Tensor,
-    weight_x: Tensor,
-    bias_x: Tensor | None,
-    weight_y: Tensor,
-    bias_y: Tensor | None,
-    weight_mix: Tensor,
-    bias_mix: Tensor | None,
-    target: Tensor,
-    weight: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    group: str,
-) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, y: Tensor, weight_x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     batch, classes, dtype = x.shape[0], weight_x.shape[0], arithmetic_dtype(x.dtype)
     loss, losses = x.new_empty((), dtype=dtype), x.new_empty((3,), dtype=dtype)
     logits = tuple(x.new_empty((batch, classes)) for _ in range(3))
     strength, kl = x.new_empty((2,), dtype=dtype), x.new_empty((2,), dtype=dtype)
     projected = tuple(x.new_empty((batch, classes), dtype=dtype) for _ in range(2))
-    return loss, losses, *logits, strength, kl, *projected, x.new_empty((3, batch), dtype=dtype)
+    wide = tuple(x.new_empty((batch, classes) if x.dtype != dtype else (0,), dtype=dtype) for _ in range(2))
+    return loss, losses, *logits, strength, kl, *projected, x.new_empty((3, batch), dtype=dtype), *wide
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[5:])
-    x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, target, _, *settings, _ = inputs
+    x, y, weight_x, _, weight_y, _, weight_mix, bias_mix, target, _, *settings, _ = inputs
     ctx.label_smoothing, ctx.ignore_index = settings
-    ctx.biases = [bias is not None for bias in (bias_x, bias_y, bias_mix)]
-    ctx.save_for_backward(x, y, weight_x, weight_y, weight_mix, target, *output[2:6], *output[7:])
+    _, _, _, logits_x, logits_y, strength, _, a, v, stats, u_x, u_y = output
+    wide = (u_x, u_y) if x.dtype != a.dtype else (logits_x, logits_y)
+    ctx.save_for_backward(x, y, weight_x, weight_y, weight_mix, bias_mix, target, a, v, *wide, stats, strength)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-    grad_logits = grads[:3]
-    if grad_loss is None and grad_losses is None and not any(g is not None for g in grad_logits):
+def _autograd(
+    ctx: Any, saved: Any, grad_loss: Tensor | None, grad_losses: Tensor | None, *grads: Tensor | None
+) -> tuple[Any, ...]:
+    upstream = (grad_loss, grad_losses, *grads[:3])
+    needed = ctx.needs_input_grad[:8]
+    if all(grad is None for grad in upstream) or not any(needed):
         return (None,) * 13
-    gradients = list(
-        _linear_probe_rebalance_backward(
-            grad_loss, grad_losses, *grad_logits, *ctx.saved_tensors, ctx.label_smoothing, ctx.ignore_index
-        )
-    )
-    for index, present in zip((3, 5, 7), ctx.biases, strict=True):
-        if not present:
-            gradients[index] = None
-    return *gradients, None, None, None, None, None
+    found = _linear_probe_rebalance_backward(*upstream, *saved, ctx.label_smoothing, ctx.ignore_index, needed)
+    return *(grad if need else None for grad, need in zip(found, needed, strict=True)), None, None, None, None, None
 
 
 def _backward_kernel(
@@ -341,41 +258,48 @@ def _backward_kernel(
     weight_x: Tensor,
     weight_y: Tensor,
     weight_mix: Tensor,
+    bias_mix: Tensor | None,
     target: Tensor,
-    logits_mix: Tensor,
-    logits_x: Tensor,
-    logits_y: Tensor,
-    strength: Tensor,
-    projected_x: Tensor,
-    projected_y: Tensor,
+    a: Tensor,
+    v: Tensor,
+    u_x: Tensor,
+    u_y: Tensor,
     stats: Tensor,
+    strength: Tensor,
     label_smoothing: float,
     ignore_index: int,
+    needed: list[bool],
 ) -> tuple[Tensor, ...]:
-    grads = (grad_loss, grad_losses, grad_mix, grad_x, grad_y)
-    logits = (logits_mix, logits_x, logits_y)
-    saved = (strength, projected_x, projected_y, stats)
-    return linear_head_backward(
-        grads, x, y, (weight_x, weight_y, weight_mix), target, logits, saved, label_smoothing, ignore_index
+    # a gradient nobody asked for is neither computed nor written; an operator must still return a tensor for it
+    shapes = _gradient_shapes(x, y, weight_x, weight_y, weight_mix)
+    found = [
+        torch.empty(shape if need else (0,), dtype=x.dtype, device=x.device)
+        for shape, need in zip(shapes, needed, strict=True)
+    ]
+    kernels(x.device).head_backward(
+        *(grad_loss, grad_losses, grad_mix, grad_x, grad_y),
+        *(x, y, weight_x, weight_y, weight_mix, bias_mix, target),
+        *(a, v, u_x, u_y, stats, strength, label_smoothing, ignore_index),
+        *(grad if need else None for grad, need in zip(found, needed, strict=True)),
     )
+    return tuple(found)
+
+
+def _gradient_shapes(x: Tensor, y: Tensor, *weights: Tensor) -> list[Any]:
+    """Of the eight tensors a step is differentiated by, in the order of the operator's arguments."""
+    return [x.shape, y.shape, *(shape for w in weights for shape in (w.shape, w.shape[:1]))]
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    x, y, weight_x, weight_y, weight_mix = arguments[5:10]
-    return tuple(
-        tensor.new_empty(shape)
-        for tensor, shape in (
-            (x, x.shape),
-            (y, y.shape),
-            *((w, shape) for w in (weight_x, weight_y, weight_mix) for shape in (w.shape, w.shape[:1])),
-        )
-    )
+    tensors, needed = arguments[5:10], arguments[-1]
+    shapes = _gradient_shapes(*tensors)
+    return tuple(tensors[0].new_empty(shape if need else (0,)) for shape, need in zip(shapes, needed, strict=True))
 
 
 _linear_probe_rebalance = register(
     "linear_probe_rebalance(Tensor x, Tensor y, Tensor weight_x, Tensor? bias_x, Tensor weight_y, Tensor? bias_y, "
     "Tensor weight_mix, Tensor? bias_mix, Tensor target, Tensor weight, float label_smoothing, int ignore_index, str group) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
     setup_context=_setup,
@@ -383,9 +307,9 @@ _linear_probe_rebalance = register(
 )
 _linear_probe_rebalance_backward = register(
     "linear_probe_rebalance_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_mix, Tensor? grad_x, Tensor? grad_y, "
-    "Tensor x, Tensor y, Tensor weight_x, Tensor weight_y, Tensor weight_mix, Tensor target, Tensor logits_mix, "
-    "Tensor logits_x, Tensor logits_y, Tensor strength, Tensor projected_x, Tensor projected_y, Tensor stats, "
-    "float label_smoothing, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor x, Tensor y, Tensor weight_x, Tensor weight_y, Tensor weight_mix, Tensor? bias_mix, Tensor target, Tensor a, "
+    "Tensor v, Tensor u_x, Tensor u_y, Tensor stats, Tensor strength, float label_smoothing, int ignore_index, bool[] needed) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -11,6 +12,9 @@ import torch
 from places import FUSED, INTERPRETED, PLACES, Place
 
 import iprm_kernels as ik
+
+# Inductor's caches of whole graphs know nothing of this package's version: one from before a change would be tested here.
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 hypothesis.settings.register_profile(
     "repeatable",

@@ -64,10 +64,11 @@ struct SlerpWeight {
   IPRM_INLINE T ds() const { return angle.h <= T(0) ? T(1) : angle.theta * cosine / angle.sine; }
 
   // dS/dc, zero where c is clamped. The closed form cancels like theta^3 near c = 1; there it is -(s/2) sum n a_n h^(n-1)
-  // with a_0 = 1, a_(n+1) = a_n ((n+1)^2 - s^2) / ((n+1)(n+3/2)), from S = s 2F1(1-s, 1+s; 3/2; h).
+  // with a_0 = 1, a_(n+1) = a_n ((n+1)^2 - s^2) / ((n+1)(n+3/2)), from S = s 2F1(1-s, 1+s; 3/2; h). Beyond s^2 h = 1, an arc of
+  // 2 radians, nothing cancels and the series would alternate.
   IPRM_INLINE T dc() const {
     if (angle.clamped) return T(0);
-    if (angle.h < kSeriesBelow<T>) {
+    if (angle.h < kSeriesBelow<T> && s * s * angle.h < T(1)) {
       T sum = 0, a = 1, power = 1;
       for (int n = 1; n <= SlerpLimits<T>::kSeriesTerms; ++n) {
         a *= (T(n * n) - s * s) * (T(1) / (T(n) * (T(n) + T(0.5))));
@@ -86,6 +87,11 @@ IPRM_INLINE T inverse_norm(T norm, T eps) {
   if (!(norm - norm == T(0))) return norm - norm;  // infinite or NaN
   return T(1) / (norm > eps ? norm : eps);
 }
+
+// Below this c the two terms of z are over twice as long as z, which their rounding may then make longer than 1: rows there are
+// measured, and shortened to it.
+template <class T>
+constexpr T kNearAntipode = T(-0.9);
 
 // What the rows of z = p x^ + q y^ are made of: z = x * from_x + y * from_y.
 template <class T>

@@ -1,6 +1,7 @@
-// batch_kl and strength_weights on the CPU. No softmax is written: a row's log-sum-exp is taken, then its terms.
+// batch_kl and strength_weights on the CPU. No softmax is written: a row's maximum and sum are taken, then its terms.
 #include <cstring>
 
+#include "../core/strength.h"
 #include "rows.h"
 
 namespace iprm {
@@ -29,8 +30,11 @@ namespace {
 
 void batch_kl(const Tensor& p_logits, const Tensor& q_logits, const Tensor& kl, const Tensor& stats) {
   const int64_t rows = p_logits.size(0), columns = p_logits.size(1);
-  check_shape(q_logits, "q_logits", rows, columns);
-  check_output(stats, "stats", 2, rows);
+  const ScalarType dtype = p_logits.scalar_type(), arithmetic = arithmetic_type(dtype);
+  check_matrix(p_logits, "p_logits", rows, columns, dtype);
+  check_matrix(q_logits, "q_logits", rows, columns, dtype);
+  check_output(kl, "kl", rows, arithmetic);
+  check_output(stats, "stats", 4, rows, arithmetic);
   const KlArgs args{
       MatrixView(p_logits), MatrixView(q_logits), kl.mutable_data_ptr(), stats.mutable_data_ptr(), rows, columns};
   dispatch_type(p_logits.scalar_type(), [&]<class T>() {
@@ -48,10 +52,14 @@ void batch_kl_backward(
     const std::optional<Tensor>& grad_p,
     const std::optional<Tensor>& grad_q) {
   const int64_t rows = p_logits.size(0), columns = p_logits.size(1);
-  check_shape(q_logits, "q_logits", rows, columns);
-  check_output(stats, "stats", 2, rows);
-  if (grad_p) check_output(*grad_p, "grad_p", rows, columns);
-  if (grad_q) check_output(*grad_q, "grad_q", rows, columns);
+  const ScalarType dtype = p_logits.scalar_type(), arithmetic = arithmetic_type(dtype);
+  check_vector(grad, "grad", rows, arithmetic);
+  check_matrix(p_logits, "p_logits", rows, columns, dtype);
+  check_matrix(q_logits, "q_logits", rows, columns, dtype);
+  check_output(kl, "kl", rows, arithmetic);
+  check_output(stats, "stats", 4, rows, arithmetic);
+  if (grad_p) check_output(*grad_p, "grad_p", rows, columns, dtype);
+  if (grad_q) check_output(*grad_q, "grad_q", rows, columns, dtype);
   const KlBackwardArgs args{
       grad, MatrixView(p_logits), MatrixView(q_logits), kl.const_data_ptr(), stats.const_data_ptr(),
       output<void>(grad_p), output<void>(grad_q), rows, columns};
@@ -61,34 +69,24 @@ void batch_kl_backward(
   });
 }
 
-template <class S>
-void strength_weights_of(const VectorView<S>& kl, int64_t count, S* strength) {
-  S smallest = kl[0];
-  for (int64_t m = 1; m < count; ++m) smallest = kl[m] < smallest || kl[m] != kl[m] ? kl[m] : smallest;
-  S total = 0;
-  for (int64_t m = 0; m < count; ++m) {
-    strength[m] = kl[m] == smallest ? S(1) : smallest / kl[m];
-    total += strength[m];
-  }
-  for (int64_t m = 0; m < count; ++m) strength[m] /= total;
-}
-
-// dw_m/dKL_j = 1 / (KL_m (sum_i KL_j / KL_i)^2) for m != j; a column sums to zero; zero where there is no derivative
+// dw_m/dKL_j = 1 / (KL_m (sum_i KL_j / KL_i)^2) for m != j; a column sums to zero; zero where there is no derivative (several KL
+// zero, or one infinite), but a NaN spreads
 template <class S>
 void strength_weights_backward_of(const VectorView<S>& grad, const VectorView<S>& kl, int64_t count, S* grad_kl) {
+  bool any_nan = false;
+  for (int64_t m = 0; m < count; ++m) any_nan |= std::isnan(kl[m]);
   for (int64_t j = 0; j < count; ++j) {
     S column = 1, total = 0;
     for (int64_t i = 0; i < count; ++i)
       if (i != j) column += kl[j] / kl[i];
     for (int64_t m = 0; m < count; ++m) {
-      const bool defined = m != j && kl[m] != S(0) && std::isfinite(kl[m]) && std::isfinite(kl[j]) && column == column;
-      if (defined) total += (grad[m] - grad[j]) / (kl[m] * column * column);
+      const bool defined = kl[m] != S(0) && !std::isinf(kl[m]) && !std::isinf(kl[j]) && (any_nan || column == column);
+      if (m != j && defined) total += (grad[m] - grad[j]) / (kl[m] * column * column);
     }
     grad_kl[j] = total;
   }
 }
 
-// Few numbers, in the types that carry them: narrow ones are computed as they are stored, in float.
 template <class Work>
 void dispatch_kl_type(const Tensor& kl, const Work& work) {
   const ScalarType dtype = kl.scalar_type();
@@ -97,12 +95,17 @@ void dispatch_kl_type(const Tensor& kl, const Work& work) {
 }
 
 void strength_weights(const Tensor& kl, const Tensor& strength) {
+  check_vector(kl, "kl", kl.size(0), kl.scalar_type());
+  check_output(strength, "strength", kl.size(0), kl.scalar_type());
   dispatch_kl_type(kl, [&]<class S>() {
     strength_weights_of(VectorView<S>(kl), kl.size(0), output<S>(strength));
   });
 }
 
 void strength_weights_backward(const Tensor& grad, const Tensor& kl, const Tensor& grad_kl) {
+  check_vector(kl, "kl", kl.size(0), kl.scalar_type());
+  check_vector(grad, "grad", kl.size(0), kl.scalar_type());
+  check_output(grad_kl, "grad_kl", kl.size(0), kl.scalar_type());
   dispatch_kl_type(kl, [&]<class S>() {
     strength_weights_backward_of(VectorView<S>(grad), VectorView<S>(kl), kl.size(0), output<S>(grad_kl));
   });

@@ -4,10 +4,12 @@
 #define IPRM_STRINGIZE_(x) #x
 #define IPRM_STRINGIZE(x) IPRM_STRINGIZE_(x)
 
+#define IPRM_REGISTER_BYTES 16
 namespace iprm::baseline {
 #include "simd.h"
 #include IPRM_ROWS
 }  // namespace iprm::baseline
+#undef IPRM_REGISTER_BYTES
 
 #if defined(__x86_64__)
 
@@ -17,10 +19,12 @@ namespace iprm::baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
+#define IPRM_REGISTER_BYTES 32
 namespace iprm::avx2 {
 #include "simd.h"
 #include IPRM_ROWS
 }  // namespace iprm::avx2
+#undef IPRM_REGISTER_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
@@ -29,10 +33,12 @@ namespace iprm::avx2 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
+#define IPRM_REGISTER_BYTES 64
 namespace iprm::avx512 {
 #include "simd.h"
 #include IPRM_ROWS
 }  // namespace iprm::avx512
+#undef IPRM_REGISTER_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -49,7 +49,10 @@ namespace {
 
 void normalize(const Tensor& x, double eps, const Tensor& out, const Tensor& norm) {
   const int64_t rows = x.size(0), columns = x.size(1);
-  check_output(out, "out", rows, columns);
+  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
+  check_matrix(x, "x", rows, columns, dtype);
+  check_output(out, "out", rows, columns, dtype);
+  check_output(norm, "norm", rows, arithmetic);
   const NormalizeArgs args{MatrixView(x), eps, out.mutable_data_ptr(), norm.mutable_data_ptr(), columns};
   dispatch_type(x.scalar_type(), [&]<class T>() {
     const auto kernel = IPRM_BEST(normalize_rows<T>);
@@ -59,8 +62,11 @@ void normalize(const Tensor& x, double eps, const Tensor& out, const Tensor& nor
 
 void normalize_backward(const Tensor& grad, const Tensor& x, const Tensor& norm, double eps, const Tensor& grad_x) {
   const int64_t rows = x.size(0), columns = x.size(1);
-  check_shape(grad, "grad", rows, columns);
-  check_output(grad_x, "grad_x", rows, columns);
+  const ScalarType dtype = x.scalar_type();
+  check_matrix(x, "x", rows, columns, dtype);
+  check_matrix(grad, "grad", rows, columns, dtype);
+  check_vector(norm, "norm", rows, arithmetic_type(dtype));
+  check_output(grad_x, "grad_x", rows, columns, dtype);
   const NormalizeBackwardArgs args{MatrixView(grad), MatrixView(x), norm, eps, grad_x.mutable_data_ptr(), columns};
   dispatch_type(x.scalar_type(), [&]<class T>() {
     const auto kernel = IPRM_BEST(normalize_backward_rows<T>);
@@ -71,9 +77,12 @@ void normalize_backward(const Tensor& grad, const Tensor& x, const Tensor& norm,
 void geodesic_mixup(
     const Tensor& x, const Tensor& y, const Tensor& weight, double eps, const Tensor& z, const Tensor& stats) {
   const int64_t rows = x.size(0), columns = x.size(1);
-  check_shape(y, "y", rows, columns);
-  check_output(z, "z", rows, columns);
-  check_output(stats, "stats", 3, rows);
+  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
+  check_matrix(x, "x", rows, columns, dtype);
+  check_matrix(y, "y", rows, columns, dtype);
+  check_vector(weight, "weight", rows, arithmetic);
+  check_output(z, "z", rows, columns, dtype);
+  check_output(stats, "stats", 3, rows, arithmetic);
   const MixupArgs args{
       MatrixView(x), MatrixView(y), weight, eps, z.mutable_data_ptr(), stats.mutable_data_ptr(), rows, columns};
   dispatch_type(x.scalar_type(), [&]<class T>() {
@@ -93,11 +102,15 @@ void geodesic_mixup_backward(
     const std::optional<Tensor>& grad_y,
     const std::optional<Tensor>& grad_w) {
   const int64_t rows = x.size(0), columns = x.size(1);
-  check_shape(grad, "grad", rows, columns);
-  check_shape(y, "y", rows, columns);
-  check_output(stats, "stats", 3, rows);
-  if (grad_x) check_output(*grad_x, "grad_x", rows, columns);
-  if (grad_y) check_output(*grad_y, "grad_y", rows, columns);
+  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
+  check_matrix(grad, "grad", rows, columns, dtype);
+  check_matrix(x, "x", rows, columns, dtype);
+  check_matrix(y, "y", rows, columns, dtype);
+  check_vector(weight, "weight", rows, arithmetic);
+  check_output(stats, "stats", 3, rows, arithmetic);
+  if (grad_x) check_output(*grad_x, "grad_x", rows, columns, dtype);
+  if (grad_y) check_output(*grad_y, "grad_y", rows, columns, dtype);
+  if (grad_w) check_output(*grad_w, "grad_w", rows, arithmetic);
   const MixupBackwardArgs args{
       MatrixView(grad), MatrixView(x),        MatrixView(y),        weight, stats.const_data_ptr(), eps,
       output<void>(grad_x), output<void>(grad_y), output<void>(grad_w), rows, columns};

@@ -1,30 +1,6 @@
 // The rows of `normalize` and `geodesic_mixup`. Compiled once for every instruction set by for_each_isa.h.
 
-// <x, x>, <y, y>, <x, y> in one pass. Two accumulators each, six chains in all, hide the latency of the additions.
-template <class T>
-IPRM_INLINE void gram(const T* x, const T* y, int64_t columns, typename Lanes<T>::Scalar* result) {
-  using S = typename Lanes<T>::Scalar;
-  using V = typename Lanes<T>::Vec;
-  constexpr int64_t kCount = Lanes<T>::kCount;
-  const Tail<T> tail(columns);
-  V xx[2] = {}, yy[2] = {}, xy[2] = {};
-  for (int64_t i = 0; i < tail.whole; i += kCount) {
-    const V a = load(x + i), b = load(y + i);
-    const int chain = i / kCount % 2;
-    xx[chain] += a * a;
-    yy[chain] += b * b;
-    xy[chain] += a * b;
-  }
-  if (tail) {
-    const V a = tail.unseen(x), b = tail.unseen(y);
-    xx[0] += a * a;
-    yy[0] += b * b;
-    xy[0] += a * b;
-  }
-  result[0] = sum_lanes<S>(xx[0] + xx[1]);
-  result[1] = sum_lanes<S>(yy[0] + yy[1]);
-  result[2] = sum_lanes<S>(xy[0] + xy[1]);
-}
+#include "geodesic_terms.h"
 
 // <g, x>, <g, y> in one pass
 template <class T>
@@ -56,6 +32,22 @@ IPRM_INLINE void combine(
   const Tail<T> tail(columns);
   for (int64_t i = 0; i < tail.whole; i += Lanes<T>::kCount) store(out + i, load(a + i) * by_a + load(b + i) * by_b);
   if (tail) tail.write(out, tail.values(a) * by_a + tail.values(b) * by_b);
+}
+
+// ||a * by_a + b * by_b||^2
+template <class T>
+typename Lanes<T>::Scalar combined_square(
+    const T* a, typename Lanes<T>::Scalar by_a, const T* b, typename Lanes<T>::Scalar by_b, int64_t columns) {
+  using V = typename Lanes<T>::Vec;
+  const Tail<T> tail(columns);
+  V sum = {};
+  const auto square = [&](V one, V other) {
+    const V value = one * by_a + other * by_b;
+    return value * value;
+  };
+  for (int64_t i = 0; i < tail.whole; i += Lanes<T>::kCount) sum += square(load(a + i), load(b + i));
+  if (tail) sum += tail.only_unseen(square(tail.values(a), tail.values(b)));
+  return sum_lanes<typename Lanes<T>::Scalar>(sum);
 }
 
 // out = a * by_a + b * by_b + c * by_c
@@ -125,7 +117,13 @@ void geodesic_mixup_rows(const MixupArgs& args, int64_t begin, int64_t end) {
     stats[row] = x_norm;
     stats[args.rows + row] = y_norm;
     stats[2 * args.rows + row] = c;
-    const MixCoefficients<S> mix(weight[row], x_norm, y_norm, c, eps);
+    MixCoefficients<S> mix(weight[row], x_norm, y_norm, c, eps);
+    if (c < kNearAntipode<S>) {
+      const S length = std::sqrt(combined_square(x_row, mix.from_x, y_row, mix.from_y, args.columns));
+      const S shorter = length > S(1) ? S(1) / length : S(1);
+      mix.from_x *= shorter;
+      mix.from_y *= shorter;
+    }
     combine(static_cast<T*>(args.z) + row * args.columns, x_row, mix.from_x, y_row, mix.from_y, args.columns);
   }
 }

@@ -38,8 +38,10 @@ struct MatrixView {
   const void* data;
   int64_t row_stride, column_stride;
 
+  MatrixView(const void* data, int64_t row_stride, int64_t column_stride)
+      : data(data), row_stride(row_stride), column_stride(column_stride) {}
   explicit MatrixView(const Tensor& tensor)
-      : data(tensor.const_data_ptr()), row_stride(tensor.stride(0)), column_stride(tensor.stride(1)) {}
+      : MatrixView(tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)) {}
 };
 
 // A (rows,) input of any stride, 0 where one value serves all rows.
@@ -119,16 +121,32 @@ void parallel_rows(int64_t rows, int64_t columns, const Work& work) {
   torch::stable::parallel_for(0, rows, grain, work);
 }
 
-inline void check_shape(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
+// What rows of `dtype` are computed in.
+inline ScalarType arithmetic_type(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
+// A kernel reads and writes through bare pointers: whatever it is given is checked before it runs.
+inline void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, ScalarType dtype) {
   STD_TORCH_CHECK(
       tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
       name, ": expected shape (", rows, ", ", columns, ")");
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected type ", int(dtype), ", got ", int(tensor.scalar_type()));
 }
 
-inline void check_output(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-  check_shape(tensor, name, rows, columns);
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous output");
+inline void check_vector(const Tensor& tensor, const char* name, int64_t count, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == count, name, ": expected shape (", count, ")");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected type ", int(dtype), ", got ", int(tensor.scalar_type()));
+}
+
+inline void check_output(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, ScalarType dtype) {
+  check_matrix(tensor, name, rows, columns, dtype);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous matrix");
+}
+
+inline void check_output(const Tensor& tensor, const char* name, int64_t count, ScalarType dtype) {
+  check_vector(tensor, name, count, dtype);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous vector");
 }
 
 }  // namespace iprm

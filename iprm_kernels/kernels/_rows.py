@@ -17,6 +17,7 @@ from .. import reference
 
 FLOOR_32 = tl.constexpr(-1 + reference.ANTIPODE_MARGIN[torch.float32])
 FLOOR_64 = tl.constexpr(-1 + reference.ANTIPODE_MARGIN[torch.float64])
+NEAR_ANTIPODE = tl.constexpr(reference.NEAR_ANTIPODE)
 SERIES_BELOW = tl.constexpr(reference.SERIES_BELOW)
 SERIES_TERMS_32 = tl.constexpr(reference.SERIES_TERMS[torch.float32])
 SERIES_TERMS_64 = tl.constexpr(reference.SERIES_TERMS[torch.float64])
@@ -125,24 +126,17 @@ def slerp(s, c):
         a = a * ((n + 1) * (n + 1) - s * s) * (1 / ((n + 1) * (n + 1.5)))
         series = series + (n + 1) * a * power
         power = power * h
-    dc = tl.where(h < SERIES_BELOW, -0.5 * s * series, closed)
+    dc = tl.where((h < SERIES_BELOW) & (s * s * h < 1), -0.5 * s * series, closed)
     return value, ds, tl.where(c <= floor, 0.0, dc)
 
 
+@triton.jit
+def no_longer_than_one(r_zz, r_c):
+    """The factor that takes a row with ‖z‖² = r_zz down to length 1, near the antipode; 1 elsewhere."""
+    return tl.where((r_c < NEAR_ANTIPODE) & (r_zz > 1), 1 / square_root(r_zz), 1.0)
+
+
 # divergence
-
-
-@triton.jit
-def log_sum_exp_step(r_max, r_sum, b):
-    """One more block in a running log Σ exp: its maximum and Σ exp(· - maximum).  A maximum not finite counts as zero."""
-    r_new = tl.maximum(r_max, tl.max(b, axis=1))
-    r_shift = finite_or_zero(r_new)
-    return r_new, r_sum * tl.exp(r_max - r_shift) + tl.sum(tl.exp(b - r_shift[:, None]), axis=1)
-
-
-@triton.jit
-def finite_or_zero(x):
-    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
 
 
 @triton.jit
@@ -156,7 +150,18 @@ def excess(d):
 
 
 @triton.jit
-def probabilities(b_p, b_q, r_p_lse, r_q_lse):
+def difference(x, y):
+    """x - y rounded, and what rounding took from it (Knuth's two-sum); nothing where that is not finite."""
+    high = x - y
+    back = high - x
+    rest = (x - (high - back)) - (y + back)
+    return high, tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+
+
+@triton.jit
+def probabilities(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum):
     """P, Q, d = log P - log Q, and whether that is so small that Q - P and P φ(d) must be had from the series."""
-    d = (b_p - b_q) - (r_p_lse - r_q_lse)[:, None]
-    return tl.exp(b_p - r_p_lse[:, None]), tl.exp(b_q - r_q_lse[:, None]), d, tl.abs(d) < EXCESS_SERIES_BELOW
+    a, a_rest = difference(b_p, r_p_top[:, None])
+    b, b_rest = difference(b_q, r_q_top[:, None])
+    d = (a - b) + (a_rest - b_rest) - tl.log(r_p_sum / r_q_sum)[:, None]
+    return tl.exp(a) / r_p_sum[:, None], tl.exp(b) / r_q_sum[:, None], d, tl.abs(d) < EXCESS_SERIES_BELOW

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,14 +26,14 @@ LOOPED_BLOCK = 2048
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def tiling(width: int, arithmetic: torch.dtype) -> dict[str, Any]:
+def tiling(width: int, arithmetic: torch.dtype, whole_row: Mapping[int, int] = WHOLE_ROW) -> dict[str, Any]:
     """The tile of a kernel that reduces rows of `width`: its constants and num_warps.
 
     Four warps (of 32 or of 64 threads) hold up to 1,024 elements; a longer row gets a warp for every 256 or 512 of them, up to
     16 warps, as many as a block of 64-thread warps may have.
     """
     block = triton.next_power_of_2(width)
-    whole = block <= WHOLE_ROW[arithmetic.itemsize]
+    whole = block <= whole_row[arithmetic.itemsize]
     if not whole:
         block = LOOPED_BLOCK
     rows = min(max(TILE[arithmetic.itemsize] // block, 1), TILE_ROWS)

@@ -8,18 +8,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import excess, finite_or_zero, log_sum_exp_step, probabilities
+from ._rows import excess, probabilities
 from ._tiles import TILE, TILE_ROWS, block_rows, load_block, on_device_of, store_block, tiling
 
+#: The longest rows of logits that are held in registers: half as long as rows of features, as their terms need more of them.
+WHOLE_LOGITS = {4: 4096, 8: 1024}
 #: Modalities a program of strength_weights takes at once; of the M x M terms of its gradient, a square of them.
-STRENGTH_BLOCK = 32
+STRENGTH_BLOCK = 16
 
 
 @triton.jit
-def kl_terms(b_p, b_q, r_p_lse, r_q_lse):
-    """P φ(d), of which the sum over a row is its divergence; Q where P is zero."""
-    p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_lse, r_q_lse)
-    return tl.where(p_prob == 0, q_prob, tl.where(close, p_prob * excess(d), p_prob * d + (q_prob - p_prob)))
+def kl_terms(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum):
+    """P φ(d), of which the sum over a row is its divergence; Q where P is zero, infinite where Q alone is impossible."""
+    p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum)
+    terms = tl.where(p_prob == 0, q_prob, tl.where(close, p_prob * excess(d), p_prob * d + (q_prob - p_prob)))
+    return tl.where((b_q == -float("inf")) & (b_p != -float("inf")), float("inf"), terms)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -27,7 +30,7 @@ def batch_kl_forward_kernel(
     p_p,  # (B, C)
     p_q,  # (B, C)
     p_kl,  # (B,)
-    p_stats,  # (2, B)
+    p_stats,  # (4, B) holding max p, Σ exp(p - max p), and the same of q
     p_row,
     p_col,
     q_row,
@@ -41,35 +44,43 @@ def batch_kl_forward_kernel(
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
     o_cols = tl.arange(0, BLOCK_D)
-    r_p_max = tl.full((BLOCK_B,), -float("inf"), DTYPE)
-    r_q_max = tl.full((BLOCK_B,), -float("inf"), DTYPE)
-    r_p_sum = tl.zeros((BLOCK_B,), DTYPE)
-    r_q_sum = tl.zeros((BLOCK_B,), DTYPE)
     if WHOLE:
         b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
         b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
-        r_p_max, r_p_sum = log_sum_exp_step(r_p_max, r_p_sum, b_p)
-        r_q_max, r_q_sum = log_sum_exp_step(r_q_max, r_q_sum, b_q)
+        r_p_max, r_q_max = tl.max(b_p, axis=1), tl.max(b_q, axis=1)
+        r_p_sum = tl.sum(tl.exp(b_p - r_p_max[:, None]), axis=1)
+        r_q_sum = tl.sum(tl.exp(b_q - r_q_max[:, None]), axis=1)
+        r_kl = tl.sum(kl_terms(b_p, b_q, r_p_max, r_p_sum, r_q_max, r_q_sum), axis=1)
     else:
+        # rows longer than the registers are read three times: a running sum, scaled down as the maximum grows, would save one
+        # reading and lose three ulps of log ΣP - log ΣQ, all that close rows differ by
+        b_p_max = tl.full((BLOCK_B, BLOCK_D), -float("inf"), DTYPE)
+        b_q_max = tl.full((BLOCK_B, BLOCK_D), -float("inf"), DTYPE)
         for i_col in range(0, n_cols, BLOCK_D):
             b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
             b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
-            r_p_max, r_p_sum = log_sum_exp_step(r_p_max, r_p_sum, b_p)
-            r_q_max, r_q_sum = log_sum_exp_step(r_q_max, r_q_sum, b_q)
-    r_p_lse = finite_or_zero(r_p_max) + tl.log(r_p_sum)
-    r_q_lse = finite_or_zero(r_q_max) + tl.log(r_q_sum)
-    if WHOLE:
-        r_kl = tl.sum(kl_terms(b_p, b_q, r_p_lse, r_q_lse), axis=1)
-    else:
-        b_kl = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
-        for i_col in range(0, n_cols, BLOCK_D):  # the second read that rows longer than the registers cost
+            b_p_max, b_q_max = tl.maximum(b_p_max, b_p), tl.maximum(b_q_max, b_q)
+        r_p_max, r_q_max = tl.max(b_p_max, axis=1), tl.max(b_q_max, axis=1)
+        b_p_sum = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        b_q_sum = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        for i_col in range(0, n_cols, BLOCK_D):
             b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
             b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
-            b_kl += kl_terms(b_p, b_q, r_p_lse, r_q_lse)
+            b_p_sum += tl.exp(b_p - r_p_max[:, None])
+            b_q_sum += tl.exp(b_q - r_q_max[:, None])
+        r_p_sum, r_q_sum = tl.sum(b_p_sum, axis=1), tl.sum(b_q_sum, axis=1)
+        b_kl = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        for i_col in range(0, n_cols, BLOCK_D):
+            b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
+            b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
+            b_kl += kl_terms(b_p, b_q, r_p_max, r_p_sum, r_q_max, r_q_sum)
         r_kl = tl.sum(b_kl, axis=1)
     tl.store(p_kl + o_rows, r_kl, mask=m_rows)
-    tl.store(p_stats + o_rows, r_p_lse, mask=m_rows)
-    tl.store(p_stats + n_rows.to(tl.int64) + o_rows, r_q_lse, mask=m_rows)
+    o_stats = n_rows.to(tl.int64)
+    tl.store(p_stats + o_rows, r_p_max, mask=m_rows)
+    tl.store(p_stats + o_stats + o_rows, r_p_sum, mask=m_rows)
+    tl.store(p_stats + 2 * o_stats + o_rows, r_q_max, mask=m_rows)
+    tl.store(p_stats + 3 * o_stats + o_rows, r_q_sum, mask=m_rows)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -78,7 +89,7 @@ def batch_kl_backward_kernel(
     p_p,  # (B, C)
     p_q,  # (B, C)
     p_kl,  # (B,)
-    p_stats,  # (2, B)
+    p_stats,  # (4, B) holding max p, Σ exp(p - max p), and the same of q
     p_grad_p,  # (B, C) or None
     p_grad_q,  # (B, C) or None
     grad_row,
@@ -97,11 +108,14 @@ def batch_kl_backward_kernel(
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0) // n_col_blocks, BLOCK_B)
     o_cols = (tl.program_id(0) % n_col_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     r_g = tl.load(p_grad + o_rows * grad_row, mask=m_rows, other=0.0).to(DTYPE)
-    r_p_lse = tl.load(p_stats + o_rows, mask=m_rows, other=0.0)
-    r_q_lse = tl.load(p_stats + n_rows.to(tl.int64) + o_rows, mask=m_rows, other=0.0)
+    o_stats = n_rows.to(tl.int64)
+    r_p_max = tl.load(p_stats + o_rows, mask=m_rows, other=0.0)
+    r_p_sum = tl.load(p_stats + o_stats + o_rows, mask=m_rows, other=1.0)
+    r_q_max = tl.load(p_stats + 2 * o_stats + o_rows, mask=m_rows, other=0.0)
+    r_q_sum = tl.load(p_stats + 3 * o_stats + o_rows, mask=m_rows, other=1.0)
     b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
     b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
-    p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_lse, r_q_lse)
+    p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_max, r_p_sum, r_q_max, r_q_sum)
     if p_grad_p is not None:
         r_kl = tl.load(p_kl + o_rows, mask=m_rows, other=0.0)
         absent = (p_prob == 0) & (r_kl == r_kl)[:, None]  # in a row that is not finite nothing is
@@ -160,22 +174,24 @@ def strength_weights_backward_kernel(
     kl_j = tl.load(p_kl + o_j * kl_stride, mask=o_j < n, other=1.0).to(DTYPE)
     g_j = tl.load(p_grad + o_j * grad_stride, mask=o_j < n, other=0.0).to(DTYPE)
     column = tl.zeros((BLOCK,), DTYPE)
+    nans = tl.zeros((BLOCK,), tl.int32)
     for i in range(0, n, BLOCK):
         o_i = i + o
         kl_i = tl.load(p_kl + o_i * kl_stride, mask=o_i < n, other=1.0).to(DTYPE)
+        nans += (kl_i != kl_i).to(tl.int32)
         ratio = tl.where(o_i[:, None] == o_j[None, :], 1.0, kl_j[None, :] / kl_i[:, None])
         column += tl.sum(tl.where((o_i < n)[:, None], ratio, 0.0), axis=0)
-    column_undefined = (column != column) | (tl.abs(kl_j) == float("inf")) | (kl_j != kl_j)
+    any_nan = tl.sum(nans, axis=0) > 0
+    column_undefined = ((column != column) & (any_nan == 0)) | (tl.abs(kl_j) == float("inf"))
     b_grad = tl.zeros((BLOCK,), DTYPE)
     for i in range(0, n, BLOCK):
         o_m = i + o
         kl_m = tl.load(p_kl + o_m * kl_stride, mask=o_m < n, other=0.0).to(DTYPE)
         g_m = tl.load(p_grad + o_m * grad_stride, mask=o_m < n, other=0.0).to(DTYPE)
-        undefined = ((kl_m == 0) | (tl.abs(kl_m) == float("inf")) | (kl_m != kl_m))[:, None] | column_undefined[None, :]
-        jacobian = 1 / (kl_m[:, None] * (column * column)[None, :])
-        jacobian = tl.where(undefined | (o_m[:, None] == o_j[None, :]), 0.0, jacobian)
+        undefined = ((kl_m == 0) | (tl.abs(kl_m) == float("inf")))[:, None] | column_undefined[None, :]
+        terms = (g_m[:, None] - g_j[None, :]) / (kl_m[:, None] * (column * column)[None, :])
         # a row beyond the last has KL 0 here and so no part in the sum
-        b_grad += tl.sum((g_m[:, None] - g_j[None, :]) * jacobian, axis=0)
+        b_grad += tl.sum(tl.where(undefined | (o_m[:, None] == o_j[None, :]), 0.0, terms), axis=0)
     tl.store(p_grad_kl + o_j, b_grad.to(p_grad_kl.dtype.element_ty), mask=o_j < n)
 
 
@@ -183,7 +199,7 @@ def batch_kl(p_logits: Tensor, q_logits: Tensor, rows: Tensor, stats: Tensor) ->
     n_rows, n_cols = p_logits.shape
     if n_rows == 0:
         return
-    tile = tiling(n_cols, stats.dtype)
+    tile = tiling(n_cols, stats.dtype, WHOLE_LOGITS)
     with on_device_of(p_logits):
         batch_kl_forward_kernel[(triton.cdiv(n_rows, tile["BLOCK_B"]),)](
             p_logits, q_logits, rows, stats, *p_logits.stride(), *q_logits.stride(), n_rows, n_cols, **tile

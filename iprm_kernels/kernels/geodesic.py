@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import divisor, live_inverse_norm, scale_rows, slerp, square_root
+from ._rows import NEAR_ANTIPODE, divisor, live_inverse_norm, no_longer_than_one, scale_rows, slerp, square_root
 from ._tiles import block_rows, load_block, on_device_of, store_block, tiling
 
 # eps is a constant of the kernels: a float argument would arrive as float32, in a float64 kernel too.
@@ -147,8 +147,20 @@ def geodesic_mixup_forward_kernel(
     r_p /= r_x_divisor
     r_q /= r_y_divisor
     if WHOLE:
-        store_block(p_z, r_p[:, None] * b_x + r_q[:, None] * b_y, o_rows, m_rows, o_cols, n_cols)
+        b_z = r_p[:, None] * b_x + r_q[:, None] * b_y
+        r_shorter = no_longer_than_one(tl.sum(b_z * b_z, axis=1), r_c)
+        store_block(p_z, b_z * r_shorter[:, None], o_rows, m_rows, o_cols, n_cols)
     else:
+        if tl.min(r_c, axis=0) < NEAR_ANTIPODE:
+            b_zz = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+            for i_col in range(0, n_cols, BLOCK_D):
+                b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+                b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+                b_z = r_p[:, None] * b_x + r_q[:, None] * b_y
+                b_zz += b_z * b_z
+            r_shorter = no_longer_than_one(tl.sum(b_zz, axis=1), r_c)
+            r_p *= r_shorter
+            r_q *= r_shorter
         for i_col in range(0, n_cols, BLOCK_D):  # the second read that rows longer than the registers cost
             b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
             b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)

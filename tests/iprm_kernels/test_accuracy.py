@@ -16,6 +16,7 @@ from torch import Tensor
 
 import iprm_kernels as ik
 from iprm_kernels import reference
+from iprm_kernels.dtypes import arithmetic_dtype
 
 EPS = 1e-12
 WIDEST = 20_000
@@ -81,7 +82,7 @@ def few_rows(tensors: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
 def mixup_truth(batch: int, width: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Truth]]:
     """Inputs on the CPU and what must come out of them."""
     x, y = cases.feature_pairs(batch, width, dtype)
-    w = torch.linspace(0, 1, batch, dtype=reference.arithmetic_dtype(dtype))
+    w = torch.linspace(0, 1, batch, dtype=arithmetic_dtype(dtype))
     inputs = (x, y, w, cases.randn(batch, width, seed=6, dtype=dtype))
     if dtype != torch.float64:
         values = plain(mixup_with_gradients, *(tensor.double() for tensor in inputs))
@@ -97,7 +98,7 @@ def mixup_truth(batch: int, width: int, dtype: torch.dtype) -> tuple[tuple[Tenso
 @functools.cache
 def kl_truth(batch: int, classes: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Truth]]:
     p, q = cases.logit_pairs(batch, classes, dtype)
-    inputs = (p, q, 1 + cases.randn(batch, seed=7, dtype=reference.arithmetic_dtype(dtype)).abs())
+    inputs = (p, q, 1 + cases.randn(batch, seed=7, dtype=arithmetic_dtype(dtype)).abs())
     if dtype != torch.float64:
         values = plain(kl_with_gradients, *(tensor.double() for tensor in inputs))
         return inputs, {name: Truth.of(value) for name, value in values.items()}

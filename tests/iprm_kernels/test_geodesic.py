@@ -14,6 +14,7 @@ from torch import Tensor
 
 import iprm_kernels as ik
 from iprm_kernels import reference
+from iprm_kernels.dtypes import arithmetic_dtype
 
 FLOATS = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 
@@ -27,7 +28,7 @@ def gradients(x: Tensor, y: Tensor, w: Tensor | float, g: Tensor) -> tuple[Tenso
 
 def ulps(dtype: torch.dtype, count: float) -> float:
     """Tolerance for values of size 1: stored at dtype, computed in at least float32."""
-    return count * torch.finfo(reference.arithmetic_dtype(dtype)).eps + torch.finfo(dtype).eps / 2
+    return count * torch.finfo(arithmetic_dtype(dtype)).eps + torch.finfo(dtype).eps / 2
 
 
 # angles
@@ -39,7 +40,7 @@ def test_identical_vectors_give_themselves(place: Place, dtype: torch.dtype, wid
     """The limit at c = 1: z = x̂, and ∂x = w (g - ⟨g, x̂⟩ x̂) / ‖x‖, for any weight."""
     x = cases.randn(64, width, dtype=dtype, device=place.device)
     g = cases.randn(64, width, seed=1, dtype=dtype, device=place.device)
-    w = torch.linspace(0, 1, 64, device=place.device, dtype=reference.arithmetic_dtype(dtype))
+    w = torch.linspace(0, 1, 64, device=place.device, dtype=arithmetic_dtype(dtype))
     z, dx, dy, dw = gradients(x, x.clone(), w, g)
     unit, norm, g64, w64 = F.normalize(x.double(), dim=1), x.double().norm(dim=1, keepdim=True), g.double(), w.double()[:, None]
     tangent = (g64 - (g64 * unit).sum(1, keepdim=True) * unit) / norm
@@ -66,7 +67,7 @@ def test_near_identical_vectors_keep_their_relative_accuracy(place: Place, apart
 @FLOATS
 def test_opposite_vectors_stay_finite_and_bounded(place: Place, dtype: torch.dtype) -> None:
     """At c = -1 both terms are some 1/√(2δ) long and cancel: the norm is at most 1 within that many ulps."""
-    arithmetic = reference.arithmetic_dtype(dtype)
+    arithmetic = arithmetic_dtype(dtype)
     x = cases.randn(64, 31, dtype=dtype, device=place.device)
     w = torch.linspace(0, 1, 64, device=place.device, dtype=arithmetic)
     z, *grads = gradients(x, -2 * x, w, torch.ones_like(x))
@@ -141,7 +142,7 @@ def test_dead_rows_in_a_mixture(place: Place) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_that_is_not_finite_is_nan_and_touches_no_other(place: Place, dtype: torch.dtype, bad: float) -> None:
     x, y, g = (cases.randn(9, 31, seed=seed, dtype=dtype, device=place.device) for seed in range(3))
-    w = torch.full((9,), 0.3, device=place.device, dtype=reference.arithmetic_dtype(dtype))
+    w = torch.full((9,), 0.3, device=place.device, dtype=arithmetic_dtype(dtype))
     clean = gradients(x, y, w, g)
     x[2, 5] = bad
     y[7, 30] = bad
@@ -174,7 +175,7 @@ def strided(tensor: Tensor, layout: str) -> Tensor:
 @pytest.mark.parametrize("layout", ["transposed", "every other column", "unaligned", "padded rows"])
 def test_any_strides(place: Place, dtype: torch.dtype, layout: str) -> None:
     x, y, g = (cases.randn(9, 31, seed=seed, dtype=dtype, device=place.device) for seed in range(3))
-    w = torch.linspace(0, 1, 18, device=place.device, dtype=reference.arithmetic_dtype(dtype))[::2]
+    w = torch.linspace(0, 1, 18, device=place.device, dtype=arithmetic_dtype(dtype))[::2]
     contiguous = gradients(x, y, w.contiguous(), g)
     # summing a strided row may go another way: equal to rounding
     tolerance = {"rtol": 0, "atol": ulps(dtype, 4) * g.double().norm(dim=1).max().item()}

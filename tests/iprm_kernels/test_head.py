@@ -18,9 +18,8 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def plain(step: Step) -> Step:
-    """The same step by the reference: two passes and autograd."""
-    with ik.use_backend("reference"):
-        return heads.run(step.inputs, **step.options)
+    """The same step in two passes and by autograd."""
+    return heads.run(step.inputs, call=heads.two_pass, **step.options)
 
 
 def assert_equal_steps(step: Step, other: Step) -> None:
@@ -210,13 +209,17 @@ def test_opcheck(place: Place, dtype: torch.dtype, biased: bool) -> None:
     weight = torch.tensor(0.3, dtype=inputs["x"].double().dtype if dtype == torch.float64 else torch.float32)
     arguments = (*parameters, inputs["target"], weight.to(place.device), 0.1, -100, "")
     torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, arguments)
-    outputs = torch.ops.iprm.linear_probe_rebalance(*(t.detach() if isinstance(t, Tensor) else t for t in arguments))
-    grads = (torch.ones_like(outputs[0]), None, torch.ones_like(outputs[2]), None, None)
-    saved = [parameters[i].detach() for i in (0, 1, 2, 4, 6)]
-    torch.library.opcheck(
-        torch.ops.iprm.linear_probe_rebalance_backward.default,
-        (*grads, *saved, inputs["target"], *outputs[2:6], *outputs[7:], 0.1, -100),
+    loss, _, logits_mix, logits_x, logits_y, strength, _, a, v, stats, *wide = (
+        torch.ops.iprm.linear_probe_rebalance(*(t.detach() if isinstance(t, Tensor) else t for t in arguments))
     )
+    grads = (torch.ones_like(loss), None, torch.ones_like(logits_mix), None, None)
+    saved = [t if t is None else t.detach() for t in (parameters[i] for i in (0, 1, 2, 4, 6, 7))]
+    unimodal = wide if dtype == torch.bfloat16 else (logits_x, logits_y)
+    for needed in ([True] * 8, [False, True, True, False, False, False, True, True]):
+        torch.library.opcheck(
+            torch.ops.iprm.linear_probe_rebalance_backward.default,
+            (*grads, *saved, inputs["target"], a, v, *unimodal, stats, strength, 0.1, -100, needed),
+        )
 
 
 def test_fullgraph_compile_equals_eager(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import cases
 import head_oracle
@@ -33,8 +34,8 @@ if INTERPRETED:
     SHAPES = [(1, 1, 2), (5, 7, 6), (33, 64, 31), (3, 100, 130), (2, 2100, 3)]
 
 
-def step_of(inputs: dict) -> Step:
-    return heads.run(inputs, label_smoothing=0.1, through=("loss", "logits_mix"))
+def step_of(inputs: dict, call: Callable[..., ik.StepResult] = heads.call) -> Step:
+    return heads.run(inputs, call=call, label_smoothing=0.1, through=("loss", "logits_mix"))
 
 
 @functools.cache
@@ -90,8 +91,7 @@ def test_linear_probe_rebalance(fused: Place, batch: int, width: int, classes: i
     if dtype == torch.float64 and not head_oracle.EXTENDED:
         pytest.skip("long double is double here, and no truth for float64")
     inputs, truth = truth_of(batch, width, classes, dtype)
-    with ik.use_backend("reference"):
-        baseline = step_of(inputs)
+    baseline = step_of(inputs, heads.two_pass)
     step = step_of({name: t.to(fused.device) if isinstance(t, Tensor) else t for name, t in inputs.items()})
     for name, magnitude in magnitudes(inputs, truth).items():
         kind = "gradients" if name in LEAVES else "outputs"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iprm_kernels.reference import arithmetic_dtype
+from iprm_kernels.dtypes import arithmetic_dtype
 
 FACTOR = 3.0
 FLOOR_ULPS = 2.0

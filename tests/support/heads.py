@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import cases
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import iprm_kernels as ik
+from iprm_kernels.dtypes import arithmetic_dtype
 
 #: What a step is differentiated by, in the order of the operator's arguments.
 LEAVES = ("x", "y", "weight_x", "bias_x", "weight_y", "bias_y", "weight_mix", "bias_mix")
@@ -50,6 +52,20 @@ def call(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
     return ik.linear_probe_rebalance(
         arguments["x"], arguments["y"], *named, arguments["target"], arguments["weight"], **options
     )
+
+
+def two_pass(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
+    """The same step as it reads, in plain torch: a probe through the mixed head, a second mixture, autograd."""
+    x, y, target = arguments["x"], arguments["y"], arguments["target"]
+    own = {m: F.linear(arguments[m], arguments[f"weight_{m}"], arguments[f"bias_{m}"]) for m in "xy"}
+    with ik.use_backend("reference"):
+        mixed = ik.probe_rebalance(
+            x, y, own["x"], own["y"],
+            lambda z: F.linear(z, arguments["weight_mix"], arguments["bias_mix"]), arguments["weight"],
+        )  # fmt: skip
+    wide = arithmetic_dtype(x.dtype)
+    losses = torch.stack([F.cross_entropy(z.to(wide), target, **options) for z in (mixed.logits, own["x"], own["y"])])
+    return ik.StepResult(losses.sum(), losses, mixed.logits, own["x"], own["y"], mixed.strength, mixed.kl)
 
 
 def run(

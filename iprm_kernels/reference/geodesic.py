@@ -1,11 +1,4 @@
-"""The readable definition of every operator, in plain torch.
-
-Nothing here is fast. Every other backend is tested against these functions in float64, and these against mpmath and
-numerical differentiation. All take 2-D features and return what the public operator returns, followed by the row
-statistics that its backward pass wants.
-
-Notation: x, y (B, D) features; x̂ = x / max(‖x‖, eps); c = ⟨x̂, ŷ⟩; h = (1 - c) / 2 = sin²(θ/2); w (B,) weight of x.
-"""
+"""`normalize` and `geodesic_mixup` by their definitions."""
 
 from __future__ import annotations
 
@@ -14,23 +7,17 @@ import math
 import torch
 from torch import Tensor
 
+from ..dtypes import arithmetic_dtype
+
 #: Below this value of h, ∂S/∂c is summed as a series; above it the closed form has lost at most three bits.
 SERIES_BELOW = 0.125
 #: Terms of that series: the first one left out is below half an ulp of the sum at h = SERIES_BELOW.
 SERIES_TERMS = {torch.float32: 10, torch.float64: 20}
 #: c is clamped to at least -1 + δ, where the great circle through x̂ and ŷ stops being unique.
 ANTIPODE_MARGIN = {torch.float32: 1e-6, torch.float64: 1e-12}
-#: Below this |d|, d + exp(-d) - 1 is summed as a series of this many terms.
-EXCESS_SERIES_BELOW = 0.5
-EXCESS_SERIES_TERMS = {torch.float32: 9, torch.float64: 15}
 
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type rows are computed in: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# geodesic
+#: Below this c the two terms of z are over twice as long as z, which their rounding may then make longer than 1.
+NEAR_ANTIPODE = -0.9
 
 
 def slerp_weight(s: Tensor, c: Tensor) -> Tensor:
@@ -57,7 +44,8 @@ def slerp_weight_dc(s: Tensor, c: Tensor) -> Tensor:
     """∂S/∂c = (c sin(sθ) - s cos(sθ) sin θ) / sin³θ, zero where c is clamped.  (B,), (B,) -> (B,)
 
     Near c = 1 the numerator cancels like θ³. There the series of S(s, c) = s ₂F₁(1-s, 1+s; 3/2; h) is used: with
-    a₀ = 1 and aₙ₊₁ = aₙ ((n+1)² - s²) / ((n+1)(n+3/2)), ∂S/∂c = -(s/2) Σ n aₙ hⁿ⁻¹.
+    a₀ = 1 and aₙ₊₁ = aₙ ((n+1)² - s²) / ((n+1)(n+3/2)), ∂S/∂c = -(s/2) Σ n aₙ hⁿ⁻¹. Beyond s²h = 1, an arc of 2 radians,
+    nothing cancels and the series would alternate.
     """
     floor = -1 + ANTIPODE_MARGIN[c.dtype]
     clamped = c.clamp(min=floor)
@@ -70,7 +58,7 @@ def slerp_weight_dc(s: Tensor, c: Tensor) -> Tensor:
         a = a * ((n + 1) ** 2 - s * s) / ((n + 1) * (n + 1.5))
         series = series + (n + 1) * a * power
         power = power * h
-    value = torch.where(h < SERIES_BELOW, -0.5 * s * series, closed)
+    value = torch.where((h < SERIES_BELOW) & (s * s * h < 1), -0.5 * s * series, closed)
     return torch.where(c <= floor, torch.zeros_like(c), value)
 
 
@@ -106,6 +94,8 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Te
     y_hat, y_norm = normalize(y.to(dtype), eps)
     c = (x_hat * y_hat).sum(1)
     z = slerp_weight(weight, c)[:, None] * x_hat + slerp_weight(1 - weight, c)[:, None] * y_hat
+    length = z.norm(dim=1, keepdim=True)
+    z = torch.where((c < NEAR_ANTIPODE)[:, None] & (length > 1), z / length, z)
     return z.to(x.dtype), torch.stack([x_norm, y_norm, c])
 
 
@@ -137,71 +127,3 @@ def geodesic_mixup_backward(
 def _scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
     """rows · factor, exactly zero where the factor is: the gradient of a dead row is zero whatever it multiplies."""
     return torch.where(factor[:, None] == 0, torch.zeros_like(rows), rows * factor[:, None])
-
-
-# divergence
-
-
-def excess(d: Tensor) -> Tensor:
-    """φ(d) = d + exp(-d) - 1 >= 0, to full relative accuracy: Σ (-1)ⁿ dⁿ/n! from n = 2 for small d.  (...) -> (...)"""
-    terms = EXCESS_SERIES_TERMS[d.dtype]
-    series = torch.zeros_like(d)
-    for n in range(terms + 1, 1, -1):
-        series = 1 / math.factorial(n) - d * series
-    return torch.where(d.abs() < EXCESS_SERIES_BELOW, d * d * series, d + torch.expm1(-d))
-
-
-def batch_kl(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """KL_i = Σ_k P_ik (log P_ik - log Q_ik), P and Q the softmax of the logits.  (B, C) x2 -> (B,), stats (2, B)
-
-    Because ΣP = ΣQ, this equals Σ_k P φ(d) with d = log P - log Q and φ(d) = d + exp(-d) - 1: terms that are never
-    negative, so nothing cancels however close P and Q are. The statistics are log Σ exp of either row.
-    """
-    dtype = arithmetic_dtype(p_logits.dtype)
-    p, q = p_logits.to(dtype), q_logits.to(dtype)
-    stats = torch.stack([p.logsumexp(1), q.logsumexp(1)])
-    p_prob, q_prob, d = _probabilities(p, q, stats)
-    close = d.abs() < EXCESS_SERIES_BELOW
-    terms = torch.where(close, p_prob * excess(d), p_prob * d + (q_prob - p_prob))
-    return torch.where(p_prob == 0, q_prob, terms).sum(1), stats
-
-
-def batch_kl_backward(grad: Tensor, p_logits: Tensor, q_logits: Tensor, kl: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-    """∂p = g P (d - KL),  ∂q = g (Q - P), the latter as P (φ(d) - d) where P and Q are close.
-
-    grad (B,), logits (B, C) x2, kl (B,), stats (2, B) -> (B, C), (B, C)
-    """
-    p_prob, q_prob, d = _probabilities(p_logits.to(kl.dtype), q_logits.to(kl.dtype), stats)
-    g = grad.to(kl.dtype)[:, None]
-    dp = torch.where((p_prob == 0) & ~kl.isnan()[:, None], torch.zeros_like(d), p_prob * (d - kl[:, None]))
-    close = (d.abs() < EXCESS_SERIES_BELOW) & (p_prob > 0)
-    dq = torch.where(close, p_prob * (excess(d) - d), q_prob - p_prob)
-    return (g * dp).to(p_logits.dtype), (g * dq).to(q_logits.dtype)
-
-
-def _probabilities(p: Tensor, q: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P, Q and d = log P - log Q, the logits subtracted first: that is exact where they are close.  (B, C) each"""
-    p_lse, q_lse = stats[0, :, None], stats[1, :, None]
-    return torch.exp(p - p_lse), torch.exp(q - q_lse), (p - q) - (p_lse - q_lse)
-
-
-def strength_weights(kl: Tensor) -> tuple[Tensor]:
-    """ω_m = (1/KL_m) / Σ_j (1/KL_j), scaled by the smallest: r_m = min KL / KL_m, ω = r / Σ r.  (M,) -> (M,)
-
-    Zeros share everything equally, an infinite KL gets nothing, all infinite are equal, a NaN spreads.
-    """
-    smallest = kl.min()
-    ratio = torch.where(kl == smallest, torch.ones_like(kl), smallest / kl)
-    return (ratio / ratio.sum(),)
-
-
-def strength_weights_backward(grad: Tensor, kl: Tensor) -> tuple[Tensor]:
-    """∂ω_m/∂KL_j = 1 / (KL_m (Σ_i KL_j/KL_i)²) for m ≠ j, and every column sums to zero.  (M,) x2 -> (M,)
-
-    Where several KL are zero, or one infinite, ω has no derivative and zero is returned in its place.
-    """
-    column = (kl[None, :] / kl[:, None]).fill_diagonal_(1.0).sum(0)[None, :]  # Σ_i KL_j / KL_i
-    jacobian = 1 / (kl[:, None] * column**2)
-    undefined = (kl == 0)[:, None] | ~kl.isfinite()[:, None] | ~kl.isfinite()[None, :] | column.isnan()
-    jacobian = torch.where(undefined, torch.zeros_like(jacobian), jacobian).fill_diagonal_(0.0)
-    return (((grad[:, None] - grad[None, :]) * jacobian).sum(0),)

@@ -1,0 +1,243 @@
+// The rows of the linear head step, from features to logits, losses and their gradients. Compiled once for every instruction
+// set by for_each_isa.h. Features are read in tiles of kTileRows rows; what follows the projections is work on rows of C
+// numbers.
+
+// Rows of a matrix of any strides in the arithmetic type: a pointer where they are that already, else a copy in `slots` turns.
+template <class T>
+class ArithmeticRows {
+  using S = typename Lanes<T>::Scalar;
+
+ public:
+  ArithmeticRows(const MatrixView& view, int64_t columns, int64_t slots)
+      : rows_(view, columns, slots), columns_(columns), slots_(slots), copies_(std::is_same_v<T, S> ? 0 : columns * slots) {}
+
+  IPRM_INLINE const S* operator()(int64_t row) {
+    const T* from = rows_(row);
+    if constexpr (std::is_same_v<T, S>) {
+      return from;
+    } else {
+      const Tail<T> tail(columns_);
+      S* copy = copies_.data() + row % slots_ * columns_;
+      for (int64_t i = 0; i < tail.whole; i += Lanes<T>::kCount) store(copy + i, load(from + i));
+      if (tail) Tail<S>(columns_).write(copy, tail.values(from));
+      return copy;
+    }
+  }
+
+ private:
+  RowReader<T> rows_;
+  int64_t columns_, slots_;
+  std::vector<S> copies_;
+};
+
+// The exponentials of a row, left in `exps`.
+template <class S>
+Softmax<S> softmax_of(const S* row, const Tail<S>& tail, S* exps) {
+  const S top = row_max(row, tail);
+  return {top, exp_sum(row, tail, top, exps)};
+}
+
+template <class S>
+IPRM_INLINE void add_bias(S* row, const S* bias, int64_t columns) {
+  if (bias == nullptr) return;
+  for (int64_t k = 0; k < columns; ++k) row[k] += bias[k];
+}
+
+// out = a * by_a + v * by_v + bias
+template <class S>
+void mixed_logits(S* out, const S* a, const S* v, const MixCoefficients<S>& mix, const S* bias, int64_t columns) {
+  for (int64_t k = 0; k < columns; ++k) out[k] = a[k] * mix.from_x + v[k] * mix.from_y;
+  add_bias(out, bias, columns);
+}
+
+// `from` in the storage type
+template <class T, class S>
+void write_row(T* to, const S* from, int64_t columns) {
+  const Tail<S> tail(columns);
+  for (int64_t i = 0; i < tail.whole; i += Lanes<S>::kCount) store(to + i, load(from + i));
+  if (tail) Tail<T>(columns).write(to, tail.values(from));
+}
+
+// Projections of x and y on their two heads, their norms and c; then the probe with the weight lambda, and KL of either
+// modality's prediction from it.
+template <class T>
+void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
+  using S = typename Lanes<T>::Scalar;
+  const int64_t classes = args.classes, columns = args.columns, padded = std::max(classes, Lanes<S>::kCount);
+  const S* heads[3] = {
+      static_cast<const S*>(args.weight_mix), static_cast<const S*>(args.weight_x), static_cast<const S*>(args.weight_y)};
+  std::vector<const S*> w[2];  // of x, of y: the rows of the mixture's head, then of their own
+  for (int side = 0; side < 2; ++side)
+    for (const S* head : {heads[0], heads[1 + side]})
+      for (int64_t k = 0; k < classes; ++k) w[side].push_back(head + k * columns);
+  ArithmeticRows<T> features[2] = {{args.x, columns, kTileRows}, {args.y, columns, kTileRows}};
+  std::vector<S> tile(2 * kTileRows * 2 * classes), scratch(3 * padded);
+  S *z = scratch.data(), *exps = z + padded, *z_exps = exps + padded;
+  S* projected[2] = {static_cast<S*>(args.a), static_cast<S*>(args.v)};
+  S* own[2] = {static_cast<S*>(args.u_x), static_cast<S*>(args.u_y)};
+  T* logits[2] = {static_cast<T*>(args.logits_x), static_cast<T*>(args.logits_y)};
+  const S* bias[3] = {
+      static_cast<const S*>(args.bias_x), static_cast<const S*>(args.bias_y), static_cast<const S*>(args.bias_mix)};
+  S *stats = static_cast<S*>(args.stats), *kl = static_cast<S*>(args.kl_rows);
+  const S weight = *static_cast<const S*>(args.weight), eps = S(kHeadEps);
+  const Tail<S> tail(classes);
+  for (int64_t first = begin; first < end; first += kTileRows) {
+    const int count = int(std::min<int64_t>(kTileRows, end - first));
+    const S* rows[2][kTileRows];
+    for (int side = 0; side < 2; ++side) {
+      for (int r = 0; r < kTileRows; ++r) rows[side][r] = r < count ? features[side](first + r) : rows[side][count - 1];
+      project_tile<S>(
+          rows[side], count, w[side].data(), 2 * classes, columns, &tile[side * kTileRows * 2 * classes], 2 * classes);
+    }
+    for (int r = 0; r < count; ++r) {
+      const int64_t row = first + r;
+      S products[3];
+      gram(rows[0][r], rows[1][r], columns, products);
+      const S x_norm = std::sqrt(products[0]), y_norm = std::sqrt(products[1]);
+      const S c = products[2] * inverse_norm(x_norm, eps) * inverse_norm(y_norm, eps);
+      stats[row] = x_norm;
+      stats[args.rows + row] = y_norm;
+      stats[2 * args.rows + row] = c;
+      for (int side = 0; side < 2; ++side) {
+        const S* from = &tile[(side * kTileRows + r) * 2 * classes];
+        std::copy_n(from, classes, projected[side] + row * classes);
+        std::copy_n(from + classes, classes, own[side] + row * classes);
+        add_bias(own[side] + row * classes, bias[side], classes);
+        if (logits[side]) write_row(logits[side] + row * classes, own[side] + row * classes, classes);
+      }
+      const MixCoefficients<S> mix(weight, x_norm, y_norm, c, eps);
+      mixed_logits(z, projected[0] + row * classes, projected[1] + row * classes, mix, bias[2], classes);
+      const Softmax<S> of_z = softmax_of(z, tail, z_exps);
+      for (int side = 0; side < 2; ++side) {
+        const S* u = own[side] + row * classes;
+        const Softmax<S> of_u = softmax_of(u, tail, exps);
+        kl[side * args.rows + row] = kl_sum(u, z, tail, exps, z_exps, of_u, of_z, std::log(of_u.sum / of_z.sum));
+      }
+    }
+  }
+}
+
+// What a label asks of a row: to be `index`; or it does not count; or it is out of range, which makes loss and gradient NaN.
+struct Label {
+  int64_t index;
+  bool counted, wrong;
+
+  IPRM_INLINE Label(int64_t target, int64_t classes, int64_t ignore_index)
+      : index(target), counted(target != ignore_index), wrong(counted && (target < 0 || target >= classes)) {}
+};
+
+// -(1 - smoothing) log P_label - smoothing / C sum log P
+template <class S>
+S cross_entropy(const S* logits, const Tail<S>& tail, const Label& label, S smoothing, S* exps) {
+  if (!label.counted) return S(0);
+  if (label.wrong) return std::numeric_limits<S>::quiet_NaN();
+  const Softmax<S> of = softmax_of(logits, tail, exps);
+  const S top = of.top, log_sum = std::log(of.sum);
+  const S sharp = (top - logits[label.index]) + log_sum;
+  if (smoothing == S(0)) return sharp;
+  S mean = 0;
+  for (int64_t k = 0; k < tail.columns; ++k) mean += top - logits[k];
+  return (S(1) - smoothing) * sharp + smoothing * (mean / S(tail.columns) + log_sum);
+}
+
+// The mixture with the weight just measured, and the cross entropies of it, x and y.
+template <class T>
+void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t end) {
+  using S = typename Lanes<T>::Scalar;
+  const int64_t classes = args.classes, padded = std::max(classes, Lanes<S>::kCount);
+  std::vector<S> scratch(2 * padded);
+  S *z = scratch.data(), *exps = z + padded, *losses = static_cast<S*>(args.loss_rows);
+  const S *stats = static_cast<const S*>(args.stats), *bias = static_cast<const S*>(args.bias_mix);
+  const S weight = *static_cast<const S*>(args.strength);
+  const Tail<S> tail(classes);
+  for (int64_t row = begin; row < end; ++row) {
+    const MixCoefficients<S> mix(
+        weight, stats[row], stats[args.rows + row], stats[2 * args.rows + row], S(kHeadEps));
+    const int64_t offset = row * classes;
+    mixed_logits(z, static_cast<const S*>(args.a) + offset, static_cast<const S*>(args.v) + offset, mix, bias, classes);
+    write_row(static_cast<T*>(args.logits_mix) + offset, z, classes);
+    const Label label(args.target[row], classes, args.ignore_index);
+    const S* heads[3] = {z, static_cast<const S*>(args.u_x) + offset, static_cast<const S*>(args.u_y) + offset};
+    for (int k = 0; k < 3; ++k)
+      losses[k * args.rows + row] = cross_entropy(heads[k], tail, label, S(args.label_smoothing), exps);
+  }
+}
+
+// scale (P - (1 - smoothing) onehot - smoothing / C) + what came to the logits themselves
+template <class T, class S>
+void logit_gradient(
+    S* out, const S* logits, const Tail<S>& tail, const Label& label, S scale, S smoothing, const T* upstream) {
+  const int64_t classes = tail.columns;
+  if (!label.counted) {
+    std::fill_n(out, classes, S(0));
+  } else {
+    if (label.wrong) scale = std::numeric_limits<S>::quiet_NaN();
+    const S sum = softmax_of(logits, tail, out).sum;
+    const S off = scale * smoothing / S(classes);
+    for (int64_t k = 0; k < classes; ++k) out[k] = out[k] * (scale / sum) - off;
+    if (!label.wrong) out[label.index] -= scale * (S(1) - smoothing);
+  }
+  if (upstream == nullptr) return;
+  // the tail overlaps columns that the loop changes in place, so it is added up before and written after
+  typename Lanes<S>::Vec rest = {};
+  if (tail) rest = tail.values(out) + Tail<T>(classes).values(upstream);
+  for (int64_t i = 0; i < tail.whole; i += Lanes<S>::kCount) store(out + i, load(out + i) + load(upstream + i));
+  if (tail) tail.write(out, rest);
+}
+
+// Gradients of all logits, and what the gradients of the features and the heads are made of: see HeadCoefficients.
+template <class T>
+void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64_t end) {
+  using S = typename Lanes<T>::Scalar;
+  const int64_t classes = args.classes, padded = std::max(classes, Lanes<S>::kCount);
+  std::vector<S> scratch(2 * padded);
+  S *z = scratch.data(), *out = z + padded;
+  const HeadCoefficients<S> to(args.coefficients, args.rows, classes);
+  const S *stats = static_cast<const S*>(args.stats), *bias = static_cast<const S*>(args.bias_mix);
+  const S *scales = static_cast<const S*>(args.scales), smoothing = S(args.label_smoothing);
+  const S weight = *static_cast<const S*>(args.strength), eps = S(kHeadEps);
+  const Tail<S> tail(classes);
+  const auto upstream = [&](int k, int64_t row) {
+    return args.upstream[k] == nullptr ? nullptr : static_cast<const T*>(args.upstream[k]) + row * classes;
+  };
+  for (int64_t row = begin; row < end; ++row) {
+    const S x_norm = stats[row], y_norm = stats[args.rows + row], c = stats[2 * args.rows + row];
+    const S *a = static_cast<const S*>(args.a) + row * classes, *v = static_cast<const S*>(args.v) + row * classes;
+    mixed_logits(z, a, v, MixCoefficients<S>(weight, x_norm, y_norm, c, eps), bias, classes);
+    const Label label(args.target[row], classes, args.ignore_index);
+    logit_gradient<T>(out, z, tail, label, scales[0], smoothing, upstream(0, row));
+    S g_x = 0, g_y = 0;
+    for (int64_t k = 0; k < classes; ++k) {
+      g_x += out[k] * a[k];
+      g_y += out[k] * v[k];
+    }
+    const MixGradient<S> mix(weight, x_norm, y_norm, c, g_x, g_y, eps);
+    for (int64_t k = 0; k < classes; ++k) {
+      to.mix[row * classes + k] = out[k];
+      to.mix_x[row * classes + k] = mix.x_from_g * out[k];
+      to.mix_y[row * classes + k] = mix.y_from_g * out[k];
+    }
+    const S* own[2] = {static_cast<const S*>(args.u_x) + row * classes, static_cast<const S*>(args.u_y) + row * classes};
+    for (int side = 0; side < 2; ++side) {
+      logit_gradient<T>(out, own[side], tail, label, scales[1 + side], smoothing, upstream(1 + side, row));
+      std::copy_n(out, classes, to.own[side] + row * classes);
+    }
+    // a dead row learns from its own head alone
+    to.x_from_x[row] = mix.x_dead ? S(0) : mix.x_from_x;
+    to.x_from_y[row] = mix.x_dead ? S(0) : mix.x_from_y;
+    to.y_from_x[row] = mix.y_dead ? S(0) : mix.y_from_x;
+    to.y_from_y[row] = mix.y_dead ? S(0) : mix.y_from_y;
+    to.dead[0][row] = mix.x_dead;
+    to.dead[1][row] = mix.y_dead;
+  }
+}
+
+// The gradient of a bias: column sums over the rows of a (B, C) matrix, in their order and in double.
+template <class T>
+void write_column_sums(const typename Lanes<T>::Scalar* matrix, int64_t rows, int64_t columns, T* out) {
+  std::vector<double> sums(columns);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t k = 0; k < columns; ++k) sums[k] += matrix[row * columns + k];
+  const std::vector<typename Lanes<T>::Scalar> rounded(sums.begin(), sums.end());
+  write_row(out, rounded.data(), columns);
+}

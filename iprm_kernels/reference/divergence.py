@@ -1,0 +1,97 @@
+"""`batch_kl` and `strength_weights` by their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..dtypes import arithmetic_dtype
+
+#: Below this |d|, d + exp(-d) - 1 is summed as a series of this many terms.
+EXCESS_SERIES_BELOW = 0.5
+EXCESS_SERIES_TERMS = {torch.float32: 9, torch.float64: 15}
+
+
+def excess(d: Tensor) -> Tensor:
+    """φ(d) = d + exp(-d) - 1 >= 0, to full relative accuracy: Σ (-1)ⁿ dⁿ/n! from n = 2 for small d.  (...) -> (...)"""
+    terms = EXCESS_SERIES_TERMS[d.dtype]
+    series = torch.zeros_like(d)
+    for n in range(terms + 1, 1, -1):
+        series = 1 / math.factorial(n) - d * series
+    return torch.where(d.abs() < EXCESS_SERIES_BELOW, d * d * series, d + torch.expm1(-d))
+
+
+def batch_kl(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """KL_i = Σ_k P_ik (log P_ik - log Q_ik), P and Q the softmax of the logits.  (B, C) x2 -> (B,), stats (4, B)
+
+    Because ΣP = ΣQ, this equals Σ_k P φ(d) with d = log P - log Q and φ(d) = d + exp(-d) - 1: terms that are never
+    negative, so nothing cancels however close P and Q are. The statistics are max p, Σ exp(p - max p), and the same of q.
+    """
+    dtype = arithmetic_dtype(p_logits.dtype)
+    p, q = p_logits.to(dtype), q_logits.to(dtype)
+    p_top, q_top = _row_max(p), _row_max(q)
+    stats = torch.stack([p_top, (p - p_top[:, None]).exp().sum(1), q_top, (q - q_top[:, None]).exp().sum(1)])
+    p_prob, q_prob, d = _probabilities(p, q, stats)
+    close = d.abs() < EXCESS_SERIES_BELOW
+    terms = torch.where(close, p_prob * excess(d), p_prob * d + (q_prob - p_prob))
+    terms = torch.where(p_prob == 0, q_prob, terms)
+    return torch.where((q == -math.inf) & (p != -math.inf), math.inf, terms).sum(1), stats
+
+
+def batch_kl_backward(grad: Tensor, p_logits: Tensor, q_logits: Tensor, kl: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """∂p = g P (d - KL),  ∂q = g (Q - P), the latter as P (φ(d) - d) where P and Q are close.
+
+    grad (B,), logits (B, C) x2, kl (B,), stats (4, B) -> (B, C), (B, C)
+    """
+    p_prob, q_prob, d = _probabilities(p_logits.to(kl.dtype), q_logits.to(kl.dtype), stats)
+    g = grad.to(kl.dtype)[:, None]
+    dp = torch.where((p_prob == 0) & ~kl.isnan()[:, None], torch.zeros_like(d), p_prob * (d - kl[:, None]))
+    close = (d.abs() < EXCESS_SERIES_BELOW) & (p_prob > 0)
+    dq = torch.where(close, p_prob * (excess(d) - d), q_prob - p_prob)
+    return (g * dp).to(p_logits.dtype), (g * dq).to(q_logits.dtype)
+
+
+def _row_max(logits: Tensor) -> Tensor:
+    return logits.amax(1) if logits.shape[0] else logits.new_empty(0)
+
+
+def _probabilities(p: Tensor, q: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P, Q and d = log P - log Q.  (B, C) each
+
+    Logits are taken relative to their row's maximum, and the rounding of that goes into d: so a common offset changes
+    nothing, and the difference of close logits is exact.
+    """
+    p_top, p_sum, q_top, q_sum = stats[:, :, None]
+    (a, a_rest), (b, b_rest) = _difference(p, p_top), _difference(q, q_top)
+    return a.exp() / p_sum, b.exp() / q_sum, (a - b) + (a_rest - b_rest) - (p_sum / q_sum).log()
+
+
+def _difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x - y rounded, and what rounding took from it (Knuth's two-sum); nothing where that is not finite."""
+    high = x - y
+    back = high - x
+    rest = (x - (high - back)) - (y + back)
+    return high, torch.where(rest.isfinite(), rest, 0)
+
+
+def strength_weights(kl: Tensor) -> tuple[Tensor]:
+    """ω_m = (1/KL_m) / Σ_j (1/KL_j), scaled by the smallest: r_m = min KL / KL_m, ω = r / Σ r.  (M,) -> (M,)
+
+    Zeros share everything equally, an infinite KL gets nothing, all infinite are equal, a NaN spreads.
+    """
+    smallest = kl.min()
+    ratio = torch.where(kl == smallest, torch.ones_like(kl), smallest / kl)
+    return (ratio / ratio.sum(),)
+
+
+def strength_weights_backward(grad: Tensor, kl: Tensor) -> tuple[Tensor]:
+    """∂ω_m/∂KL_j = 1 / (KL_m (Σ_i KL_j/KL_i)²) for m ≠ j, and every column sums to zero.  (M,) x2 -> (M,)
+
+    Where several KL are zero, or one infinite, ω has no derivative and zero is returned in its place; a NaN spreads.
+    """
+    column = (kl[None, :] / kl[:, None]).fill_diagonal_(1.0).sum(0)[None, :]  # Σ_i KL_j / KL_i
+    undefined = (kl == 0)[:, None] | kl.isinf()[:, None] | kl.isinf()[None, :] | (column.isnan() & ~kl.isnan().any())
+    terms = (grad[:, None] - grad[None, :]) / (kl[:, None] * column**2)  # in this order, 0/KL is 0 for the smallest KL
+    return (torch.where(undefined, torch.zeros_like(terms), terms).fill_diagonal_(0.0).sum(0),)

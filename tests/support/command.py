@@ -1,0 +1,29 @@
+"""The command `iprm`, run in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from iprm.cli import main
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def iprm(folder: Path, *arguments: str) -> Outcome:
+    """What `iprm ARGUMENTS` returns and prints when it is called in `folder`."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            code = main(arguments)
+    finally:
+        os.chdir(before)
+    return Outcome(code, out.getvalue(), err.getvalue())

@@ -1,0 +1,38 @@
+"""A small Lightning run of `FusionClassifier` on a file of features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from iprm.data.base import MultimodalData
+from iprm.quiet import quiet_lightning
+from iprm.trainer import FusionClassifier
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+def classifier(data: MultimodalData, method: str = "iprm", **options: Any) -> FusionClassifier:
+    L.seed_everything(0, verbose=False)
+    return FusionClassifier(data.shapes, data.num_classes, method, **{"feature_dim": 8, **options})
+
+
+def trainer(folder: Path, epochs: int = 3, **options: Any) -> L.Trainer:
+    """Keeps the checkpoint best on validation below `folder`."""
+    callbacks = [ModelCheckpoint(folder / "best", monitor="val_accuracy", mode="max"), *options.pop("callbacks", [])]
+    settings = {"max_epochs": epochs, "callbacks": callbacks, "logger": False, "accelerator": "cpu"}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(**(settings | quiet | options))
+
+
+def fit(folder: Path, data: MultimodalData, model: FusionClassifier, ckpt_path: str | None = None, **options: Any) -> L.Trainer:
+    """Trains `model`, and returns the trainer it had."""
+    runner = trainer(folder, **options)
+    with quiet_lightning():
+        runner.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    return runner
+
+
+def values(runner: L.Trainer) -> dict[str, float]:
+    """What was logged last, by name."""
+    return {name: value.item() for name, value in runner.callback_metrics.items()}
