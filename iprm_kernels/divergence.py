@@ -61,7 +61,8 @@ def strength_weights(kl: Tensor) -> Tensor:
         kl: (M,) divergences, none negative.
 
     Returns:
-        (M,), the dtype of `kl`, summing to one. KL that are zero share everything equally; an infinite one gets 0; all equal: uniform.
+        (M,), the dtype of `kl`, summing to one. KL that are zero share everything equally; an infinite one gets 0; all
+        equal: uniform.
 
     Raises:
         TypeError: `kl` is no floating tensor.

@@ -273,8 +273,7 @@ def _backward_kernel(
     # a gradient nobody asked for is neither computed nor written; an operator must still return a tensor for it
     shapes = _gradient_shapes(x, y, weight_x, weight_y, weight_mix)
     found = [
-        torch.empty(shape if need else (0,), dtype=x.dtype, device=x.device)
-        for shape, need in zip(shapes, needed, strict=True)
+        torch.empty(shape if need else (0,), dtype=x.dtype, device=x.device) for shape, need in zip(shapes, needed, strict=True)
     ]
     kernels(x.device).head_backward(
         *(grad_loss, grad_losses, grad_mix, grad_x, grad_y),

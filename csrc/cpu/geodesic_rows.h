@@ -34,20 +34,21 @@ IPRM_INLINE void combine(
   if (tail) tail.write(out, tail.values(a) * by_a + tail.values(b) * by_b);
 }
 
-// ||a * by_a + b * by_b||^2
+// out = a * by_a + b * by_b, shortened to length 1 where rounding has made it longer
 template <class T>
-typename Lanes<T>::Scalar combined_square(
-    const T* a, typename Lanes<T>::Scalar by_a, const T* b, typename Lanes<T>::Scalar by_b, int64_t columns) {
+void combine_no_longer_than_one(
+    T* out, const T* a, typename Lanes<T>::Scalar by_a, const T* b, typename Lanes<T>::Scalar by_b, int64_t columns) {
+  using S = typename Lanes<T>::Scalar;
   using V = typename Lanes<T>::Vec;
   const Tail<T> tail(columns);
+  const auto combined = [&](V one, V other) { return one * by_a + other * by_b; };
+  const auto square = [&](V one, V other) { return combined(one, other) * combined(one, other); };
   V sum = {};
-  const auto square = [&](V one, V other) {
-    const V value = one * by_a + other * by_b;
-    return value * value;
-  };
   for (int64_t i = 0; i < tail.whole; i += Lanes<T>::kCount) sum += square(load(a + i), load(b + i));
   if (tail) sum += tail.only_unseen(square(tail.values(a), tail.values(b)));
-  return sum_lanes<typename Lanes<T>::Scalar>(sum);
+  const S length = std::sqrt(sum_lanes<S>(sum)), shorter = length > S(1) ? S(1) / length : S(1);
+  for (int64_t i = 0; i < tail.whole; i += Lanes<T>::kCount) store(out + i, combined(load(a + i), load(b + i)) * shorter);
+  if (tail) tail.write(out, combined(tail.values(a), tail.values(b)) * shorter);
 }
 
 // out = a * by_a + b * by_b + c * by_c
@@ -117,14 +118,10 @@ void geodesic_mixup_rows(const MixupArgs& args, int64_t begin, int64_t end) {
     stats[row] = x_norm;
     stats[args.rows + row] = y_norm;
     stats[2 * args.rows + row] = c;
-    MixCoefficients<S> mix(weight[row], x_norm, y_norm, c, eps);
-    if (c < kNearAntipode<S>) {
-      const S length = std::sqrt(combined_square(x_row, mix.from_x, y_row, mix.from_y, args.columns));
-      const S shorter = length > S(1) ? S(1) / length : S(1);
-      mix.from_x *= shorter;
-      mix.from_y *= shorter;
-    }
-    combine(static_cast<T*>(args.z) + row * args.columns, x_row, mix.from_x, y_row, mix.from_y, args.columns);
+    const MixCoefficients<S> mix(weight[row], x_norm, y_norm, c, eps);
+    T* z = static_cast<T*>(args.z) + row * args.columns;
+    if (c < kNearAntipode<S>) combine_no_longer_than_one(z, x_row, mix.from_x, y_row, mix.from_y, args.columns);
+    else combine(z, x_row, mix.from_x, y_row, mix.from_y, args.columns);
   }
 }
 

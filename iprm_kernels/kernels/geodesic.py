@@ -151,6 +151,7 @@ def geodesic_mixup_forward_kernel(
         r_shorter = no_longer_than_one(tl.sum(b_z * b_z, axis=1), r_c)
         store_block(p_z, b_z * r_shorter[:, None], o_rows, m_rows, o_cols, n_cols)
     else:
+        r_shorter = tl.full((BLOCK_B,), 1.0, DTYPE)
         if tl.min(r_c, axis=0) < NEAR_ANTIPODE:
             b_zz = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
             for i_col in range(0, n_cols, BLOCK_D):
@@ -159,12 +160,11 @@ def geodesic_mixup_forward_kernel(
                 b_z = r_p[:, None] * b_x + r_q[:, None] * b_y
                 b_zz += b_z * b_z
             r_shorter = no_longer_than_one(tl.sum(b_zz, axis=1), r_c)
-            r_p *= r_shorter
-            r_q *= r_shorter
         for i_col in range(0, n_cols, BLOCK_D):  # the second read that rows longer than the registers cost
             b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
             b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
-            store_block(p_z, r_p[:, None] * b_x + r_q[:, None] * b_y, o_rows, m_rows, i_col + o_cols, n_cols)
+            b_z = (r_p[:, None] * b_x + r_q[:, None] * b_y) * r_shorter[:, None]
+            store_block(p_z, b_z, o_rows, m_rows, i_col + o_cols, n_cols)
     o_stats = n_rows.to(tl.int64)
     tl.store(p_stats + o_rows, r_x_norm, mask=m_rows)
     tl.store(p_stats + o_stats + o_rows, r_y_norm, mask=m_rows)

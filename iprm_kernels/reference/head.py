@@ -109,9 +109,7 @@ def head_backward(
     logits = _mixed(a, v, stats, strength[0], bias_mix)
     dz, du_x, du_y = (
         _cross_entropy_backward(own, labels, label_smoothing, scale, upstream)
-        for own, scale, upstream in zip(
-            (logits, u_x, u_y), scales, (grad_mix, grad_logits_x, grad_logits_y), strict=True
-        )
+        for own, scale, upstream in zip((logits, u_x, u_y), scales, (grad_mix, grad_logits_x, grad_logits_y), strict=True)
     )
 
     p, q = slerp_weight(weight, c), slerp_weight(1 - weight, c)

@@ -47,7 +47,7 @@ class FusionModule(nn.Module):
         Raises:
             TypeError: features or target of a wrong type.
             ValueError: a modality missing or unknown, a wrong shape or device, on the CPU a label outside [0, C). On a GPU,
-                where looking would synchronise, such a label makes the loss NaN.
+                where looking would synchronise, and in a compiled module such a label makes the loss NaN.
         """
         raise NotImplementedError
 
@@ -124,7 +124,8 @@ def sum_logits(logits_by: Mapping[str, Tensor]) -> Tensor:
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Python's and numpy's integers, such as ``y.max() + 1`` of an array."""
+    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
 
 
 def _checked_modalities(modalities: Sequence[str], minimum: int) -> tuple[str, ...]:
@@ -155,7 +156,7 @@ def _checked_widths(feature_dim: int | Mapping[str, int], modalities: tuple[str,
             raise TypeError(f"feature_dim: expected an integer width for {name!r}, got {width!r}")
         if width < 1:
             raise ValueError(f"feature_dim: expected a width of at least 1 for {name!r}, got {width}")
-    return widths
+    return {name: int(width) for name, width in widths.items()}
 
 
 def _check_labels(target: Tensor, classes: int) -> None:

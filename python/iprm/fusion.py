@@ -137,7 +137,7 @@ class ProbeRebalance(FusionModule):
         modules = (self.heads[a], self.heads[b], self.mix_heads[self.mix_head_names[0]])
         head_a, head_b, head_mix = (_parameters(module) for module in modules)
         step = ik.linear_probe_rebalance(features[a], features[b], head_a, head_b, head_mix, target, weight, group=_group())
-        self._advance([0], [step.strength])
+        self._advance([0], [step.strength], len(target))
         logits_by = {a: step.logits_x, b: step.logits_y, "mix": step.logits_mix}
         return FusionOutput(step.loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
 
@@ -151,25 +151,31 @@ class ProbeRebalance(FusionModule):
             logits, strength = self._probe(pair, features, unimodal, weight.reshape(-1)[pair])
             mixed.append(logits)
             strengths.append(strength)
-        self._advance(drawn, strengths)
+        self._advance(drawn, strengths, len(next(iter(features.values()))))
         return self._output(unimodal, mixed, target, weight)
 
     @torch.no_grad()
-    def _advance(self, drawn: list[int], strengths: list[Tensor]) -> None:
-        """Takes the measured ω of the drawn pairs into λ: in place, for DistributedDataParallel holds on to the buffers."""
+    def _advance(self, drawn: list[int], strengths: list[Tensor], rows: int) -> None:
+        """Takes the measured ω of the drawn pairs into λ: in place, for DistributedDataParallel holds on to the buffers.
+
+        An empty batch measures nothing, and an ω that is not finite is left out, so that one bad batch spoils no later one.
+        """
+        if rows == 0 and _group() is None:
+            return
         for pair, measured in zip(drawn, strengths, strict=True):
             weight, eval_weight, steps = (state.view(-1)[pair] for state in (self.weight, self.eval_weight, self.steps))
-            strength = self.strength.view(-1, 2)[pair]
-            strength.copy_(measured)
+            strength, measured = self.strength.view(-1, 2)[pair], measured.to(self.strength.dtype)
             if self.ema_start == "released":
                 eval_weight.copy_(weight)
-            averaged = torch.lerp(strength[0], weight, self.alpha)
+            averaged = torch.lerp(measured[0], weight, self.alpha)
             if self.ema_start == "paper":
-                averaged = torch.where(steps == 0, strength[0], averaged)
-            weight.copy_(averaged)
+                averaged = torch.where(steps == 0, measured[0], averaged)
+            finite = measured.isfinite()
+            strength.copy_(torch.where(finite, measured, strength))
+            weight.copy_(torch.where(finite[0], averaged, weight))
             if self.ema_start == "paper":
                 eval_weight.copy_(weight)
-            steps.add_(1)
+            steps.add_(finite[0])
 
     def _evaluate(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
         weight = self.eval_weight.clone()

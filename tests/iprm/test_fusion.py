@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,32 @@ def test_evaluation_changes_nothing_and_has_a_loss():
     assert out.loss.isfinite()
     torch.testing.assert_close(state(fusion), before, rtol=0, atol=0)
     torch.testing.assert_close(out.strength, before["strength"])
+
+
+@pytest.mark.parametrize("options", [{}, {"passes": 1}, {"ema_start": "released"}])
+def test_a_batch_that_is_not_finite_leaves_lambda_as_it_was(options):
+    fusion, (features, target) = module(**options), batch()
+    fusion(*batch(seed=1))
+    before = state(fusion)
+    features["x"][3, 2] = torch.nan
+    out = fusion(features, target)
+    assert out.loss.isnan()
+    after = state(fusion)
+    for name in ("weight", "strength", "steps"):
+        assert torch.equal(after[name], before[name]), name
+    assert fusion(*batch(seed=2)).loss.isfinite()
+
+
+@pytest.mark.parametrize("with_target", [True, False])
+def test_an_empty_batch_measures_nothing(with_target):
+    fusion = module()
+    fusion({name: torch.zeros(0, D) for name in "xy"}, torch.zeros(0, dtype=torch.int64) if with_target else None)
+    assert fusion.steps == 0
+    assert fusion.weight == 0.5
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert ProbeRebalance(np.int64(D), np.int32(C)).heads["x"].weight.shape == (C, D)
 
 
 def test_state_survives_saving_copying_and_narrow_types():

@@ -85,6 +85,13 @@ def test_unimodal_reads_its_modality_alone(data):
     torch.testing.assert_close(method({"y": features["y"]}, target).logits, method(features, target).logits)
 
 
+def test_unimodal_says_what_it_misses():
+    with pytest.raises(ValueError, match="feature_dim: expected a width for each of x, got none"):
+        build("unimodal-x", {"y": 3}, C)
+    with pytest.raises(TypeError, match="features: expected a mapping modality -> tensor, got Tensor"):
+        build("unimodal-x", 3, C)(torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [

@@ -15,7 +15,6 @@ from places import INTERPRETED, Place
 from torch import Tensor
 
 import iprm_kernels as ik
-from iprm_kernels import reference
 from iprm_kernels.dtypes import arithmetic_dtype
 
 EPS = 1e-12

@@ -27,13 +27,14 @@ def kl(p: Any = X, q: Any = X, **options: Any) -> Any:
 T = torch.tensor([0, 3])
 HEAD = (torch.ones(4, 3), torch.ones(4))
 LOGITS = torch.ones(2, 4)
+LINEAR = torch.nn.Linear(3, 4)
 
 
 def step(x: Any = X, y: Any = X, *heads: Any, target: Any = T, weight: Any = 0.5, **options: Any) -> Any:
     return ik.linear_probe_rebalance(x, y, *(heads or (HEAD, HEAD, HEAD)), target, weight, **options)
 
 
-def probe(x: Any = X, y: Any = X, *logits: Any, head: Any = torch.nn.Linear(3, 4), weight: Any = 0.5, **options: Any) -> Any:
+def probe(x: Any = X, y: Any = X, *logits: Any, head: Any = LINEAR, weight: Any = 0.5, **options: Any) -> Any:
     return ik.probe_rebalance(x, y, *(logits or (LOGITS, LOGITS)), head, weight, **options)
 
 
@@ -44,6 +45,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ik.normalize(torch.ones(2, 0)), ValueError, r"x: .*at least 1, got \(2, 0\)"),
     (lambda: ik.normalize(X, eps=0.0), ValueError, r"eps: expected a positive finite number, got 0\.0"),
     (lambda: ik.normalize(X, eps=float("nan")), ValueError, r"eps: expected a positive finite number, got nan"),
+    (lambda: ik.normalize(X, eps=1e-30), ValueError, r"eps: expected at least 1e-18 for torch\.float32, got 1e-30"),
     (lambda: ik.normalize(X, eps="1"), TypeError, r"eps: expected a float, got str"),
     (lambda: ik.normalize(X, eps=True), TypeError, r"eps: expected a float, got bool"),
     (lambda: mixup(x=None), TypeError, r"x: expected a tensor \(\.\.\., D\), got NoneType"),

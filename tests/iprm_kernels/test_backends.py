@@ -12,7 +12,7 @@ import torch
 from places import Place
 
 import iprm_kernels as ik
-from iprm_kernels.backends import NAMES, kernels
+from iprm_kernels.backends import NAMES, kernels, requested
 
 
 def step(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
@@ -112,6 +112,19 @@ def test_use_backend_nests_and_survives_an_error(monkeypatch: pytest.MonkeyPatch
             raise KeyError
         assert kernels(cpu) is reference
     assert kernels(cpu) is before
+
+
+def test_use_backend_of_two_threads_takes_back_its_own() -> None:
+    """Entered a, b; left a, b: within b, b is in use to its end."""
+    first, second = ik.use_backend("cpp"), ik.use_backend("reference")
+    if not ik.backends()["cpp"].available:
+        pytest.skip(str(ik.backends()["cpp"]))
+    before = requested()
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert requested() == "reference"
+    second.__exit__(None, None, None)
+    assert requested() == before
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import cases
 import oracle
 import pytest
 import torch
+from error_budget import FACTOR
 from places import Place
 
 import iprm_kernels as ik
@@ -60,6 +62,41 @@ def test_huge_logits_are_never_nan_nor_negative(place: Place, size: float, dtype
     assert (kl[1:] > 0).all()
     assert p.grad.isfinite().all()
     assert q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "kl"),
+    [
+        ([3e38, 0.0], [-3e38, -3e38], math.log(2)),
+        ([1e9, 0.0], [0.0, 10.0], 10.0 + math.log1p(math.exp(-10))),
+        ([0.0, -90.0], [-INF, 0.0], INF),  # exp(-90) is no normal number, and not zero
+        ([90.0, 0.0], [0.0, -INF], INF),
+    ],
+    ids=str,
+)
+def test_extreme_rows(place: Place, p: list[float], q: list[float], kl: float) -> None:
+    assert ik.batch_kl(on(place, [p]), on(place, [q])).item() == pytest.approx(kl, rel=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(3, 1e3), (3, 1e6), (30, 0.0), (100, -1e4)])
+def test_no_less_exact_than_log_softmax_at_any_size_and_offset(place: Place, scale: float, offset: float) -> None:
+    p, q = (scale * cases.randn(64, 31, seed=seed) + (offset if seed == 0 else 0.0) for seed in range(2))
+
+    def errors(kl: Callable[..., torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        narrow = [kl_and_gradients(kl, *(t.to(device, dtype) for t in (p, q))) for dtype in (torch.float32, torch.float64)]
+        return [(a.double() - b).abs().max() for a, b in zip(*narrow, strict=True)]
+
+    def plain(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="sum", log_target=True)
+
+    for own, baseline in zip(errors(ik.batch_kl, place.device), errors(plain, torch.device("cpu")), strict=True):
+        assert own <= FACTOR * baseline
+
+
+def kl_and_gradients(kl: Callable[..., torch.Tensor], *logits: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [tensor.requires_grad_() for tensor in logits]
+    value = kl(*leaves)
+    return [value.detach().cpu(), *(grad.cpu() for grad in torch.autograd.grad(value, leaves))]
 
 
 def test_impossible_classes(place: Place) -> None:
@@ -169,6 +206,23 @@ def test_strength_weights(place: Place, kl: list[float], strength: list[float], 
     torch.testing.assert_close(omega.detach(), on(place, strength, dtype), equal_nan=True)
     omega[0].backward()
     assert leaf.grad.isfinite().all() or any(map(math.isnan, kl))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_strength_weights_of_narrow_types(place: Place, dtype: torch.dtype) -> None:
+    kl = on(place, [1.0, 3.0], dtype).requires_grad_()
+    strength = ik.strength_weights(kl)
+    strength[0].backward()
+    assert strength.dtype == kl.grad.dtype == dtype
+    assert strength.tolist() == [0.75, 0.25]
+
+
+def test_gradient_of_strength_weights_at_the_edges(place: Place) -> None:
+    """The smallest KL have enormous slopes, but none where both modalities pull alike; a NaN spreads."""
+    for values, grad in (([1e-40, 1e-40], [1.0, 1.0]), ([NAN, 1.0], [1.0, 0.0])):
+        kl = on(place, values).requires_grad_()
+        ik.strength_weights(kl).backward(on(place, grad))
+        assert kl.grad.isnan().all() if math.isnan(values[0]) else (kl.grad == 0).all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])

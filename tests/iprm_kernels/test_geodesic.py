@@ -76,6 +76,16 @@ def test_opposite_vectors_stay_finite_and_bounded(place: Place, dtype: torch.dty
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("width", [4, 100, 9000])
+@pytest.mark.parametrize("apart", [1e-5, 1e-3, 1e-2, 0.3])
+def test_no_row_is_longer_than_one(place: Place, apart: float, width: int) -> None:
+    """Nearly opposite, z is the difference of two long vectors, but no longer than the ends of its arc."""
+    x, noise = (cases.randn(16, width, seed=seed, device=place.device) for seed in range(2))
+    y = -x + apart * noise
+    z = ik.geodesic_mixup(x, y, torch.linspace(0, 1, 16, device=place.device))
+    assert (z.double().norm(dim=1) <= 1 + 16 * torch.finfo(torch.float32).eps).all()
+
+
 def test_no_gradient_through_the_clamp(place: Place) -> None:
     """Opposite along an axis c is -1 exactly, so that κ = 0 and ∂x = p (g - ⟨g, x̂⟩ x̂) / ‖x‖ is left."""
     x = torch.tensor([[2.0, 0.0, 0.0]], dtype=torch.float64, device=place.device)

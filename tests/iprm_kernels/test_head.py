@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import heads
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from heads import LEAVES, Step
 from places import INTERPRETED, Place
 from torch import Tensor, nn
@@ -209,8 +213,8 @@ def test_opcheck(place: Place, dtype: torch.dtype, biased: bool) -> None:
     weight = torch.tensor(0.3, dtype=inputs["x"].double().dtype if dtype == torch.float64 else torch.float32)
     arguments = (*parameters, inputs["target"], weight.to(place.device), 0.1, -100, "")
     torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, arguments)
-    loss, _, logits_mix, logits_x, logits_y, strength, _, a, v, stats, *wide = (
-        torch.ops.iprm.linear_probe_rebalance(*(t.detach() if isinstance(t, Tensor) else t for t in arguments))
+    loss, _, logits_mix, logits_x, logits_y, strength, _, a, v, stats, *wide = torch.ops.iprm.linear_probe_rebalance(
+        *(t.detach() if isinstance(t, Tensor) else t for t in arguments)
     )
     grads = (torch.ones_like(loss), None, torch.ones_like(logits_mix), None, None)
     saved = [t if t is None else t.detach() for t in (parameters[i] for i in (0, 1, 2, 4, 6, 7))]
@@ -227,6 +231,56 @@ def test_fullgraph_compile_equals_eager(place: Place) -> None:
     torch.compiler.reset()
     compiled = torch.compile(heads.call, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
     assert_equal_steps(heads.run(inputs, call=compiled), heads.run(inputs))
+
+
+def test_fullgraph_compile_over_a_group(place: Place, tmp_path: Path) -> None:
+    """One process: sums over the group are the batch's own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        inputs = heads.inputs(9, 31, 6, device=place.device)
+        torch.compiler.reset()
+        compiled = torch.compile(heads.call, fullgraph=True, backend="aot_eager")
+        step = heads.run(inputs, call=compiled, group=torch.distributed.group.WORLD)
+        assert_equal_steps(step, heads.run(inputs))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_outputs_of_one_row_share_no_memory(place: Place) -> None:
+    inputs = {name: t if name[:4] != "bias" else None for name, t in heads.inputs(1, 7, 3, device=place.device).items()}
+    outputs = heads.call(inputs)
+    addresses = [getattr(outputs, name).data_ptr() for name in ("logits_mix", "logits_x", "logits_y")]
+    assert len(set(addresses)) == 3
+    outputs.logits_x.clamp_(0)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_without_grad_under_autocast(place: Place, mode: Callable[[], Any]) -> None:
+    inputs = heads.inputs(64, 16, 5, device=place.device)
+    with torch.autocast(place.device.type, dtype=torch.bfloat16):
+        with mode():
+            without = heads.call(inputs)
+        assert torch.equal(without.logits_mix, heads.call(inputs).logits_mix)
+
+
+def test_activation_checkpointing(place: Place) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    layer = nn.Linear(31, 31, device=place.device)
+
+    def loss(x: Tensor) -> Tensor:
+        return heads.call({**inputs, "x": layer(x)}).loss
+
+    plain = torch.autograd.grad(loss(inputs["x"]), layer.weight)
+    saved = torch.utils.checkpoint.checkpoint(loss, inputs["x"], use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(saved, layer.weight), plain)
+
+
+def test_float16_features_with_a_dead_row(place: Place) -> None:
+    """1/‖x‖ and 1/‖x‖² never pass through the narrow type: nothing overflows there."""
+    inputs = heads.inputs(9, 31, 6, torch.float16, device=place.device)
+    inputs["x"][3] = 0.0
+    step = heads.run(inputs)
+    assert all(gradient.isfinite().all() for gradient in step.gradients.values())
 
 
 def test_autocast_casts_features_and_heads(place: Place) -> None:

@@ -34,7 +34,7 @@ COSINES = (
     -0.999,
     -1 + 1e-5,
 )
-WEIGHTS = (0.0, 1e-30, 1e-8, 1e-3, 0.3, 0.5, 0.7, 1 - 1e-7, 1.0, -0.25, 1.5)
+WEIGHTS = (0.0, 1e-30, 1e-8, 1e-3, 0.3, 0.5, 0.7, 1 - 1e-7, 1.0, -0.25, 1.5, -7.0, 12.5, 20.5)
 
 #: Largest error of each function in ulps of its magnitude below, over this grid in float32 and float64 (measured: 1.8, 1.8,
 #: 5.8). ∂S/∂c loses its three bits just above the threshold.
@@ -52,7 +52,9 @@ def magnitude(name: str, s: mpf, c: mpf) -> mpf:
         return s * ratio
     if name == "slerp_weight_ds":
         return ratio * (1 + s * theta)
-    return s * (1 + s * s) / 3 if c >= 0.75 else s * ratio / mpmath.sin(theta) ** 2
+    if c >= 0.75 and s * s * (1 - c) / 2 < 1:
+        return s * (1 + s * s) / 3
+    return s * ratio / mpmath.sin(theta) ** 2 * max(1, s * mpmath.sin(theta))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

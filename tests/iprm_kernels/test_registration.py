@@ -5,6 +5,7 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
+import torch.utils.checkpoint
 from places import INTERPRETED, Place
 from torch import Tensor
 
@@ -109,6 +110,57 @@ def test_without_autocast_mixed_dtypes_are_refused(place: Place) -> None:
     for function in (lambda x, y: ik.geodesic_mixup(x, y, 0.3), ik.batch_kl):
         with pytest.raises(TypeError, match=r"expected the dtype of .*torch\.float32, got torch\.bfloat16"):
             function(x, y.bfloat16())
+
+
+def test_forward_mode_and_functional_transforms_are_refused(place: Place) -> None:
+    x, y = cases.feature_pairs(5, 7, torch.float32, place.device)
+    for function in (ik.normalize, lambda x: ik.geodesic_mixup(x, y, 0.3), lambda x: ik.batch_kl(x, y)):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(function, (x,), (torch.ones_like(x),))
+        with pytest.raises(RuntimeError, match=r"nor derivatives under torch\.func"):
+            torch.func.grad(lambda x, f=function: f(x).sum())(x)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def test_vmap_is_a_loop_over_the_batch(place: Place) -> None:
+    x, y = (cases.randn(3, 5, 7, seed=seed, device=place.device) for seed in range(2))
+    together = torch.vmap(lambda x, y: ik.geodesic_mixup(x, y, 0.3))(x, y)
+    torch.testing.assert_close(together, ik.geodesic_mixup(x, y, 0.3))
+
+
+def test_activation_checkpointing(place: Place) -> None:
+    x, y = cases.feature_pairs(5, 7, torch.float32, place.device)
+    layer = torch.nn.Linear(7, 7, device=place.device)
+    for function in (
+        lambda x: ik.geodesic_mixup(layer(x), y, 0.3),
+        lambda x: ik.normalize(layer(x)),
+        lambda x: ik.batch_kl(layer(x), y),
+    ):
+        plain = torch.autograd.grad(function(x).square().sum(), layer.weight)
+        saved = torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+        torch.testing.assert_close(torch.autograd.grad(saved.square().sum(), layer.weight), plain)
+
+
+def test_inference_mode_under_autocast(place: Place) -> None:
+    x, y = cases.feature_pairs(5, 7, torch.float32, place.device)
+    with torch.inference_mode(), torch.autocast(place.device.type, dtype=torch.bfloat16):
+        z = ik.geodesic_mixup(x, y, 0.3)
+    assert torch.equal(z, ik.geodesic_mixup(x, y, 0.3))
+
+
+def test_compiled_for_any_float_weight(place: Place) -> None:
+    x, y = cases.feature_pairs(5, 7, torch.float32, place.device)
+    torch.compiler.reset()
+    compiled = torch.compile(ik.geodesic_mixup, fullgraph=True, backend="aot_eager")
+    for weight in (0.1, 0.2, 0.7):
+        torch.testing.assert_close(compiled(x, y, weight), ik.geodesic_mixup(x, y, weight))
+
+
+def test_shapes_on_the_meta_device() -> None:
+    x = torch.ones(2, 3, 7, device="meta")
+    assert ik.geodesic_mixup(x, x, 0.3).shape == ik.normalize(x).shape == (2, 3, 7)
+    assert ik.batch_kl(x[0], x[0], reduction="none").shape == (3,)
 
 
 @pytest.mark.gpu

@@ -60,9 +60,11 @@ class Unimodal(Sum):
     ) -> None:
         if modality not in modalities:
             raise ValueError(f"modality: expected one of {', '.join(modalities)}, got {modality!r}")
-        width = feature_dim[modality] if isinstance(feature_dim, Mapping) else feature_dim
-        super().__init__(width, num_classes, (modality,))
+        if isinstance(feature_dim, Mapping):
+            feature_dim = {name: width for name, width in feature_dim.items() if name == modality}
+        super().__init__(feature_dim, num_classes, (modality,))
 
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
-        own = {name: x for name, x in features.items() if name in self.modalities}
-        return super().forward(own, target)
+        if isinstance(features, Mapping):
+            features = {name: x for name, x in features.items() if name in self.modalities}
+        return super().forward(features, target)
