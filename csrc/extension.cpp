@@ -17,9 +17,9 @@ STABLE_TORCH_LIBRARY(iprm_cpp, m) {
   m.def(
       "geodesic_mixup_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor stats, float eps, "
       "Tensor(a!)? grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_w) -> ()");
-  m.def("batch_kl(Tensor p_logits, Tensor q_logits, Tensor(a!) kl, Tensor(b!) stats) -> ()");
+  m.def("batch_kl(Tensor p_logits, Tensor q_logits, str reduction, Tensor(a!) value, Tensor(b!) stats) -> ()");
   m.def(
-      "batch_kl_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor kl, Tensor stats, "
+      "batch_kl_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor stats, str reduction, "
       "Tensor(a!)? grad_p, Tensor(b!)? grad_q) -> ()");
   m.def("strength_weights(Tensor kl, Tensor(a!) strength) -> ()");
   m.def("strength_weights_backward(Tensor grad, Tensor kl, Tensor(a!) grad_kl) -> ()");

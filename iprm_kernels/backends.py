@@ -7,8 +7,8 @@ the operator has allocated (None for a gradient that nobody asked for)::
     normalize_backward(grad, x, norm, eps, grad_x)
     geodesic_mixup(x, y, weight, eps, z, stats)
     geodesic_mixup_backward(grad, x, y, weight, stats, eps, grad_x, grad_y, grad_w)
-    batch_kl(p_logits, q_logits, rows, stats)
-    batch_kl_backward(grad, p_logits, q_logits, rows, stats, grad_p, grad_q)
+    batch_kl(p_logits, q_logits, reduction, value, stats)
+    batch_kl_backward(grad, p_logits, q_logits, stats, reduction, grad_p, grad_q)
     strength_weights(kl, strength)
     strength_weights_backward(grad, kl, grad_kl)
     head_probe(x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, weight,
@@ -19,9 +19,9 @@ the operator has allocated (None for a gradient that nobody asked for)::
                   bias_mix, target, a, v, u_x, u_y, stats, strength, label_smoothing, ignore_index, grad_x, grad_y,
                   grad_weight_x, grad_bias_x, grad_weight_y, grad_bias_y, grad_weight_mix, grad_bias_mix)
 
-Features are 2-D with any strides, outputs contiguous; weight and row gradients are (B,), of stride 0 where one value serves
-all rows. stats of one backend serve the backward of another. Between head_probe and head_rebalance the KL sums may be added
-over processes.
+Features and logits are 2-D with any strides, outputs contiguous; weight is (B,), of stride 0 where one value serves all rows;
+the gradient of batch_kl is () or (B,), as its value was. stats of one backend serve the backward of another. Between
+head_probe and head_rebalance the KL sums may be added over processes.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from ._library import AUTOCAST, below
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 KERNELS = (
@@ -90,7 +92,9 @@ def _into(function: Any) -> Any:
 
     def kernel(*arguments: Any) -> None:
         inputs = function.__code__.co_argcount
-        for out, value in zip(arguments[inputs:], function(*arguments[:inputs]), strict=True):
+        with below(AUTOCAST):
+            values = function(*arguments[:inputs])
+        for out, value in zip(arguments[inputs:], values, strict=True):
             if out is not None:
                 out.copy_(value)
 

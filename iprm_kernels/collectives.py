@@ -22,4 +22,4 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 def all_reduce_named(values: Tensor, name: str) -> Tensor:
     """`all_reduce_sum` over the group of that name, "" being none."""
-    return all_reduce_sum(values, _resolve_process_group(name) if name else None)
+    return all_reduce_sum(values, _resolve_process_group(name) if name else None)  # type: ignore[arg-type]

@@ -76,38 +76,31 @@ def strength_weights(kl: Tensor) -> Tensor:
     return _strength_weights(kl)
 
 
-# batch_kl: (B, C) x2 -> () or (B,), rows (B,), stats (4, B) holding max p, Σ exp(p - max p), and the same of q
+# batch_kl: (B, C) x2 -> () or (B,), stats (5, B) holding max p, Σ exp(p - max p), the same of q, and KL
 
 
-def _batch_kl_kernel(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
-    batch, dtype = p_logits.shape[0], arithmetic_dtype(p_logits.dtype)
-    rows = torch.empty((batch,), dtype=dtype, device=p_logits.device)  # (B,)
-    stats = torch.empty((4, batch), dtype=dtype, device=p_logits.device)  # (4, B)
-    kernels(p_logits.device).batch_kl(p_logits, q_logits, rows, stats)
-    if reduction == "sum":
-        return rows.sum(), rows, stats
-    if reduction == "mean":
-        return rows.mean(), rows, stats
-    return rows.clone(), rows, stats  # an operator's outputs may not share memory
+def _batch_kl_kernel(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    batch, dtype, device = p_logits.shape[0], arithmetic_dtype(p_logits.dtype), p_logits.device
+    value = torch.empty((batch,) if reduction == "none" else (), dtype=dtype, device=device)
+    stats = torch.empty((5, batch), dtype=dtype, device=device)
+    kernels(device).batch_kl(p_logits, q_logits, reduction, value, stats)
+    return value, stats
 
 
-def _batch_kl_fake(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_kl_fake(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     batch, dtype = p_logits.shape[0], arithmetic_dtype(p_logits.dtype)
     shape = (batch,) if reduction == "none" else ()
-    return (
-        p_logits.new_empty(shape, dtype=dtype),
-        p_logits.new_empty((batch,), dtype=dtype),
-        p_logits.new_empty((4, batch), dtype=dtype),
-    )
+    return p_logits.new_empty(shape, dtype=dtype), p_logits.new_empty((5, batch), dtype=dtype)
 
 
 def _batch_kl_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.reduction = inputs[2]
-    ctx.save_for_backward(inputs[0], inputs[1], output[1], output[2])
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
 
 
-def _batch_kl_autograd(ctx: Any, saved: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _batch_kl_autograd(ctx: Any, saved: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None
     needed = ctx.needs_input_grad[:2]
@@ -116,32 +109,19 @@ def _batch_kl_autograd(ctx: Any, saved: Any, grad: Tensor | None, *_: Any) -> tu
 
 
 def _batch_kl_backward_kernel(
-    grad: Tensor,
-    p_logits: Tensor,
-    q_logits: Tensor,
-    rows: Tensor,
-    stats: Tensor,
-    reduction: str,
-    needed: list[bool],
+    grad: Tensor, p_logits: Tensor, q_logits: Tensor, stats: Tensor, reduction: str, needed: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    batch = p_logits.shape[0]
-    row_grad = (grad / max(batch, 1) if reduction == "mean" else grad).expand(batch)  # (B,)
+    # a gradient nobody asked for is neither computed nor written; an operator must still return a tensor for it
     grad_p = torch.empty(p_logits.shape if needed[0] else (0,), dtype=p_logits.dtype, device=p_logits.device)
     grad_q = torch.empty(q_logits.shape if needed[1] else (0,), dtype=q_logits.dtype, device=q_logits.device)
     kernels(p_logits.device).batch_kl_backward(
-        row_grad, p_logits, q_logits, rows, stats, grad_p if needed[0] else None, grad_q if needed[1] else None
+        grad, p_logits, q_logits, stats, reduction, grad_p if needed[0] else None, grad_q if needed[1] else None
     )
     return grad_p, grad_q
 
 
 def _batch_kl_backward_fake(
-    grad: Tensor,
-    p_logits: Tensor,
-    q_logits: Tensor,
-    rows: Tensor,
-    stats: Tensor,
-    reduction: str,
-    needed: list[bool],
+    grad: Tensor, p_logits: Tensor, q_logits: Tensor, stats: Tensor, reduction: str, needed: list[bool]
 ) -> tuple[Tensor, Tensor]:
     return (
         p_logits.new_empty(p_logits.shape if needed[0] else (0,)),
@@ -150,15 +130,15 @@ def _batch_kl_backward_fake(
 
 
 _batch_kl = register(
-    "batch_kl(Tensor p_logits, Tensor q_logits, str reduction) -> (Tensor, Tensor, Tensor)",
+    "batch_kl(Tensor p_logits, Tensor q_logits, str reduction) -> (Tensor, Tensor)",
     _batch_kl_kernel,
     _batch_kl_fake,
     setup_context=_batch_kl_setup,
     backward=_batch_kl_autograd,
 )
 _batch_kl_backward = register(
-    "batch_kl_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor rows, Tensor stats, str reduction, "
-    "bool[] needed) -> (Tensor, Tensor)",
+    "batch_kl_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor stats, str reduction, bool[] needed) "
+    "-> (Tensor, Tensor)",
     _batch_kl_backward_kernel,
     _batch_kl_backward_fake,
 )

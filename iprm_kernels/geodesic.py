@@ -94,6 +94,7 @@ def _normalize_fake(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _normalize_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.eps = inputs[1]
     ctx.save_for_backward(inputs[0], output[1])
 
@@ -150,6 +151,7 @@ def _geodesic_mixup_fake(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tu
 def _geodesic_mixup_setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, y, weight, ctx.eps = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, y, weight, output[1])
 
 

@@ -202,17 +202,16 @@ def _kernel(
     kl, strength, losses = (torch.empty((count,), dtype=dtype, device=device) for count in (2, 2, 3))
     loss = torch.empty((), dtype=dtype, device=device)
     logits_mix = torch.empty((batch, classes), dtype=x.dtype, device=device)
-    narrow = x.dtype != dtype
-    logits_x, logits_y = (torch.empty_like(logits_mix) if narrow else None for _ in range(2))
+    narrow = [torch.empty_like(logits_mix) for _ in range(2)] if x.dtype != dtype else []
 
     run = kernels(device)
     heads = (weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix)
-    run.head_probe(x, y, *heads, weight.to(dtype), a, v, u_x, u_y, stats, kl, logits_x, logits_y)
+    run.head_probe(x, y, *heads, weight.to(dtype), a, v, u_x, u_y, stats, kl, *(narrow or (None, None)))
     all_reduce_named(kl, group)
     settings = (label_smoothing, ignore_index)
     run.head_rebalance(a, v, u_x, u_y, bias_mix, stats, kl, target, *settings, strength, logits_mix, loss, losses)
     if narrow:
-        return loss, losses, logits_mix, logits_x, logits_y, strength, kl, a, v, stats, u_x, u_y
+        return loss, losses, logits_mix, *narrow, strength, kl, a, v, stats, u_x, u_y
     return loss, losses, logits_mix, u_x, u_y, strength, kl, a, v, stats, a.new_empty(0), a.new_empty(0)
 
 

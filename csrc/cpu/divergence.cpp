@@ -1,5 +1,6 @@
 // batch_kl and strength_weights on the CPU. No softmax is written: a row's maximum and sum are taken, then its terms.
 #include <cstring>
+#include <string>
 
 #include "../core/strength.h"
 #include "rows.h"
@@ -8,14 +9,16 @@ namespace iprm {
 
 struct KlArgs {
   MatrixView p, q;
-  void *kl, *stats;
+  void* stats;  // (5, B): max p, sum exp(p - max p), the same of q, KL
   int64_t rows, columns;
 };
 
 struct KlBackwardArgs {
-  Tensor grad;
+  const void* grad;  // () or (B,)
+  int64_t grad_stride;  // 0 where one serves all rows
+  double scale;         // of grad
   MatrixView p, q;
-  const void *kl, *stats;
+  const void* stats;
   void *grad_p, *grad_q;  // null: not wanted
   int64_t rows, columns;
 };
@@ -28,18 +31,23 @@ struct KlBackwardArgs {
 namespace iprm {
 namespace {
 
-void batch_kl(const Tensor& p_logits, const Tensor& q_logits, const Tensor& kl, const Tensor& stats) {
+void batch_kl(
+    const Tensor& p_logits, const Tensor& q_logits, const std::string& reduction, const Tensor& value, const Tensor& stats) {
   const int64_t rows = p_logits.size(0), columns = p_logits.size(1);
   const ScalarType dtype = p_logits.scalar_type(), arithmetic = arithmetic_type(dtype);
   check_matrix(p_logits, "p_logits", rows, columns, dtype);
   check_matrix(q_logits, "q_logits", rows, columns, dtype);
-  check_output(kl, "kl", rows, arithmetic);
-  check_output(stats, "stats", 4, rows, arithmetic);
-  const KlArgs args{
-      MatrixView(p_logits), MatrixView(q_logits), kl.mutable_data_ptr(), stats.mutable_data_ptr(), rows, columns};
-  dispatch_type(p_logits.scalar_type(), [&]<class T>() {
+  check_output(stats, "stats", 5, rows, arithmetic);
+  if (reduction == "none") check_output(value, "value", rows, arithmetic);
+  else check_scalar(value, "value", arithmetic);
+  const KlArgs args{MatrixView(p_logits), MatrixView(q_logits), stats.mutable_data_ptr(), rows, columns};
+  dispatch_type(dtype, [&]<class T>() {
+    using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
     const auto kernel = IPRM_BEST(batch_kl_rows<T>);
     parallel_rows(rows, kExpCost * columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    const S* kl = output<S>(stats) + 4 * rows;
+    if (reduction == "none") std::copy_n(kl, rows, output<S>(value));
+    else *output<S>(value) = S(ordered_sum(kl, rows) / (reduction == "mean" ? double(rows) : 1.0));
   });
 }
 
@@ -47,23 +55,24 @@ void batch_kl_backward(
     const Tensor& grad,
     const Tensor& p_logits,
     const Tensor& q_logits,
-    const Tensor& kl,
     const Tensor& stats,
+    const std::string& reduction,
     const std::optional<Tensor>& grad_p,
     const std::optional<Tensor>& grad_q) {
   const int64_t rows = p_logits.size(0), columns = p_logits.size(1);
   const ScalarType dtype = p_logits.scalar_type(), arithmetic = arithmetic_type(dtype);
-  check_vector(grad, "grad", rows, arithmetic);
+  if (reduction == "none") check_vector(grad, "grad", rows, arithmetic);
+  else check_scalar(grad, "grad", arithmetic);
   check_matrix(p_logits, "p_logits", rows, columns, dtype);
   check_matrix(q_logits, "q_logits", rows, columns, dtype);
-  check_output(kl, "kl", rows, arithmetic);
-  check_output(stats, "stats", 4, rows, arithmetic);
+  check_output(stats, "stats", 5, rows, arithmetic);
   if (grad_p) check_output(*grad_p, "grad_p", rows, columns, dtype);
   if (grad_q) check_output(*grad_q, "grad_q", rows, columns, dtype);
+  const int64_t grad_stride = reduction == "none" ? grad.stride(0) : 0;
   const KlBackwardArgs args{
-      grad, MatrixView(p_logits), MatrixView(q_logits), kl.const_data_ptr(), stats.const_data_ptr(),
-      output<void>(grad_p), output<void>(grad_q), rows, columns};
-  dispatch_type(p_logits.scalar_type(), [&]<class T>() {
+      grad.const_data_ptr(), grad_stride, reduction == "mean" ? 1.0 / double(rows) : 1.0, MatrixView(p_logits),
+      MatrixView(q_logits), stats.const_data_ptr(), output<void>(grad_p), output<void>(grad_q), rows, columns};
+  dispatch_type(dtype, [&]<class T>() {
     const auto kernel = IPRM_BEST(batch_kl_backward_rows<T>);
     parallel_rows(rows, kExpCost * columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });

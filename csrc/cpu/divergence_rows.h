@@ -14,7 +14,7 @@ void batch_kl_rows(const KlArgs& args, int64_t begin, int64_t end) {
   const Tail<T> tail(args.columns);
   RowReader<T> p(args.p, args.columns, kMostRows), q(args.q, args.columns, kMostRows);
   std::vector<S> exps(2 * step * width);
-  S *kl = static_cast<S*>(args.kl), *stats = static_cast<S*>(args.stats);
+  S* stats = static_cast<S*>(args.stats);
   for (int64_t first = begin; first < end; first += step) {
     const int64_t count = std::min(step, end - first);
     const T *p_rows[kMostRows], *q_rows[kMostRows];
@@ -35,9 +35,9 @@ void batch_kl_rows(const KlArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < kMostRows; i += Lanes<S>::kCount) store(ratios + i, log(load(ratios + i)));
     for (int64_t i = 0; i < count; ++i) {
       const Softmax<S> of_p{tops[0][i], sums[0][i]}, of_q{tops[1][i], sums[1][i]};
-      kl[first + i] = kl_sum(p_rows[i], q_rows[i], tail, p_exps + i * width, q_exps + i * width, of_p, of_q, ratios[i]);
-      const S values[4] = {of_p.top, of_p.sum, of_q.top, of_q.sum};
-      for (int k = 0; k < 4; ++k) stats[k * args.rows + first + i] = values[k];
+      const S kl = kl_sum(p_rows[i], q_rows[i], tail, p_exps + i * width, q_exps + i * width, of_p, of_q, ratios[i]);
+      const S values[5] = {of_p.top, of_p.sum, of_q.top, of_q.sum, kl};
+      for (int k = 0; k < 5; ++k) stats[k * args.rows + first + i] = values[k];
     }
   }
 }
@@ -60,19 +60,19 @@ void batch_kl_backward_rows(const KlBackwardArgs& args, int64_t begin, int64_t e
   constexpr int64_t kCount = Lanes<T>::kCount;
   const Tail<T> tail(args.columns);
   RowReader<T> p(args.p, args.columns), q(args.q, args.columns);
-  const VectorView<S> grad(args.grad);
-  const S *kl = static_cast<const S*>(args.kl), *stats = static_cast<const S*>(args.stats);
+  const S *grads = static_cast<const S*>(args.grad), *stats = static_cast<const S*>(args.stats);
   T *grad_p = static_cast<T*>(args.grad_p), *grad_q = static_cast<T*>(args.grad_q);
   for (int64_t row = begin; row < end; ++row) {
     const T *p_row = p(row), *q_row = q(row);
     const Softmax<S> of_p{stats[row], stats[args.rows + row]};
     const Softmax<S> of_q{stats[2 * args.rows + row], stats[3 * args.rows + row]};
+    const S kl = stats[4 * args.rows + row], grad = grads[row * args.grad_stride] * S(args.scale);
     const S p_scale = S(1) / of_p.sum, q_scale = S(1) / of_q.sum, log_ratio = std::log(of_p.sum / of_q.sum);
     const int64_t offset = row * args.columns;
     V dp, dq;
     const auto gradients = [&](V p_logits, V q_logits) {
       const V d = log_quotient<V, S>(p_logits, q_logits, of_p, of_q, log_ratio);
-      kl_gradients(exp(p_logits - of_p.top) * p_scale, exp(q_logits - of_q.top) * q_scale, d, kl[row], grad[row], &dp, &dq);
+      kl_gradients(exp(p_logits - of_p.top) * p_scale, exp(q_logits - of_q.top) * q_scale, d, kl, grad, &dp, &dq);
     };
     for (int64_t i = 0; i < tail.whole; i += kCount) {
       gradients(load(p_row + i), load(q_row + i));

@@ -104,18 +104,6 @@ class ArithmeticInputs {
   std::vector<Tensor> kept_;
 };
 
-// The sum in double, by blocks of 256: exact enough at any length, and the same on any number of threads.
-template <class S>
-double ordered_sum(const S* values, int64_t count) {
-  double total = 0;
-  for (int64_t begin = 0; begin < count; begin += 256) {
-    double block = 0;
-    for (int64_t i = begin; i < std::min(count, begin + 256); ++i) block += values[i];
-    total += block;
-  }
-  return total;
-}
-
 int64_t counted_rows(const VectorView<int64_t>& target, int64_t rows, int64_t ignore_index) {
   int64_t count = 0;
   for (int64_t row = 0; row < rows; ++row) count += target[row] != ignore_index;
@@ -154,7 +142,7 @@ void head_probe(
     check_matrix(*head, "weight of a head", classes, columns, dtype);
   for (const auto* bias : {&bias_x, &bias_y, &bias_mix})
     if (*bias) check_vector(**bias, "bias of a head", classes, dtype);
-  STD_TORCH_CHECK(weight.dim() == 0 && weight.scalar_type() == arithmetic && weight.is_cpu(), "weight: expected shape ()");
+  check_scalar(weight, "weight", arithmetic);
   for (const Tensor* out : {&a, &v, &u_x, &u_y}) check_output(*out, "projection", rows, classes, arithmetic);
   check_output(stats, "stats", 3, rows, arithmetic);
   check_output(kl, "kl", 2, arithmetic);
@@ -199,7 +187,7 @@ void head_rebalance(
   check_vector(target, "target", rows, ScalarType::Long);
   check_output(strength, "strength", 2, arithmetic);
   check_output(logits_mix, "logits_mix", rows, classes, dtype);
-  STD_TORCH_CHECK(loss.dim() == 0 && loss.scalar_type() == arithmetic && loss.is_cpu(), "loss: expected shape ()");
+  check_scalar(loss, "loss", arithmetic);
   check_output(losses, "losses", 3, arithmetic);
   dispatch_type(logits_mix.scalar_type(), [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -255,7 +243,7 @@ void head_backward(
   const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
   for (const auto* grad : {&grad_mix, &grad_logits_x, &grad_logits_y})
     if (*grad) check_matrix(**grad, "gradient of logits", rows, classes, dtype);
-  if (grad_loss) STD_TORCH_CHECK(grad_loss->dim() == 0 && grad_loss->scalar_type() == arithmetic, "grad_loss: expected ()");
+  if (grad_loss) check_scalar(*grad_loss, "grad_loss", arithmetic);
   if (grad_losses) check_vector(*grad_losses, "grad_losses", 3, arithmetic);
   check_matrix(x, "x", rows, columns, dtype);
   check_matrix(y, "y", rows, columns, dtype);

@@ -114,6 +114,18 @@ constexpr int64_t kElementsPerThread = 32768;
 // A pair of logits costs as much as this many features: four exponentials and a polynomial.
 constexpr int64_t kExpCost = 8;
 
+// The sum in double, by blocks of 256: exact enough at any length, and the same on any number of threads.
+template <class S>
+double ordered_sum(const S* values, int64_t count) {
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += 256) {
+    double block = 0;
+    for (int64_t i = begin; i < std::min(count, begin + 256); ++i) block += values[i];
+    total += block;
+  }
+  return total;
+}
+
 template <class Work>
 void parallel_rows(int64_t rows, int64_t columns, const Work& work) {
   if (rows == 0) return;
@@ -137,6 +149,11 @@ inline void check_vector(const Tensor& tensor, const char* name, int64_t count, 
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == count, name, ": expected shape (", count, ")");
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected type ", int(dtype), ", got ", int(tensor.scalar_type()));
+}
+
+inline void check_scalar(const Tensor& tensor, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 0 && tensor.is_cpu() && tensor.scalar_type() == dtype, name, ": expected shape () and type ", int(dtype));
 }
 
 inline void check_output(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, ScalarType dtype) {

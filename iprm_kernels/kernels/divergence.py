@@ -29,8 +29,7 @@ def kl_terms(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum):
 def batch_kl_forward_kernel(
     p_p,  # (B, C)
     p_q,  # (B, C)
-    p_kl,  # (B,)
-    p_stats,  # (4, B) holding max p, Σ exp(p - max p), and the same of q
+    p_stats,  # (5, B) holding max p, Σ exp(p - max p), the same of q, and KL
     p_row,
     p_col,
     q_row,
@@ -75,12 +74,12 @@ def batch_kl_forward_kernel(
             b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
             b_kl += kl_terms(b_p, b_q, r_p_max, r_p_sum, r_q_max, r_q_sum)
         r_kl = tl.sum(b_kl, axis=1)
-    tl.store(p_kl + o_rows, r_kl, mask=m_rows)
     o_stats = n_rows.to(tl.int64)
     tl.store(p_stats + o_rows, r_p_max, mask=m_rows)
     tl.store(p_stats + o_stats + o_rows, r_p_sum, mask=m_rows)
     tl.store(p_stats + 2 * o_stats + o_rows, r_q_max, mask=m_rows)
     tl.store(p_stats + 3 * o_stats + o_rows, r_q_sum, mask=m_rows)
+    tl.store(p_stats + 4 * o_stats + o_rows, r_kl, mask=m_rows)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -88,8 +87,7 @@ def batch_kl_backward_kernel(
     p_grad,  # (B,)
     p_p,  # (B, C)
     p_q,  # (B, C)
-    p_kl,  # (B,)
-    p_stats,  # (4, B) holding max p, Σ exp(p - max p), and the same of q
+    p_stats,  # (5, B)
     p_grad_p,  # (B, C) or None
     p_grad_q,  # (B, C) or None
     grad_row,
@@ -117,7 +115,7 @@ def batch_kl_backward_kernel(
     b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
     p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_max, r_p_sum, r_q_max, r_q_sum)
     if p_grad_p is not None:
-        r_kl = tl.load(p_kl + o_rows, mask=m_rows, other=0.0)
+        r_kl = tl.load(p_stats + 4 * o_stats + o_rows, mask=m_rows, other=0.0)
         absent = (p_prob == 0) & (r_kl == r_kl)[:, None]  # in a row that is not finite nothing is
         b = r_g[:, None] * tl.where(absent, 0.0, p_prob * (d - r_kl[:, None]))
         store_block(p_grad_p, b, o_rows, m_rows, o_cols, n_cols)
@@ -195,23 +193,24 @@ def strength_weights_backward_kernel(
     tl.store(p_grad_kl + o_j, b_grad.to(p_grad_kl.dtype.element_ty), mask=o_j < n)
 
 
-def batch_kl(p_logits: Tensor, q_logits: Tensor, rows: Tensor, stats: Tensor) -> None:
+def batch_kl(p_logits: Tensor, q_logits: Tensor, reduction: str, value: Tensor, stats: Tensor) -> None:
     n_rows, n_cols = p_logits.shape
-    if n_rows == 0:
-        return
-    tile = tiling(n_cols, stats.dtype, WHOLE_LOGITS)
-    with on_device_of(p_logits):
-        batch_kl_forward_kernel[(triton.cdiv(n_rows, tile["BLOCK_B"]),)](
-            p_logits, q_logits, rows, stats, *p_logits.stride(), *q_logits.stride(), n_rows, n_cols, **tile
-        )
+    if n_rows > 0:
+        tile = tiling(n_cols, stats.dtype, WHOLE_LOGITS)
+        with on_device_of(p_logits):
+            batch_kl_forward_kernel[(triton.cdiv(n_rows, tile["BLOCK_B"]),)](
+                p_logits, q_logits, stats, *p_logits.stride(), *q_logits.stride(), n_rows, n_cols, **tile
+            )
+    kl = stats[4]
+    value.copy_(kl if reduction == "none" else kl.sum() if reduction == "sum" else kl.mean())
 
 
 def batch_kl_backward(
     grad: Tensor,
     p_logits: Tensor,
     q_logits: Tensor,
-    rows: Tensor,
     stats: Tensor,
+    reduction: str,
     grad_p: Tensor | None,
     grad_q: Tensor | None,
 ) -> None:
@@ -221,13 +220,13 @@ def batch_kl_backward(
     tile = TILE[stats.dtype.itemsize]
     block_d = min(triton.next_power_of_2(n_cols), tile)
     block_b = min(tile // block_d, TILE_ROWS)
-    strides = (*grad.stride(), *p_logits.stride(), *q_logits.stride())
+    row_grad = (grad / n_rows if reduction == "mean" else grad).expand(n_rows)
+    strides = (*row_grad.stride(), *p_logits.stride(), *q_logits.stride())
     with on_device_of(p_logits):
         batch_kl_backward_kernel[(triton.cdiv(n_rows, block_b) * triton.cdiv(n_cols, block_d),)](
-            grad,
+            row_grad,
             p_logits,
             q_logits,
-            rows.contiguous(),
             stats.contiguous(),
             grad_p,
             grad_q,

@@ -23,30 +23,33 @@ def excess(d: Tensor) -> Tensor:
     return torch.where(d.abs() < EXCESS_SERIES_BELOW, d * d * series, d + torch.expm1(-d))
 
 
-def batch_kl(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """KL_i = Σ_k P_ik (log P_ik - log Q_ik), P and Q the softmax of the logits.  (B, C) x2 -> (B,), stats (4, B)
+def batch_kl(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """KL_i = Σ_k P_ik (log P_ik - log Q_ik), P and Q the softmax of the logits.  (B, C) x2 -> () or (B,), stats (5, B)
 
     Because ΣP = ΣQ, this equals Σ_k P φ(d) with d = log P - log Q and φ(d) = d + exp(-d) - 1: terms that are never
-    negative, so nothing cancels however close P and Q are. The statistics are max p, Σ exp(p - max p), and the same of q.
+    negative, so nothing cancels however close P and Q are. The statistics are max p, Σ exp(p - max p), the same of q, and KL.
     """
     dtype = arithmetic_dtype(p_logits.dtype)
     p, q = p_logits.to(dtype), q_logits.to(dtype)
     p_top, q_top = _row_max(p), _row_max(q)
-    stats = torch.stack([p_top, (p - p_top[:, None]).exp().sum(1), q_top, (q - q_top[:, None]).exp().sum(1)])
+    stats = [p_top, (p - p_top[:, None]).exp().sum(1), q_top, (q - q_top[:, None]).exp().sum(1)]
     p_prob, q_prob, d = _probabilities(p, q, stats)
     close = d.abs() < EXCESS_SERIES_BELOW
     terms = torch.where(close, p_prob * excess(d), p_prob * d + (q_prob - p_prob))
     terms = torch.where(p_prob == 0, q_prob, terms)
-    return torch.where((q == -math.inf) & (p != -math.inf), math.inf, terms).sum(1), stats
+    kl = torch.where((q == -math.inf) & (p != -math.inf), math.inf, terms).sum(1)
+    value = kl if reduction == "none" else kl.sum() if reduction == "sum" else kl.mean()
+    return value, torch.stack([*stats, kl])
 
 
-def batch_kl_backward(grad: Tensor, p_logits: Tensor, q_logits: Tensor, kl: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+def batch_kl_backward(grad: Tensor, p_logits: Tensor, q_logits: Tensor, stats: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """∂p = g P (d - KL),  ∂q = g (Q - P), the latter as P (φ(d) - d) where P and Q are close.
 
-    grad (B,), logits (B, C) x2, kl (B,), stats (4, B) -> (B, C), (B, C)
+    grad () or (B,), logits (B, C) x2, stats (5, B) -> (B, C), (B, C)
     """
-    p_prob, q_prob, d = _probabilities(p_logits.to(kl.dtype), q_logits.to(kl.dtype), stats)
-    g = grad.to(kl.dtype)[:, None]
+    *softmaxes, kl = stats
+    p_prob, q_prob, d = _probabilities(p_logits.to(kl.dtype), q_logits.to(kl.dtype), softmaxes)
+    g = (grad / len(kl) if reduction == "mean" else grad).expand(len(kl))[:, None]
     dp = torch.where((p_prob == 0) & ~kl.isnan()[:, None], torch.zeros_like(d), p_prob * (d - kl[:, None]))
     close = (d.abs() < EXCESS_SERIES_BELOW) & (p_prob > 0)
     dq = torch.where(close, p_prob * (excess(d) - d), q_prob - p_prob)
@@ -57,13 +60,13 @@ def _row_max(logits: Tensor) -> Tensor:
     return logits.amax(1) if logits.shape[0] else logits.new_empty(0)
 
 
-def _probabilities(p: Tensor, q: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _probabilities(p: Tensor, q: Tensor, softmaxes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """P, Q and d = log P - log Q.  (B, C) each
 
     Logits are taken relative to their row's maximum, and the rounding of that goes into d: so a common offset changes
     nothing, and the difference of close logits is exact.
     """
-    p_top, p_sum, q_top, q_sum = stats[:, :, None]
+    p_top, p_sum, q_top, q_sum = (values[:, None] for values in softmaxes)
     (a, a_rest), (b, b_rest) = _difference(p, p_top), _difference(q, q_top)
     return a.exp() / p_sum, b.exp() / q_sum, (a - b) + (a_rest - b_rest) - (p_sum / q_sum).log()
 

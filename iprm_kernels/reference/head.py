@@ -46,7 +46,7 @@ def head_probe(
     c = (x * y).sum(1) * (inverse_norm(x_norm, EPS) * inverse_norm(y_norm, EPS))
     stats = torch.stack([x_norm, y_norm, c])
     probe = _mixed(a, v, stats, weight, bias_mix)
-    kl = torch.stack([batch_kl(u_x, probe)[0].sum(), batch_kl(u_y, probe)[0].sum()])
+    kl = torch.stack([batch_kl(own, probe, "sum")[0] for own in (u_x, u_y)])
     return a, v, u_x, u_y, stats, kl, u_x, u_y
 
 
@@ -147,7 +147,7 @@ def _mixed(a: Tensor, v: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | N
 class _Labels(NamedTuple):
     """Labels safe to index with, which rows count, and 1 or, for a label out of range, NaN.  (B,) each"""
 
-    index: Tensor
+    place: Tensor
     counted: Tensor
     poison: Tensor
 
@@ -161,7 +161,7 @@ class _Labels(NamedTuple):
 def _cross_entropy(logits: Tensor, labels: _Labels, label_smoothing: float) -> Tensor:
     """Mean over the rows that count of -(1-ε) log P_t - ε/C Σ_k log P_k.  (B, C) -> ()"""
     log_p = logits.log_softmax(1)
-    rows = -log_p.gather(1, labels.index[:, None])[:, 0]
+    rows = -log_p.gather(1, labels.place[:, None])[:, 0]
     if label_smoothing:
         rows = (1 - label_smoothing) * rows - label_smoothing * log_p.mean(1)
     return torch.where(labels.counted, rows * labels.poison.to(rows.dtype), 0).sum() / labels.counted.sum()
@@ -172,7 +172,7 @@ def _cross_entropy_backward(
 ) -> Tensor:
     """scale / N (P - (1-ε) onehot - ε/C), plus the gradient that came to the logits themselves.  (B, C) -> (B, C)"""
     wanted = torch.full_like(logits, label_smoothing / logits.shape[1])
-    wanted.scatter_add_(1, labels.index[:, None], torch.full_like(logits[:, :1], 1 - label_smoothing))
+    wanted.scatter_add_(1, labels.place[:, None], torch.full_like(logits[:, :1], 1 - label_smoothing))
     by_row = labels.poison.to(logits.dtype) * (scale / labels.counted.sum())
     gradient = torch.where(labels.counted[:, None], (logits.softmax(1) - wanted) * by_row[:, None], 0)
     return gradient if upstream is None else gradient + upstream.to(gradient.dtype)

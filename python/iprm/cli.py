@@ -32,7 +32,7 @@ NEEDS_CONFIGURATION = """\
 
   iprm {command} --config digits{checkpoint}
 
-shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` lists every setting,
+shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` explains the settings,
 `iprm fit --config digits --print_config` writes a configuration to start from."""
 
 COMMANDS = ("compare", "fit", "test", "predict", "info")
@@ -44,12 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(arguments)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"iprm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("iprm: interrupted", file=sys.stderr)
-        return 130
+        return _interrupted()
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning leaves with 1
+            return _interrupted()
+        return end.code if isinstance(end.code, int) else 0  # of --help and --print_config
+
+
+def _interrupted() -> int:
+    print("iprm: interrupted", file=sys.stderr)
+    return 130
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -82,10 +90,18 @@ def _training_command(command: str, arguments: list[str]) -> int:
         if (error.name or "").startswith("iprm"):
             raise
         raise InputError(f'this command needs more packages: pip install "iprm-kernels[train]" ({error})') from error
-    from .guard import NonFiniteError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    import iprm_kernels as ik
+
+    from .guard import NonFiniteError
+    from .info import check_variable
+
+    check_variable()
     try:
         return compare_command(arguments) if command == "compare" else lightning_command(command, arguments)
+    except (MisconfigurationException, ik.BackendUnavailableError) as error:
+        raise InputError(str(error)) from error
     except NonFiniteError as error:
         print(f"iprm: stopped at {error}", file=sys.stderr)
         return 1

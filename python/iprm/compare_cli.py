@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import datetime
-import inspect
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import yaml
+import jsonargparse
 from rich.console import Console
 
 from .arguments import Parser, at_least_one, key_value
 from .compare import check, compare, default_jobs
 from .configs import load_config, shipped
-from .data import DATASETS, dataset_class
+from .data import DATASETS, dataset_class, options_of
 from .experiment import Settings
+from .methods import METHODS
 from .report import rich_table, write_report
 from .suggest import InputError, unknown
 from .trainer import FusionClassifier
@@ -36,20 +36,38 @@ examples:
   iprm compare --data features --path features.npz --model learning_rate=0.05
 """
 
+METHOD_NAMES = ", ".join([*(name for name in METHODS if name != "unimodal"), "unimodal-<modality>"])
+
 
 def parser() -> Parser:
     """The arguments of `iprm compare`."""
     p = Parser("iprm compare", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, metavar="NAME", help=f"dataset: {', '.join(DATASETS)}")
-    p.add_argument("--path", help="where the dataset is, for those that do not come with the package")
-    p.add_argument("--methods", metavar="A,B,...", help="default: each modality alone, the baselines, and iprm")
-    p.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="number of seeds, from 0 up (default: 3)")
+    p.add_argument("--path", help="the file or folder of a dataset that does not come with the package")
+    p.add_argument(
+        "--methods", metavar="A,B,...", help=f"{METHOD_NAMES} (default: each modality alone, the baselines, and iprm)"
+    )
+    p.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="how many seeds: 0, 1, ... N-1 (default: 3)")
     p.add_argument("--epochs", type=at_least_one, metavar="N", help="default: as in the dataset's shipped configuration")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/compare-<dataset>-<time>")
     p.add_argument("--jobs", type=at_least_one, metavar="N", help="processes at a time (default: one a core; 1 with a GPU)")
-    p.add_argument("--set", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="an option of the dataset")
-    p.add_argument("--model", type=key_value, action="append", default=[], metavar="KEY=VALUE", help="an option of the model")
-    p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto")
+    p.add_argument(
+        "--set",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the dataset, such as batch_size=32; may be repeated",
+    )
+    p.add_argument(
+        "--model",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"an option of the model; may be repeated: {', '.join(_model_options())}",
+    )
+    p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto, a GPU if there is one")
     return p
 
 
@@ -59,24 +77,42 @@ def settings_from(
     """What the shipped configuration of the dataset says, changed by what the command line says.
 
     Raises:
-        InputError: no such dataset, or model option.
+        InputError: no such dataset, or option of it or of the model, or a value of a wrong type.
     """
-    dataset_class(data)  # tells at once if there is none
+    cls = dataset_class(data)
     config = load_config(data) if data in shipped() else {}
-    data_options = dict(config.get("data", {}).get("init_args", {})) | _values(options)
-    if path is not None:
-        data_options["path"] = path
+    given = dict(options) | ({} if path is None else {"path": path})
+    if "seed" in given:
+        raise InputError("seed: a comparison gives every run its own; choose their number by --seeds")
+    data_options = dict(config.get("data", {}).get("init_args", {})) | _typed(f"dataset {data!r}", cls, options_of(cls), given)
     data_options.pop("seed", None)
-    model_options = {k: v for k, v in config.get("model", {}).items() if k != "method"} | _values(model)
-    known = set(inspect.signature(FusionClassifier.__init__).parameters) - {"self", "shapes", "num_classes", "method"}
-    for option in model_options:
-        if option not in known:
-            raise InputError(unknown("option of the model", option, known))
+    model_options = {name: value for name, value in config.get("model", {}).items() if name != "method"}
+    model_options |= _typed("the model", FusionClassifier, _model_options(), dict(model))
     return Settings(data, data_options, model_options, epochs or config.get("trainer", {}).get("max_epochs", 20))
 
 
-def _values(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    return {key: yaml.safe_load(value) for key, value in pairs}
+def _model_options() -> list[str]:
+    return [name for name in options_of(FusionClassifier) if name not in ("shapes", "num_classes", "method")]
+
+
+def _typed(owner: str, cls: type, known: Iterable[str], given: Mapping[str, str]) -> dict[str, Any]:
+    """The values of `given`, converted to the types that `cls.__init__` declares."""
+    types = get_type_hints(cls.__init__)  # type: ignore[misc]
+    typed = {}
+    for name, text in given.items():
+        if name not in known:
+            raise InputError(unknown(f"option of {owner}", name, known))
+        values = jsonargparse.ArgumentParser(exit_on_error=False)
+        values.add_argument("--value", type=types[name])
+        try:
+            typed[name] = values.parse_args([f"--value={text}"]).as_dict()["value"]
+        except jsonargparse.ArgumentError as error:
+            raise InputError(f"{name}: expected {_type_name(types[name])}, got {text!r}") from error
+    return typed
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def compare_command(arguments: Sequence[str]) -> int:
@@ -87,10 +123,11 @@ def compare_command(arguments: Sequence[str]) -> int:
     asked = [name.strip() for name in given.methods.split(",") if name.strip()] if given.methods is not None else None
     methods, modalities, splits = check(settings, asked, range(given.seeds))
     jobs = given.jobs or default_jobs(len(methods) * given.seeds)
+    folder = given.output or Path("runs") / f"compare-{given.data}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder.mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after the work
     results = compare(settings, methods, range(given.seeds), jobs)
 
     title = f"{given.data}: {given.seeds} seeds, {settings.epochs} epochs"
-    folder = given.output or Path("runs") / f"compare-{given.data}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     record = {**asdict(settings), "methods": methods, "seeds": list(range(given.seeds)), "jobs": jobs, "splits": splits}
     summary = write_report(folder, results, modalities, record, title)
     console = Console()

@@ -29,8 +29,10 @@ def build_encoders(
         The encoders and the width of each one's features, by modality.
 
     Raises:
-        InputError: an unknown modality or kind (the closest is suggested), or a kind that cannot take the shape.
+        InputError: an unknown modality or kind (the closest is suggested), a kind that cannot take the shape, or no width.
     """
+    if isinstance(feature_dim, bool) or not isinstance(feature_dim, int) or feature_dim < 1:
+        raise InputError(f"feature_dim: expected a whole number from 1 up, got {feature_dim!r}")
     for modality in shapes:
         if not modality.isidentifier() or modality == "mix" or hasattr(nn.ModuleDict, modality):
             raise InputError(f"modality {modality!r}: expected a name of letters, digits and underscores that is not reserved")

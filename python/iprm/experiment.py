@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from .data import make_data
+from .guard import NonFiniteError
 from .quiet import quiet_lightning
 from .trainer import FusionClassifier
 
@@ -109,9 +110,12 @@ def run(settings: Settings, method: str, seed: int, advance: Callable[[], None] 
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(model, datamodule=data)
-        history = [course.epochs[epoch] for epoch in sorted(course.epochs)]
-        (test,) = trainer.test(model, datamodule=data, ckpt_path="best", verbose=False, weights_only=True)
+        try:
+            trainer.fit(model, datamodule=data)
+            history = [course.epochs[epoch] for epoch in sorted(course.epochs)]
+            (test,) = trainer.test(model, datamodule=data, ckpt_path="best", verbose=False, weights_only=True)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} (method {method!r}, seed {seed})") from error
     best_epoch = max(range(len(history)), key=lambda epoch: history[epoch]["val_accuracy"])
     metrics = {name.removeprefix("test_"): value for name, value in test.items()}
     return Result(method, seed, metrics, best_epoch, statistics.median(clock.seconds), history)

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import re
+import pickle
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from .configs import find_config
-from .data import DATASETS, dataset_class, options_of
+from .data import dataset_class
 from .data.base import MultimodalData
+from .fit_parser import Parser, explain
+from .guard import NonFiniteError
 from .predictions import write_predictions
 from .quiet import quiet_lightning
-from .suggest import InputError, closest
+from .suggest import InputError
 from .trainer import FusionClassifier
-
-#: How jsonargparse words a name that it does not know.
-UNKNOWN = re.compile(r"(?:unrecognized arguments: --|does not accept option '|Option ')(?P<name>[\w.]+)")
-
-
-class Parser(LightningArgumentParser):
-    """A parser whose errors suggest the name that was probably meant, and are raised for `main` to print."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise InputError(_with_suggestion(message, _option_names(self)))
-
-
-def _option_names(parser: LightningArgumentParser) -> list[str]:
-    """All options in dotted form, those of every subcommand and dataset included."""
-    parsers = [parser]
-    for action in parser._actions:
-        if isinstance(action.choices, dict):  # of subcommands
-            parsers += action.choices.values()
-    names = {action.dest for p in parsers for action in p._actions}
-    names |= {f"data.init_args.{option}" for name in DATASETS for option in options_of(dataset_class(name))}
-    return sorted(names)
-
-
-def _with_suggestion(message: str, options: Sequence[str]) -> str:
-    """The first thing that went wrong, and the option that was probably meant."""
-    match = UNKNOWN.search(message)
-    if not match:
-        return message
-    name = match["name"]
-    if "given class_path" in message:
-        name = f"data.init_args.{name}"
-    suggestion = closest(name, options)
-    return f"unknown setting {name!r}" + (f": did you mean {suggestion!r}?" if suggestion else "")
 
 
 class FusionCLI(LightningCLI):
@@ -69,40 +40,70 @@ class FusionCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.add_argument("--output", type=str, default="predictions.csv", help="the CSV file to write")
+        explain(parser, subcommand)
         return parser
 
     def _parse_ckpt_path(self) -> None:
         """The model's settings are those of the configuration; Lightning would add those of the checkpoint, which name the
-        shapes, and these come from the data."""
+        shapes, and these come from the data. `FusionClassifier` refuses a checkpoint of other settings."""
 
     def before_instantiate_classes(self) -> None:
         given = self.config[self.subcommand]
-        if self.subcommand == "fit":
-            return
-        if not given.ckpt_path:
-            raise InputError(f"iprm {self.subcommand} needs a trained model: add --ckpt_path CHECKPOINT (iprm fit prints it)")
-        if not Path(given.ckpt_path).is_file():
-            raise InputError(f"{given.ckpt_path}: there is no such checkpoint")
+        if given.ckpt_path:
+            _check_checkpoint(given.ckpt_path)
+        elif self.subcommand != "fit":
+            raise InputError(f"{self.subcommand} needs a trained model: add --ckpt_path CHECKPOINT, as iprm fit has printed it")
+        if self.subcommand == "predict":
+            Path(given.output).parent.mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after the work
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        trainer = self._get(self.config_init, "trainer")
-        if self.subcommand == "fit":
-            root = trainer.get("default_root_dir") or "runs"
-            kwargs |= {} if trainer.get("logger") is not None else {"logger": CSVLogger(root, name="fit")}
-        else:
+        trainer, fits = self._get(self.config_init, "trainer"), self.subcommand == "fit"
+        callbacks: list[Callback] = []
+        if trainer.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar())
+        if fits and trainer.enable_checkpointing is not False:
+            callbacks.append(ModelCheckpoint(monitor="val_accuracy", mode="max"))
+        self.trainer_defaults = {"callbacks": callbacks}
+        if not fits:
             kwargs["logger"] = False
-        return super().instantiate_trainer(**kwargs)
+        elif trainer.logger is None:
+            kwargs["logger"] = CSVLogger(trainer.default_root_dir or "runs", name="fit")
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError, ImportError) as error:
+            raise InputError(f"trainer: {error}") from error
 
-    def after_fit(self) -> None:
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+    def fit(self, **kwargs: Any) -> None:
+        try:
+            self.trainer.fit(**kwargs)
+        except NonFiniteError as error:
+            best = self._best_checkpoint() or "no checkpoint was due"
+            raise NonFiniteError(f"{error}\nbest on validation until then: {best}") from error
+        best = self._best_checkpoint()
         if best and self.trainer.is_global_zero:
             print(f"best on validation: {best}")
             print(f"to evaluate it on the test split: iprm test --config {self.trainer.log_dir}/config.yaml --ckpt_path {best}")
+
+    def _best_checkpoint(self) -> str:
+        """Its path; empty where none was written."""
+        return getattr(self.trainer.checkpoint_callback, "best_model_path", "")
 
     def after_predict(self) -> None:
         path = Path(self.config.predict.output)
         write_predictions(path, self.trainer.predict_loop.predictions)
         print(f"predictions: {path}")
+
+
+def _check_checkpoint(path: str | Path) -> None:
+    """Raises InputError unless there is a checkpoint of a `FusionClassifier` at `path`."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such checkpoint")
+    try:
+        whole = zipfile.is_zipfile(path) and "hyper_parameters" in torch.load(path, weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: not a checkpoint of iprm fit, or a part of one")
 
 
 def lightning_command(command: str, arguments: Sequence[str]) -> int:
@@ -121,11 +122,7 @@ def lightning_command(command: str, arguments: Sequence[str]) -> int:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "callbacks": [ModelCheckpoint(monitor="val_accuracy", mode="max"), RichProgressBar()],
-                "enable_model_summary": False,
-                "log_every_n_steps": 1,
-            },
+            trainer_defaults={"max_epochs": 20, "enable_model_summary": False, "log_every_n_steps": 1},
             parser_class=Parser,
             args=[command, *_resolve(arguments)],
         )
@@ -135,7 +132,7 @@ def lightning_command(command: str, arguments: Sequence[str]) -> int:
 def _resolve(arguments: Sequence[str]) -> list[str]:
     """The arguments with names of shipped configurations and of datasets in place of what they stand for."""
     resolved: list[str] = []
-    names = {"--config": _config_path, "-c": _config_path, "--data": _class_path}
+    names = {"--config": _config_path, "-c": _config_path, "--data": _class_path, "--data.help": _class_path}
     for argument in arguments:
         option, separator, value = argument.partition("=")
         if separator and option in names:

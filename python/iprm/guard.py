@@ -21,7 +21,7 @@ class FiniteGuard:
     every `interval` steps, and whenever its owner asks: before an epoch ends and before a checkpoint is written.
 
     Args:
-        place: what is run, for the message: "training step" or "validation batch".
+        place: what is run, for the message: "training step" or "test batch".
         interval: steps between looks on a GPU.
     """
 

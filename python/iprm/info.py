@@ -1,21 +1,21 @@
-"""The command `iprm info`: versions, and which implementation of each operator runs here."""
+"""The command `iprm info`: versions, what was built, and which implementation of each operator runs here. Needs no extra."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import iprm_kernels as ik
 
 from .arguments import Parser
+from .suggest import InputError, unknown
 from .versions import versions
 
 #: The operators, and those that they are composed of.
 OPERATORS = ("normalize", "geodesic_mixup", "batch_kl", "strength_weights", "probe_rebalance", "linear_probe_rebalance")
+VARIABLE = "IPRM_KERNELS_BACKEND"
 
 
 def info_command(arguments: Sequence[str]) -> int:
@@ -23,42 +23,34 @@ def info_command(arguments: Sequence[str]) -> int:
     Parser(
         "iprm info", description="Versions, what was built, and which implementation of each operator runs here."
     ).parse_args(arguments)
-    console = Console()
-    console.print(_pairs("versions", versions()))
-    console.print(_pairs("C++ extension", {name: str(value) for name, value in ik.build_info().items()}))
-    console.print(_operators())
-    console.print(_backends())
+    built = {name.replace("_", " "): str(value) or "-" for name, value in ik.build_info().items()}
+    _print("versions", versions())
+    _print("C++ extension", built)
+    for device, backend in chosen_backends().items():
+        _print(f"operators on {device}", dict.fromkeys(OPERATORS, backend))
+    _print("backends", {name: str(status).removeprefix(f"{name}: ") for name, status in ik.backends().items()})
+    print(f"{VARIABLE}=NAME asks for one of these; it is never silently replaced.")
     return 0
 
 
-def _pairs(title: str, pairs: dict[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in pairs.items():
-        table.add_row(name, value)
-    return table
+def check_variable() -> None:
+    """Raises InputError if IPRM_KERNELS_BACKEND asks for what does not exist; the message suggests the closest."""
+    asked = os.environ.get(VARIABLE)
+    if asked and asked not in ik.backends():
+        raise InputError(f"{VARIABLE}: {unknown('backend', asked, ik.backends())}")
+
+
+def _print(title: str, rows: Mapping[str, str]) -> None:
+    print(title, *(f"  {name:<24}{value}" for name, value in rows.items()), "", sep="\n")
 
 
 def chosen_backends() -> dict[str, str]:
     """device -> the backend that serves its tensors: what IPRM_KERNELS_BACKEND asks for, or else the default."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    asked = os.environ.get("IPRM_KERNELS_BACKEND")
-    statuses = ik.backends().values()
-    if asked:
-        return dict.fromkeys(devices, f"{asked} (IPRM_KERNELS_BACKEND)")
-    return {device: next(s.name for s in statuses if device in s.default_for) for device in devices}
-
-
-def _operators() -> Table:
-    chosen = chosen_backends()
-    table = Table("operator", *(f"on {device}" for device in chosen), title="which backend serves", title_justify="left")
-    for operator in OPERATORS:
-        table.add_row(operator, *chosen.values())
-    return table
-
-
-def _backends() -> Table:
-    table = Table("backend", "runs here", "serves", "default for", "remark", title="backends", title_justify="left")
-    for status in ik.backends().values():
-        state = "yes" if status.available else "no"
-        table.add_row(status.name, state, ", ".join(status.devices), ", ".join(status.default_for), status.reason)
-    return table
+    statuses = ik.backends()
+    asked = os.environ.get(VARIABLE)
+    if not asked:
+        return {device: next(s.name for s in statuses.values() if device in s.default_for) for device in devices}
+    served = set(statuses[asked].devices) if asked in statuses else set()
+    absent = f"none: {VARIABLE} asks for {asked}, which does not serve"
+    return {device: f"{asked} ({VARIABLE})" if served & {device, "any"} else f"{absent} {device}" for device in devices}

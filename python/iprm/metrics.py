@@ -81,7 +81,6 @@ class EpochMeans:
         self.loss: Tensor | None = None  # (), summed over rows
         self.correct: Tensor | None = None  # (1 + H,), counts
         self.strength: Tensor | None = None  # (2,) or (P, 2), summed over steps
-        self.weight: Tensor | None = None  # () or (P,)
 
     def update(self, output: FusionOutput, target: Tensor) -> None:
         """Adds one batch: `output` with a loss, target (B,)."""
@@ -92,23 +91,27 @@ class EpochMeans:
         self.correct = _added(self.correct, (stacked_logits(output).argmax(2) == target).sum(1))
         if output.strength is not None:
             self.strength = _added(self.strength, output.strength.detach())
-        self.weight = output.weight
 
-    def compute(self, modalities: Sequence[str]) -> dict[str, Tensor]:
-        """train_loss, train_accuracy, train_accuracy_<head>, and of IPRM `weight` (λ of the last step) and
-        `strength_<modality>` (mean ω); numbered `weight_0`, `strength_0_first`, ... where there are several pairs."""
+    def compute(self, modalities: Sequence[str], weight: Tensor | None = None) -> dict[str, Tensor]:
+        """train_loss, train_accuracy, train_accuracy_<head>, and where ω was measured `strength_<modality>` (its mean) and
+        `weight`, the λ given here; numbered `weight_0`, `strength_0_first`, ... where there are several pairs.
+
+        Args:
+            modalities: in the order of ω.
+            weight: () or (P,), λ at the end of the epoch.
+        """
         if self.loss is None or self.correct is None:
             return {}
         values = {"train_loss": self.loss / self.rows}
         for name, count in zip(("train_accuracy", *(f"train_accuracy_{h}" for h in self.heads)), self.correct, strict=True):
             values[name] = count / self.rows
-        if self.weight is not None and self.strength is not None:
+        if weight is not None and self.strength is not None:
             strength = self.strength / self.steps
-            if self.weight.dim() == 0:
-                values["weight"] = self.weight
+            if weight.dim() == 0:
+                values["weight"] = weight
                 values |= {f"strength_{modality}": part for modality, part in zip(modalities, strength, strict=True)}
             else:
-                values |= {f"weight_{pair}": part for pair, part in enumerate(self.weight)}
+                values |= {f"weight_{pair}": part for pair, part in enumerate(weight)}
                 for pair, (first, second) in enumerate(strength):
                     values |= {f"strength_{pair}_first": first, f"strength_{pair}_second": second}
         return {name: value.detach().clone().float() for name, value in values.items()}

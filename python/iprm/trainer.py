@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -32,18 +33,19 @@ class FusionClassifier(L.LightningModule):
     Args:
         shapes: modality -> shape of one input, (C, H, W) or (D,).
         num_classes: C.
-        method: a fusion method: "iprm", "concat", "sum", "weight", "joint", or "unimodal-<modality>".
+        method: "iprm"; its ablations "iprm-linear", "iprm-one-pass", "iprm-no-ema"; the baselines "concat", "sum", "weight",
+            "joint"; or "unimodal-<modality>".
         method_options: further options of the method, such as {"alpha": 0.9}.
         encoders: modality -> "cnn", "mlp", "linear" or "identity"; those not named are chosen by shape.
         feature_dim: width of every encoder's features.
-        learning_rate: of SGD.
-        momentum: of SGD.
+        learning_rate: the step of SGD, before its decay.
+        momentum: of SGD, from 0 to 1.
         weight_decay: of SGD.
-        decay_at: the part of the epochs after which the learning rate is multiplied by `decay`.
+        decay_at: the part of the epochs, from 0 to 1, after which the learning rate is multiplied by `decay`.
         decay: see `decay_at`.
 
     Raises:
-        InputError: an unknown method, option or encoder; the message suggests the closest.
+        InputError: an unknown method, option or encoder (the message suggests the closest), or a number out of its range.
     """
 
     encoders: nn.ModuleDict
@@ -67,6 +69,12 @@ class FusionClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        _check_number("learning_rate", learning_rate)
+        _check_number("momentum", momentum, highest=1)
+        _check_number("weight_decay", weight_decay)
+        _check_number("decay_at", decay_at, highest=1)
+        _check_number("decay", decay)
+        self.structure = _structure(shapes, num_classes, method, method_options, encoders, feature_dim)
         self.encoders, widths = build_encoders(shapes, feature_dim, encoders or {})
         try:
             self.fusion = build(method, widths, num_classes, tuple(shapes), **(method_options or {}))
@@ -102,13 +110,25 @@ class FusionClassifier(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.guard.look()
-        self.log_dict(self.means.compute(tuple(self.encoders)), sync_dist=True)
+        weight = getattr(self.fusion, "weight", None)  # λ of a method that has one
+        self.log_dict(self.means.compute(tuple(self.encoders), weight), sync_dist=True)
         self.means.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning calls this before it writes a checkpoint: an error here leaves the last one as it was."""
         self.guard.look()
         check_state(self, self.global_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning calls this before it loads the state.
+
+        Raises:
+            InputError: the checkpoint is of a model made with other settings.
+        """
+        there = _structure(**checkpoint["hyper_parameters"])
+        for name, here in self.structure.items():
+            if there[name] != here:
+                raise InputError(f"the checkpoint is of a model with {name} {there[name]!r}, this one has {here!r}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimiser = torch.optim.SGD(
@@ -121,6 +141,12 @@ class FusionClassifier(L.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimiser, step_size, self.decay)}
 
     # evaluation
+
+    def on_validation_start(self) -> None:
+        self.evaluation_guard.place = f"training step {self.global_step}, validation batch"
+
+    def on_test_start(self) -> None:
+        self.evaluation_guard.place = "test batch"
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(self.val_metrics, batch, batch_idx)
@@ -150,3 +176,31 @@ class FusionClassifier(L.LightningModule):
         """probability (B, C) and target (B,): what `iprm predict` writes."""
         inputs, target = batch
         return {"probability": self(inputs).logits.float().softmax(1), "target": target}
+
+
+def _check_number(name: str, value: float, highest: float = math.inf) -> None:
+    """Raises InputError unless `value` is a finite number in [0, highest]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and 0 <= value <= highest):
+        span = "from 0 up" if highest == math.inf else f"from 0 to {highest:g}"
+        raise InputError(f"{name}: expected a number {span}, got {value!r}")
+
+
+def _structure(
+    shapes: Mapping[str, Sequence[int]],
+    num_classes: int,
+    method: str,
+    method_options: Mapping[str, Any] | None,
+    encoders: Mapping[str, str] | None,
+    feature_dim: int,
+    **_: Any,
+) -> dict[str, Any]:
+    """The hyperparameters that decide which parameters a model has, in one form."""
+    return {
+        "shapes": {modality: list(shape) for modality, shape in shapes.items()},
+        "num_classes": num_classes,
+        "method": method,
+        "method_options": dict(method_options or {}),
+        "encoders": dict(encoders or {}),
+        "feature_dim": feature_dim,
+    }

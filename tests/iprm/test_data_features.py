@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from feature_files import arrays, changed, save, without
 from iprm.data import make_data
 from iprm.suggest import InputError
 
 
-def good(rows: int = 60) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    y = np.arange(rows) % 3
-    return {"x_audio": rng.normal(size=(rows, 4)) + y[:, None], "x_text": rng.normal(size=(rows, 6)), "y": y}
-
-
-def save(folder: Path, arrays: dict[str, np.ndarray]) -> str:
-    np.savez(folder / "features.npz", **arrays)
-    return str(folder / "features.npz")
-
-
 def test_features_are_served_as_they_are_in_three_disjoint_stratified_splits(tmp_path):
-    arrays = good()
-    data = make_data("features", path=save(tmp_path, arrays), seed=3)
+    content = arrays()
+    data = make_data("features", path=save(tmp_path, content), seed=3)
     assert data.shapes == {"audio": [4], "text": [6]}
     assert data.num_classes == 3
     rows = {name: split.origin["audio"].numpy() for name, split in data.splits.items()}
     assert sorted(np.concatenate(list(rows.values()))) == list(range(60))
     assert {name: len(index) for name, index in rows.items()} == {"train": 39, "val": 6, "test": 15}
     for name, split in data.splits.items():
-        np.testing.assert_array_equal(split.inputs["audio"].numpy(), arrays["x_audio"][rows[name]].astype(np.float32))
+        np.testing.assert_array_equal(split.inputs["audio"].numpy(), content["x_audio"][rows[name]].astype(np.float32))
         assert torch.bincount(split.target).tolist() == [len(split) // 3] * 3
 
 
 def test_a_batch_is_a_mapping_and_an_int64_target(tmp_path):
-    inputs, target = next(iter(make_data("features", path=save(tmp_path, good()), batch_size=8).train_dataloader()))
+    inputs, target = next(iter(make_data("features", path=save(tmp_path, arrays()), batch_size=8).train_dataloader()))
     assert {modality: x.shape for modality, x in inputs.items()} == {"audio": (8, 4), "text": (8, 6)}
     assert target.dtype == torch.int64
     assert target.shape == (8,)
@@ -45,44 +33,33 @@ def test_a_batch_is_a_mapping_and_an_int64_target(tmp_path):
 @pytest.mark.parametrize("names", [("train", "val", "test"), (0, 1, 2)], ids=["words", "numbers"])
 def test_a_given_split_is_kept(tmp_path, names):
     given = np.array(names)[np.arange(60) % 3]
-    data = make_data("features", path=save(tmp_path, good() | {"split": given}))
+    data = make_data("features", path=save(tmp_path, arrays() | {"split": given}))
     for place, name in enumerate(("train", "val", "test")):
         assert data.splits[name].origin["text"].tolist() == list(range(place, 60, 3))
 
 
-def without(name: str) -> dict[str, np.ndarray]:
-    return {key: value for key, value in good().items() if key != name}
-
-
-def changed(name: str, row: int, value: float) -> dict[str, np.ndarray]:
-    arrays = good()
-    arrays[name] = arrays[name].copy()
-    arrays[name][row] = value
-    return arrays
-
-
 BAD = {
     "no labels": (without("y"), "no array 'y'.*x_audio, x_text"),
-    "float labels": (good() | {"y": np.zeros(60)}, "y: expected whole numbers.*float64"),
+    "float labels": (arrays() | {"y": np.zeros(60)}, "y: expected whole numbers.*float64"),
     "negative label": (changed("y", 7, -2), "y: expected labels from 0 up, got -2 in row 7"),
-    "labels of two dimensions": (good() | {"y": np.zeros((60, 1), int)}, r"y: expected shape \(N,\), got \(60, 1\)"),
-    "no features": ({"y": good()["y"]}, "no array 'x_<modality>'"),
-    "lengths that differ": (good() | {"x_text": np.zeros((59, 6))}, "x_text: expected as many rows as y, 60, got 59"),
-    "features of one dimension": (good() | {"x_text": np.zeros(60)}, r"x_text: expected shape \(N, D\).*\(60,\)"),
-    "features of a text type": (good() | {"x_text": np.full((60, 2), "a")}, "x_text: expected numbers, got <U1"),
+    "labels of two dimensions": (arrays() | {"y": np.zeros((60, 1), int)}, r"y: expected shape \(N,\), got \(60, 1\)"),
+    "no features": ({"y": arrays()["y"]}, "no array 'x_<modality>'"),
+    "lengths that differ": (arrays() | {"x_text": np.zeros((59, 6))}, "x_text: expected as many rows as y, 60, got 59"),
+    "features of one dimension": (arrays() | {"x_text": np.zeros(60)}, r"x_text: expected shape \(N, D\).*\(60,\)"),
+    "features of a text type": (arrays() | {"x_text": np.full((60, 2), "a")}, "x_text: expected numbers, got <U1"),
     "a NaN": (changed("x_text", 11, np.nan), "modality 'text': row 11 has a feature that is not finite"),
     "beyond float32": (changed("x_audio", 4, 1e300), "modality 'audio': row 4 has a feature that is not finite in float32"),
     "no rows": ({"x_a": np.zeros((0, 2)), "y": np.zeros(0, int)}, "the dataset is empty"),
-    "an empty split": (good() | {"split": np.array(["train", "test"])[np.arange(60) % 2]}, "the val split is empty"),
-    "a foreign split": (good() | {"split": np.full(60, "trian")}, "split: expected .*got 'trian' in row 0"),
-    "a split too short": (good() | {"split": np.zeros(3, int)}, r"split: expected shape \(60,\).*\(3,\)"),
-    "object labels": (good() | {"y": np.array([None] * 60)}, "array 'y' cannot be read without running code"),
+    "an empty split": (arrays() | {"split": np.array(["train", "test"])[np.arange(60) % 2]}, "the val split is empty"),
+    "a foreign split": (arrays() | {"split": np.full(60, "trian")}, "split: expected .*got 'trian' in row 0"),
+    "a split too short": (arrays() | {"split": np.zeros(3, int)}, r"split: expected shape \(60,\).*\(3,\)"),
+    "object labels": (arrays() | {"y": np.array([None] * 60)}, "array 'y' cannot be read without running code"),
 }
 
 
-@pytest.mark.parametrize(("arrays", "message"), BAD.values(), ids=BAD.keys())
-def test_a_bad_file_is_refused_by_what_is_wrong_with_it(tmp_path, arrays, message):
-    path = save(tmp_path, arrays)
+@pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD.keys())
+def test_a_bad_file_is_refused_by_what_is_wrong_with_it(tmp_path, content, message):
+    path = save(tmp_path, content)
     with pytest.raises(InputError, match=message) as caught:
         _ = make_data("features", path=path).splits
     assert path in str(caught.value)

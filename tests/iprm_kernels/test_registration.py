@@ -54,10 +54,8 @@ class TestOpcheck:
         logits = cases.logit_pairs(5, 7, dtype, place.device)
         inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(logits, needed, strict=True)]
         torch.library.opcheck(OPS.batch_kl.default, (*inputs, reduction))
-        value, rows, stats = OPS.batch_kl(*logits, reduction)
-        torch.library.opcheck(
-            OPS.batch_kl_backward.default, (torch.ones_like(value), *logits, rows, stats, reduction, list(needed))
-        )
+        value, stats = OPS.batch_kl(*logits, reduction)
+        torch.library.opcheck(OPS.batch_kl_backward.default, (torch.ones_like(value), *logits, stats, reduction, list(needed)))
 
     def test_strength_weights(self, place: Place) -> None:
         kl = torch.tensor([1.0, 2.0, 3.0], device=place.device)

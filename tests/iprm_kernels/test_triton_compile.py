@@ -81,14 +81,13 @@ def geodesic_mixup_backward(x: torch.Tensor, needed: tuple[bool, ...] = (True, T
 
 def batch_kl(x: torch.Tensor) -> None:
     dtype = arithmetic_dtype(x.dtype)
-    kernels.batch_kl(x, x, empty(ROWS, dtype=dtype), empty(2, ROWS, dtype=dtype))
+    kernels.batch_kl(x, x, "none", empty(len(x), dtype=dtype), empty(5, len(x), dtype=dtype))
 
 
 def batch_kl_backward(x: torch.Tensor, needed: tuple[bool, ...] = (True, True)) -> None:
     dtype = arithmetic_dtype(x.dtype)
-    row, grad = empty(ROWS, dtype=dtype), plain(x.dtype, x.shape[1])
-    outputs = [grad if need else None for need in needed]
-    kernels.batch_kl_backward(row, x, x, row, empty(2, ROWS, dtype=dtype), *outputs)
+    outputs = [plain(x.dtype, x.shape[1]) if need else None for need in needed]
+    kernels.batch_kl_backward(empty(len(x), dtype=dtype), x, x, empty(5, len(x), dtype=dtype), "none", *outputs)
 
 
 def strength_weights(x: torch.Tensor) -> None:
