@@ -11,7 +11,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch triton numpy setuptools wheel pybind11 ninja
+	$(BIN)/pip install -q -c constraints.txt torch numpy "setuptools>=77" "pybind11>=2.13" ninja
 	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
 	touch $@
 
