@@ -1,5 +1,6 @@
 # make demo   a private environment, the build, and IPRM against its baselines on scanned digits
 # make test   linters, then the whole suite, then the Triton kernels under the interpreter
+# make bench  operators and head step against plain and compiled torch: a table, JSON and a plot
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,8 +26,12 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/iprm_kernels -k triton
 
+# OUT=FOLDER takes the results elsewhere
+OUT ?= runs/bench
 bench: install
-	$(BIN)/python benchmarks/operators.py
+	mkdir -p $(OUT)
+	$(BIN)/pytest -q benchmarks --benchmark-json=$(OUT)/results.json
+	$(BIN)/python benchmarks/plot.py $(OUT)/results.json $(OUT)/speedup.png
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info iprm_kernels/_C*.so runs

@@ -24,17 +24,14 @@ STABLE_TORCH_LIBRARY(iprm_cpp, m) {
   m.def("strength_weights(Tensor kl, Tensor(a!) strength) -> ()");
   m.def("strength_weights_backward(Tensor grad, Tensor kl, Tensor(a!) grad_kl) -> ()");
   m.def(
-      "head_probe(Tensor x, Tensor y, Tensor weight_x, Tensor? bias_x, Tensor weight_y, Tensor? bias_y, Tensor weight_mix, "
-      "Tensor? bias_mix, Tensor weight, Tensor(a!) a, Tensor(b!) v, Tensor(c!) u_x, Tensor(d!) u_y, Tensor(e!) stats, "
-      "Tensor(f!) kl, Tensor(g!)? logits_x, Tensor(h!)? logits_y) -> ()");
-  m.def(
-      "head_rebalance(Tensor a, Tensor v, Tensor u_x, Tensor u_y, Tensor? bias_mix, Tensor stats, Tensor kl, Tensor target, "
-      "float label_smoothing, int ignore_index, Tensor(a!) strength, Tensor(b!) logits_mix, Tensor(c!) loss, "
-      "Tensor(d!) losses) -> ()");
+      "head_forward(Tensor x, Tensor y, Tensor weight_x, Tensor? bias_x, Tensor weight_y, Tensor? bias_y, Tensor weight_mix, "
+      "Tensor? bias_mix, Tensor target, Tensor weight, float label_smoothing, int ignore_index, int parts, Tensor(a!) state, "
+      "Tensor(b!) logits_mix, Tensor(c!) logits_x, Tensor(d!) logits_y, Tensor(e!) kl, Tensor(f!) strength, Tensor(g!) loss, "
+      "Tensor(h!) losses) -> ()");
   m.def(
       "head_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_mix, Tensor? grad_logits_x, Tensor? grad_logits_y, "
-      "Tensor x, Tensor y, Tensor weight_x, Tensor weight_y, Tensor weight_mix, Tensor? bias_mix, Tensor target, Tensor a, "
-      "Tensor v, Tensor u_x, Tensor u_y, Tensor stats, Tensor strength, float label_smoothing, int ignore_index, "
+      "Tensor x, Tensor y, Tensor weight_x, Tensor weight_y, Tensor weight_mix, Tensor? bias_mix, Tensor target, "
+      "Tensor state, Tensor logits_x, Tensor logits_y, Tensor strength, float label_smoothing, int ignore_index, "
       "Tensor(a!)? grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_weight_x, Tensor(d!)? grad_bias_x, "
       "Tensor(e!)? grad_weight_y, Tensor(f!)? grad_bias_y, Tensor(g!)? grad_weight_mix, Tensor(h!)? grad_bias_mix) -> ()");
 }

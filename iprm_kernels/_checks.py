@@ -80,19 +80,6 @@ def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
     return torch.full((), weight, dtype=arithmetic_dtype(like.dtype), device=like.device)
 
 
-def autocast_enabled(tensor: Tensor) -> bool:
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def widest(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the widest of their dtypes: what autocast does for operators of several inputs, such as `cat`."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
-
-
 # the head step
 
 

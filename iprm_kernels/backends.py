@@ -11,17 +11,16 @@ the operator has allocated (None for a gradient that nobody asked for)::
     batch_kl_backward(grad, p_logits, q_logits, stats, reduction, grad_p, grad_q)
     strength_weights(kl, strength)
     strength_weights_backward(grad, kl, grad_kl)
-    head_probe(x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, weight,
-               a, v, u_x, u_y, stats, kl, logits_x, logits_y)
-    head_rebalance(a, v, u_x, u_y, bias_mix, stats, kl, target, label_smoothing, ignore_index,
-                   strength, logits_mix, loss, losses)
+    head_forward(x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, target, weight, label_smoothing, ignore_index,
+                 parts, state, logits_mix, logits_x, logits_y, kl, strength, loss, losses)
     head_backward(grad_loss, grad_losses, grad_mix, grad_logits_x, grad_logits_y, x, y, weight_x, weight_y, weight_mix,
-                  bias_mix, target, a, v, u_x, u_y, stats, strength, label_smoothing, ignore_index, grad_x, grad_y,
+                  bias_mix, target, state, logits_x, logits_y, strength, label_smoothing, ignore_index, grad_x, grad_y,
                   grad_weight_x, grad_bias_x, grad_weight_y, grad_bias_y, grad_weight_mix, grad_bias_mix)
 
 Features and logits are 2-D with any strides, outputs contiguous; weight is (B,), of stride 0 where one value serves all rows;
-the gradient of batch_kl is () or (B,), as its value was. stats of one backend serve the backward of another. Between
-head_probe and head_rebalance the KL sums may be added over processes.
+the gradient of batch_kl is () or (B,), as its value was. stats and state of one backend serve the backward of another. parts
+says what of a head step to do: PROBE, up to the KL sums, REBALANCE, from there on, or both; between the two, the sums may be
+added over processes.
 """
 
 from __future__ import annotations
@@ -37,8 +36,6 @@ from typing import Any
 
 import torch
 
-from ._library import AUTOCAST, below
-
 NAMES = ("reference", "cpp", "triton", "cuda")
 KERNELS = (
     "normalize",
@@ -49,10 +46,10 @@ KERNELS = (
     "batch_kl_backward",
     "strength_weights",
     "strength_weights_backward",
-    "head_probe",
-    "head_rebalance",
+    "head_forward",
     "head_backward",
 )
+PROBE, REBALANCE = 1, 2
 
 #: The backends tried for a device when none was asked for, best first. Triton joins "cuda" once its tests have passed on
 #: a GPU: kernels that no GPU has run are never what a user gets by default.
@@ -87,23 +84,9 @@ class _Loaded:
     reason: str
 
 
-def _into(function: Any) -> Any:
-    """A reference function, which returns its results, in the calling convention of the kernels."""
-
-    def kernel(*arguments: Any) -> None:
-        inputs = function.__code__.co_argcount
-        with below(AUTOCAST):
-            values = function(*arguments[:inputs])
-        for out, value in zip(arguments[inputs:], values, strict=True):
-            if out is not None:
-                out.copy_(value)
-
-    return kernel
-
-
 def _load_reference() -> _Loaded:
-    module = importlib.import_module(".reference", __package__)
-    return _Loaded(SimpleNamespace(**{name: _into(getattr(module, name)) for name in KERNELS}), ("any",), "")
+    module = importlib.import_module(".reference.kernels", __package__)
+    return _Loaded(SimpleNamespace(**{name: getattr(module, name) for name in KERNELS}), ("any",), "")
 
 
 def _load_cpp() -> _Loaded:

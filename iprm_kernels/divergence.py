@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, autocast
 from ._library import register
 from .backends import kernels
 from .dtypes import arithmetic_dtype
@@ -38,14 +38,14 @@ def batch_kl(p_logits: Tensor, q_logits: Tensor, *, reduction: str = "sum") -> T
         TypeError: an argument that is no floating tensor, or dtypes that differ.
         ValueError: shapes or devices that differ, or an unknown reduction.
     """
-    autocast = isinstance(p_logits, Tensor) and _checks.autocast_enabled(p_logits)
+    casting = isinstance(p_logits, Tensor) and autocast.enabled(p_logits)
     _checks.matrix("p_logits", p_logits, "(B, C)")
     _checks.matrix("q_logits", q_logits, "(B, C)")
-    _checks.alike("q_logits", q_logits, "p_logits", p_logits, autocast=autocast)
+    _checks.alike("q_logits", q_logits, "p_logits", p_logits, autocast=casting)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if autocast:
-        p_logits, q_logits = _checks.widest(p_logits, q_logits)
+    if casting:
+        p_logits, q_logits = autocast.widest(p_logits, q_logits)
     return _batch_kl(p_logits, q_logits, reduction)[0]
 
 

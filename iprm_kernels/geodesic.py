@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, autocast
 from ._library import register
 from .backends import kernels
 from .dtypes import arithmetic_dtype
@@ -62,13 +62,13 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float =
 
     Source: Oh et al., "Geodesic Multi-Modal Mixup for Robust Fine-Tuning", NeurIPS 2023; the gradient is this project's.
     """
-    autocast = isinstance(x, Tensor) and _checks.autocast_enabled(x)
+    casting = isinstance(x, Tensor) and autocast.enabled(x)
     _checks.rows("x", x)
     _checks.rows("y", y)
-    _checks.alike("y", y, "x", x, autocast=autocast)
+    _checks.alike("y", y, "x", x, autocast=casting)
     weight = _checks.mixing_weight(weight, x, x.shape[:-1])
-    if autocast:
-        x, y = _checks.widest(x, y)
+    if casting:
+        x, y = autocast.widest(x, y)
     z, _ = _geodesic_mixup(_as_rows(x), _as_rows(y), weight, _checks.epsilon(eps, x))
     return z if x.dim() == 2 else z.view(x.shape)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _checks
+from . import _checks, autocast
 from ._library import register
-from .backends import kernels
+from .backends import PROBE, REBALANCE, kernels
 from .collectives import all_reduce_named, all_reduce_sum, group_name
 from .divergence import batch_kl, strength_weights
 from .dtypes import arithmetic_dtype
@@ -78,7 +78,7 @@ def probe_rebalance(
     _check_probe(x, y, logits_x, logits_y, head)
     weight = _checks.mixing_weight(weight, x, torch.Size(()))
     _checks.process_group(group)
-    with torch.no_grad():
+    with torch.no_grad(), autocast.uncached(x):
         probe = head(geodesic_mixup(x.detach(), y.detach(), weight))
         _check_output(probe, logits_x)
         kl = all_reduce_sum(torch.stack([batch_kl(logits_x, probe), batch_kl(logits_y, probe)]), group)
@@ -131,17 +131,17 @@ def linear_probe_rebalance(
 
     Source: Yang, Wu, Jiang, IJCAI 2025; the closed form is this project's.
     """
-    autocast = isinstance(x, Tensor) and _checks.autocast_enabled(x)
+    casting = isinstance(x, Tensor) and autocast.enabled(x)
     _checks.matrix("x", x)
     _checks.matrix("y", y)
-    _checks.alike("y", y, "x", x, autocast=autocast and torch.float64 not in (x.dtype, y.dtype))
+    _checks.alike("y", y, "x", x, autocast=casting and torch.float64 not in (x.dtype, y.dtype))
     heads = {"head_x": head_x, "head_y": head_y, "head_mix": head_mix}
-    _checks.linear_heads(heads, x, autocast and x.dtype != torch.float64)
+    _checks.linear_heads(heads, x, casting and x.dtype != torch.float64)
     _checks.target(target, x)
     weight = _checks.mixing_weight(weight, x, torch.Size(()))
     _checks.cross_entropy_options(label_smoothing, ignore_index)
     _checks.process_group(group)
-    if autocast and x.dtype != torch.float64:
+    if casting and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, y = x.to(dtype), y.to(dtype)
         heads = {name: (w.to(dtype), b if b is None else b.to(dtype)) for name, (w, b) in heads.items()}
@@ -153,15 +153,15 @@ def linear_probe_rebalance(
 
 
 def _check_probe(x: Tensor, y: Tensor, logits_x: Tensor, logits_y: Tensor, head: Any) -> None:
-    autocast = isinstance(x, Tensor) and _checks.autocast_enabled(x)
+    casting = isinstance(x, Tensor) and autocast.enabled(x)
     _checks.matrix("x", x)
     _checks.matrix("y", y)
-    _checks.alike("y", y, "x", x, autocast=autocast)
+    _checks.alike("y", y, "x", x, autocast=casting)
     _checks.matrix("logits_x", logits_x, "(B, C)")
     if logits_x.shape[0] != x.shape[0]:
         raise ValueError(f"logits_x: expected {x.shape[0]} rows, as x has, got shape {tuple(logits_x.shape)}")
     _checks.matrix("logits_y", logits_y, "(B, C)")
-    _checks.alike("logits_y", logits_y, "logits_x", logits_x, autocast=autocast)
+    _checks.alike("logits_y", logits_y, "logits_x", logits_x, autocast=casting)
     if not callable(head):
         raise TypeError(f"head: expected a callable (B, D) -> (B, C), got {type(head).__name__}")
 
@@ -173,11 +173,15 @@ def _check_output(probe: Any, logits_x: Tensor) -> None:
         raise ValueError(
             f"head: expected an output of the shape of logits_x, {tuple(logits_x.shape)}, got {tuple(probe.shape)}"
         )
-    _checks.same_place("head", probe, "logits_x", logits_x, autocast=_checks.autocast_enabled(probe))
+    _checks.same_place("head", probe, "logits_x", logits_x, autocast=autocast.enabled(probe))
 
 
-# linear_probe_rebalance: the seven fields of StepResult, then what the backward pass wants: A, V (B, C), stats (3, B), and the
-# unimodal logits in the arithmetic type where those returned are narrower
+# linear_probe_rebalance: the seven fields of StepResult, then the state that the backward pass wants: stats (3, B), A and V
+# (B, C), and the unimodal logits in the arithmetic type where those returned are narrower, in one tensor
+
+
+def _state_size(x: Tensor, classes: int) -> int:
+    return x.shape[0] * (3 + (2 if x.dtype == arithmetic_dtype(x.dtype) else 4) * classes)
 
 
 def _kernel(
@@ -197,22 +201,24 @@ def _kernel(
 ) -> tuple[Tensor, ...]:
     batch, classes, dtype, device = x.shape[0], weight_x.shape[0], arithmetic_dtype(x.dtype), x.device
     _checks.labels(target, classes, ignore_index)
-    a, v, u_x, u_y = (torch.empty((batch, classes), dtype=dtype, device=device) for _ in range(4))
-    stats = torch.empty((3, batch), dtype=dtype, device=device)
-    kl, strength, losses = (torch.empty((count,), dtype=dtype, device=device) for count in (2, 2, 3))
+    state = torch.empty((_state_size(x, classes),), dtype=dtype, device=device)
     loss = torch.empty((), dtype=dtype, device=device)
+    losses = torch.empty((3,), dtype=dtype, device=device)
+    strength = torch.empty((2,), dtype=dtype, device=device)
+    kl = torch.empty_like(strength)
     logits_mix = torch.empty((batch, classes), dtype=x.dtype, device=device)
-    narrow = [torch.empty_like(logits_mix) for _ in range(2)] if x.dtype != dtype else []
+    logits_x, logits_y = torch.empty_like(logits_mix), torch.empty_like(logits_mix)
 
-    run = kernels(device)
-    heads = (weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix)
-    run.head_probe(x, y, *heads, weight.to(dtype), a, v, u_x, u_y, stats, kl, *(narrow or (None, None)))
-    all_reduce_named(kl, group)
-    settings = (label_smoothing, ignore_index)
-    run.head_rebalance(a, v, u_x, u_y, bias_mix, stats, kl, target, *settings, strength, logits_mix, loss, losses)
-    if narrow:
-        return loss, losses, logits_mix, *narrow, strength, kl, a, v, stats, u_x, u_y
-    return loss, losses, logits_mix, u_x, u_y, strength, kl, a, v, stats, a.new_empty(0), a.new_empty(0)
+    inputs = (x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, target, weight.to(dtype))
+    outputs = (state, logits_mix, logits_x, logits_y, kl, strength, loss, losses)
+    forward = kernels(device).head_forward
+    if group:
+        forward(*inputs, label_smoothing, ignore_index, PROBE, *outputs)
+        all_reduce_named(kl, group)
+        forward(*inputs, label_smoothing, ignore_index, REBALANCE, *outputs)
+    else:
+        forward(*inputs, label_smoothing, ignore_index, PROBE | REBALANCE, *outputs)
+    return loss, losses, logits_mix, logits_x, logits_y, strength, kl, state
 
 
 def _fake(x: Tensor, y: Tensor, weight_x: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -220,19 +226,15 @@ def _fake(x: Tensor, y: Tensor, weight_x: Tensor, *_: Any) -> tuple[Tensor, ...]
     loss, losses = x.new_empty((), dtype=dtype), x.new_empty((3,), dtype=dtype)
     logits = tuple(x.new_empty((batch, classes)) for _ in range(3))
     strength, kl = x.new_empty((2,), dtype=dtype), x.new_empty((2,), dtype=dtype)
-    projected = tuple(x.new_empty((batch, classes), dtype=dtype) for _ in range(2))
-    wide = tuple(x.new_empty((batch, classes) if x.dtype != dtype else (0,), dtype=dtype) for _ in range(2))
-    return loss, losses, *logits, strength, kl, *projected, x.new_empty((3, batch), dtype=dtype), *wide
+    return loss, losses, *logits, strength, kl, x.new_empty((_state_size(x, classes),), dtype=dtype)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[5:])
-    x, y, weight_x, _, weight_y, _, weight_mix, bias_mix, target, _, *settings, _ = inputs
-    ctx.label_smoothing, ctx.ignore_index = settings
-    _, _, _, logits_x, logits_y, strength, _, a, v, stats, u_x, u_y = output
-    wide = (u_x, u_y) if x.dtype != a.dtype else (logits_x, logits_y)
-    ctx.save_for_backward(x, y, weight_x, weight_y, weight_mix, bias_mix, target, a, v, *wide, stats, strength)
+    x, y, weight_x, _, weight_y, _, weight_mix, bias_mix, target, _, ctx.label_smoothing, ctx.ignore_index, _ = inputs
+    _, _, _, logits_x, logits_y, strength, _, state = output
+    ctx.save_for_backward(x, y, weight_x, weight_y, weight_mix, bias_mix, target, state, logits_x, logits_y, strength)
 
 
 def _autograd(
@@ -259,11 +261,9 @@ def _backward_kernel(
     weight_mix: Tensor,
     bias_mix: Tensor | None,
     target: Tensor,
-    a: Tensor,
-    v: Tensor,
-    u_x: Tensor,
-    u_y: Tensor,
-    stats: Tensor,
+    state: Tensor,
+    logits_x: Tensor,
+    logits_y: Tensor,
     strength: Tensor,
     label_smoothing: float,
     ignore_index: int,
@@ -277,7 +277,7 @@ def _backward_kernel(
     kernels(x.device).head_backward(
         *(grad_loss, grad_losses, grad_mix, grad_x, grad_y),
         *(x, y, weight_x, weight_y, weight_mix, bias_mix, target),
-        *(a, v, u_x, u_y, stats, strength, label_smoothing, ignore_index),
+        *(state, logits_x, logits_y, strength, label_smoothing, ignore_index),
         *(grad if need else None for grad, need in zip(found, needed, strict=True)),
     )
     return tuple(found)
@@ -297,7 +297,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 _linear_probe_rebalance = register(
     "linear_probe_rebalance(Tensor x, Tensor y, Tensor weight_x, Tensor? bias_x, Tensor weight_y, Tensor? bias_y, "
     "Tensor weight_mix, Tensor? bias_mix, Tensor target, Tensor weight, float label_smoothing, int ignore_index, str group) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
     setup_context=_setup,
@@ -305,8 +305,8 @@ _linear_probe_rebalance = register(
 )
 _linear_probe_rebalance_backward = register(
     "linear_probe_rebalance_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_mix, Tensor? grad_x, Tensor? grad_y, "
-    "Tensor x, Tensor y, Tensor weight_x, Tensor weight_y, Tensor weight_mix, Tensor? bias_mix, Tensor target, Tensor a, "
-    "Tensor v, Tensor u_x, Tensor u_y, Tensor stats, Tensor strength, float label_smoothing, int ignore_index, bool[] needed) "
+    "Tensor x, Tensor y, Tensor weight_x, Tensor weight_y, Tensor weight_mix, Tensor? bias_mix, Tensor target, "
+    "Tensor state, Tensor logits_x, Tensor logits_y, Tensor strength, float label_smoothing, int ignore_index, bool[] needed) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,

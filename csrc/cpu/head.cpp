@@ -81,7 +81,12 @@ namespace {
 // A thread is worth its fork for this many multiplications, some 5 us of them.
 constexpr int64_t kProductsPerThread = 250'000;
 
-int64_t grain(int64_t products_each) { return std::max<int64_t>(1, kProductsPerThread / std::max<int64_t>(1, products_each)); }
+template <class Work>
+void parallel(int64_t pieces, int64_t products_each, const Work& work) {
+  if (pieces == 0) return;
+  const int64_t grain = std::max<int64_t>(1, kProductsPerThread / std::max<int64_t>(1, products_each));
+  torch::stable::parallel_for(0, pieces, grain, work);
+}
 
 // `tensor` contiguous and in the arithmetic type; itself where it is that already.
 template <class S>
@@ -110,13 +115,48 @@ int64_t counted_rows(const VectorView<int64_t>& target, int64_t rows, int64_t ig
   return count;
 }
 
-void check_projections(std::initializer_list<const Tensor*> projections, const Tensor& stats, ScalarType dtype) {
-  const int64_t rows = (*projections.begin())->size(0), classes = (*projections.begin())->size(1);
-  for (const Tensor* tensor : projections) check_matrix(*tensor, "projection", rows, classes, dtype);
-  check_matrix(stats, "stats", 3, rows, dtype);
+// What a step keeps for its backward pass, in one tensor: ||x||, ||y||, c (3, B); A, V (B, C); and, where the logits that were
+// returned are narrower, the unimodal logits (B, C) in the arithmetic type.
+template <class S>
+struct HeadState {
+  S *stats, *a, *v, *u_x, *u_y;
+
+  HeadState(const Tensor& state, const Tensor& logits_x, const Tensor& logits_y) {
+    const int64_t rows = logits_x.size(0), classes = logits_x.size(1);
+    const bool narrow = logits_x.scalar_type() != state.scalar_type();
+    stats = static_cast<S*>(state.mutable_data_ptr());
+    a = stats + 3 * rows;
+    v = a + rows * classes;
+    u_x = narrow ? v + rows * classes : static_cast<S*>(logits_x.mutable_data_ptr());
+    u_y = narrow ? u_x + rows * classes : static_cast<S*>(logits_y.mutable_data_ptr());
+  }
+};
+
+void check_step(
+    const Tensor& x,
+    const Tensor& y,
+    std::initializer_list<const Tensor*> weights,
+    std::initializer_list<const std::optional<Tensor>*> biases,
+    const Tensor& target,
+    const Tensor& state,
+    std::initializer_list<const Tensor*> logits,
+    const Tensor& strength) {
+  const int64_t rows = x.size(0), columns = x.size(1), classes = (*weights.begin())->size(0);
+  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
+  check_matrix(x, "x", rows, columns, dtype);
+  check_matrix(y, "y", rows, columns, dtype);
+  for (const Tensor* weight : weights) check_matrix(*weight, "weight of a head", classes, columns, dtype);
+  for (const auto* bias : biases)
+    if (*bias) check_vector(**bias, "bias of a head", classes, dtype);
+  check_vector(target, "target", rows, ScalarType::Long);
+  check_output(state, "state", rows * (3 + (dtype == arithmetic ? 2 : 4) * classes), arithmetic);
+  for (const Tensor* of : logits) check_output(*of, "logits", rows, classes, dtype);
+  check_output(strength, "strength", 2, arithmetic);
 }
 
-void head_probe(
+constexpr int64_t kProbe = 1, kRebalance = 2;
+
+void head_forward(
     const Tensor& x,
     const Tensor& y,
     const Tensor& weight_x,
@@ -125,88 +165,61 @@ void head_probe(
     const std::optional<Tensor>& bias_y,
     const Tensor& weight_mix,
     const std::optional<Tensor>& bias_mix,
-    const Tensor& weight,
-    const Tensor& a,
-    const Tensor& v,
-    const Tensor& u_x,
-    const Tensor& u_y,
-    const Tensor& stats,
-    const Tensor& kl,
-    const std::optional<Tensor>& logits_x,
-    const std::optional<Tensor>& logits_y) {
-  const int64_t rows = x.size(0), columns = x.size(1), classes = weight_mix.size(0);
-  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
-  check_matrix(x, "x", rows, columns, dtype);
-  check_matrix(y, "y", rows, columns, dtype);
-  for (const Tensor* head : {&weight_x, &weight_y, &weight_mix})
-    check_matrix(*head, "weight of a head", classes, columns, dtype);
-  for (const auto* bias : {&bias_x, &bias_y, &bias_mix})
-    if (*bias) check_vector(**bias, "bias of a head", classes, dtype);
-  check_scalar(weight, "weight", arithmetic);
-  for (const Tensor* out : {&a, &v, &u_x, &u_y}) check_output(*out, "projection", rows, classes, arithmetic);
-  check_output(stats, "stats", 3, rows, arithmetic);
-  check_output(kl, "kl", 2, arithmetic);
-  for (const auto* out : {&logits_x, &logits_y})
-    if (*out) check_output(**out, "logits", rows, classes, dtype);
-  dispatch_type(x.scalar_type(), [&]<class T>() {
-    using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    ArithmeticInputs<S> input;
-    const auto kl_rows = std::make_unique_for_overwrite<S[]>(2 * rows);
-    const HeadProbeArgs args{
-        MatrixView(x), MatrixView(y), input(weight_x), input(weight_y), input(weight_mix), input(bias_x), input(bias_y),
-        input(bias_mix), input(weight), output<void>(a), output<void>(v), output<void>(u_x), output<void>(u_y),
-        output<void>(stats), output<void>(logits_x), output<void>(logits_y), kl_rows.get(), rows, columns, classes};
-    const auto kernel = IPRM_BEST(head_probe_rows<T>);
-    if (rows > 0)
-      torch::stable::parallel_for(
-          0, rows, grain(4 * classes * columns), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-    for (int side = 0; side < 2; ++side) output<S>(kl)[side] = S(ordered_sum(kl_rows.get() + side * rows, rows));
-  });
-}
-
-void head_rebalance(
-    const Tensor& a,
-    const Tensor& v,
-    const Tensor& u_x,
-    const Tensor& u_y,
-    const std::optional<Tensor>& bias_mix,
-    const Tensor& stats,
-    const Tensor& kl,
     const Tensor& target,
+    const Tensor& weight,
     double label_smoothing,
     int64_t ignore_index,
-    const Tensor& strength,
+    int64_t parts,
+    const Tensor& state,
     const Tensor& logits_mix,
+    const Tensor& logits_x,
+    const Tensor& logits_y,
+    const Tensor& kl,
+    const Tensor& strength,
     const Tensor& loss,
     const Tensor& losses) {
-  const int64_t rows = a.size(0), classes = a.size(1);
-  const ScalarType dtype = logits_mix.scalar_type(), arithmetic = arithmetic_type(dtype);
-  check_projections({&a, &v, &u_x, &u_y}, stats, arithmetic);
-  if (bias_mix) check_vector(*bias_mix, "bias_mix", classes, dtype);
+  const int64_t rows = x.size(0), columns = x.size(1), classes = weight_mix.size(0);
+  const ScalarType arithmetic = arithmetic_type(x.scalar_type());
+  check_step(
+      x, y, {&weight_x, &weight_y, &weight_mix}, {&bias_x, &bias_y, &bias_mix}, target, state,
+      {&logits_mix, &logits_x, &logits_y}, strength);
+  check_scalar(weight, "weight", arithmetic);
   check_output(kl, "kl", 2, arithmetic);
-  check_vector(target, "target", rows, ScalarType::Long);
-  check_output(strength, "strength", 2, arithmetic);
-  check_output(logits_mix, "logits_mix", rows, classes, dtype);
   check_scalar(loss, "loss", arithmetic);
   check_output(losses, "losses", 3, arithmetic);
-  dispatch_type(logits_mix.scalar_type(), [&]<class T>() {
+  dispatch_type(x.scalar_type(), [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    constexpr bool kNarrow = !std::is_same_v<T, S>;
+    const HeadState<S> of(state, logits_x, logits_y);
     ArithmeticInputs<S> input;
-    strength_weights_of(VectorView<S>(kl), 2, output<S>(strength));
-    const auto loss_rows = std::make_unique_for_overwrite<S[]>(3 * rows);
-    const HeadRebalanceArgs args{
-        input(a), input(v), input(u_x), input(u_y), input(stats), input(bias_mix), input(strength),
-        VectorView<int64_t>(target), label_smoothing, ignore_index, output<void>(logits_mix), loss_rows.get(), rows, classes};
-    const auto kernel = IPRM_BEST(head_rebalance_rows<T>);
-    parallel_rows(rows, 2 * kExpCost * classes, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-    const double counted = double(counted_rows(args.target, rows, ignore_index));
-    double total = 0;
-    for (int k = 0; k < 3; ++k) {
-      const double mean = ordered_sum(loss_rows.get() + k * rows, rows) / counted;
-      output<S>(losses)[k] = S(mean);
-      total += mean;
+    const void* mix_bias = input(bias_mix);
+    const auto row_values = std::make_unique_for_overwrite<S[]>(3 * rows);
+    if (parts & kProbe) {
+      const HeadProbeArgs args{
+          MatrixView(x), MatrixView(y), input(weight_x), input(weight_y), input(weight_mix), input(bias_x), input(bias_y),
+          mix_bias, weight.const_data_ptr(), of.a, of.v, of.u_x, of.u_y, of.stats,
+          kNarrow ? output<void>(logits_x) : nullptr, kNarrow ? output<void>(logits_y) : nullptr, row_values.get(), rows,
+          columns, classes};
+      const auto kernel = IPRM_BEST(head_probe_rows<T>);
+      parallel(rows, 4 * classes * columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+      for (int side = 0; side < 2; ++side) output<S>(kl)[side] = S(ordered_sum(row_values.get() + side * rows, rows));
     }
-    *output<S>(loss) = S(total);
+    if (parts & kRebalance) {
+      strength_weights_of(VectorView<S>(kl), 2, output<S>(strength));
+      const HeadRebalanceArgs args{
+          of.a, of.v, of.u_x, of.u_y, of.stats, mix_bias, strength.const_data_ptr(), VectorView<int64_t>(target),
+          label_smoothing, ignore_index, output<void>(logits_mix), row_values.get(), rows, classes};
+      const auto kernel = IPRM_BEST(head_rebalance_rows<T>);
+      parallel_rows(rows, 2 * kExpCost * classes, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+      const double counted = double(counted_rows(args.target, rows, ignore_index));
+      double total = 0;
+      for (int k = 0; k < 3; ++k) {
+        const double mean = ordered_sum(row_values.get() + k * rows, rows) / counted;
+        output<S>(losses)[k] = S(mean);
+        total += mean;
+      }
+      *output<S>(loss) = S(total);
+    }
   });
 }
 
@@ -223,11 +236,9 @@ void head_backward(
     const Tensor& weight_mix,
     const std::optional<Tensor>& bias_mix,
     const Tensor& target,
-    const Tensor& a,
-    const Tensor& v,
-    const Tensor& u_x,
-    const Tensor& u_y,
-    const Tensor& stats,
+    const Tensor& state,
+    const Tensor& logits_x,
+    const Tensor& logits_y,
     const Tensor& strength,
     double label_smoothing,
     int64_t ignore_index,
@@ -239,21 +250,14 @@ void head_backward(
     const std::optional<Tensor>& grad_bias_y,
     const std::optional<Tensor>& grad_weight_mix,
     const std::optional<Tensor>& grad_bias_mix) {
-  const int64_t rows = x.size(0), columns = x.size(1), classes = a.size(1);
+  const int64_t rows = x.size(0), columns = x.size(1), classes = weight_mix.size(0);
   const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
   for (const auto* grad : {&grad_mix, &grad_logits_x, &grad_logits_y})
     if (*grad) check_matrix(**grad, "gradient of logits", rows, classes, dtype);
   if (grad_loss) check_scalar(*grad_loss, "grad_loss", arithmetic);
   if (grad_losses) check_vector(*grad_losses, "grad_losses", 3, arithmetic);
-  check_matrix(x, "x", rows, columns, dtype);
-  check_matrix(y, "y", rows, columns, dtype);
-  for (const Tensor* head : {&weight_x, &weight_y, &weight_mix})
-    check_matrix(*head, "weight of a head", classes, columns, dtype);
-  if (bias_mix) check_vector(*bias_mix, "bias_mix", classes, dtype);
-  check_vector(target, "target", rows, ScalarType::Long);
-  check_projections({&a, &v, &u_x, &u_y}, stats, arithmetic);
-  STD_TORCH_CHECK(a.size(0) == rows, "a: expected as many rows as x");
-  check_vector(strength, "strength", 2, arithmetic);
+  check_step(
+      x, y, {&weight_x, &weight_y, &weight_mix}, {&bias_mix}, target, state, {&logits_x, &logits_y}, strength);
   for (const auto* grad : {&grad_x, &grad_y})
     if (*grad) check_output(**grad, "gradient of features", rows, columns, dtype);
   for (const auto* grad : {&grad_weight_x, &grad_weight_y, &grad_weight_mix})
@@ -263,6 +267,7 @@ void head_backward(
   dispatch_type(x.scalar_type(), [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
     ArithmeticInputs<S> input;
+    const HeadState<S> of(state, logits_x, logits_y);
     const VectorView<int64_t> labels(target);
     S scales[3];
     const S counted = S(counted_rows(labels, rows, ignore_index));
@@ -276,8 +281,8 @@ void head_backward(
       return grad ? kept.emplace_back(torch::stable::contiguous(*grad)).const_data_ptr() : nullptr;
     };
     const HeadCoefficientArgs coefficient_args{
-        input(a), input(v), input(u_x), input(u_y), input(stats), input(bias_mix), input(strength), labels, label_smoothing,
-        ignore_index, scales, {stored(grad_mix), stored(grad_logits_x), stored(grad_logits_y)}, memory.get(), rows, classes};
+        of.a, of.v, of.u_x, of.u_y, of.stats, input(bias_mix), strength.const_data_ptr(), labels, label_smoothing, ignore_index,
+        scales, {stored(grad_mix), stored(grad_logits_x), stored(grad_logits_y)}, memory.get(), rows, classes};
     const auto coefficient_kernel = IPRM_BEST(head_coefficient_rows<T>);
     parallel_rows(
         rows, 2 * kExpCost * classes, [&](int64_t begin, int64_t end) { coefficient_kernel(coefficient_args, begin, end); });
@@ -293,16 +298,14 @@ void head_backward(
         output<void>(grad_weight_mix), rows, columns, classes};
     const auto kernel = IPRM_BEST(head_gradient_panels<T>);
     const int64_t width = IPRM_BEST(panel_width<S>)(), panels = (columns + width - 1) / width;
-    torch::stable::parallel_for(
-        0, panels, grain(8 * classes * width * rows), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    parallel(panels, 8 * classes * width * rows, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(iprm_cpp, CPU, m) {
-  m.impl("head_probe", TORCH_BOX(&head_probe));
-  m.impl("head_rebalance", TORCH_BOX(&head_rebalance));
+  m.impl("head_forward", TORCH_BOX(&head_forward));
   m.impl("head_backward", TORCH_BOX(&head_backward));
 }
 

@@ -37,17 +37,24 @@ Softmax<S> softmax_of(const S* row, const Tail<S>& tail, S* exps) {
   return {top, exp_sum(row, tail, top, exps)};
 }
 
+// out = from + bias
 template <class S>
-IPRM_INLINE void add_bias(S* row, const S* bias, int64_t columns) {
-  if (bias == nullptr) return;
-  for (int64_t k = 0; k < columns; ++k) row[k] += bias[k];
+IPRM_INLINE void biased(S* out, const S* from, const S* bias, const Tail<S>& tail) {
+  using V = typename Lanes<S>::Vec;
+  const auto add = [&](int64_t i) { return load(from + i) + (bias ? load(bias + i) : V{}); };
+  for (int64_t i = 0; i < tail.whole; i += Lanes<S>::kCount) store(out + i, add(i));
+  if (tail) tail.write(out, tail.values(from) + (bias ? tail.values(bias) : V{}));
 }
 
 // out = a * by_a + v * by_v + bias
 template <class S>
-void mixed_logits(S* out, const S* a, const S* v, const MixCoefficients<S>& mix, const S* bias, int64_t columns) {
-  for (int64_t k = 0; k < columns; ++k) out[k] = a[k] * mix.from_x + v[k] * mix.from_y;
-  add_bias(out, bias, columns);
+IPRM_INLINE void mixed_logits(
+    S* out, const S* a, const S* v, const MixCoefficients<S>& mix, const S* bias, const Tail<S>& tail) {
+  using V = typename Lanes<S>::Vec;
+  const auto mixed = [&](V of_a, V of_v, V of_bias) { return of_a * mix.from_x + of_v * mix.from_y + of_bias; };
+  for (int64_t i = 0; i < tail.whole; i += Lanes<S>::kCount)
+    store(out + i, mixed(load(a + i), load(v + i), bias ? load(bias + i) : V{}));
+  if (tail) tail.write(out, mixed(tail.values(a), tail.values(v), bias ? tail.values(bias) : V{}));
 }
 
 // `from` in the storage type
@@ -101,12 +108,11 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
       for (int side = 0; side < 2; ++side) {
         const S* from = &tile[(side * kTileRows + r) * 2 * classes];
         std::copy_n(from, classes, projected[side] + row * classes);
-        std::copy_n(from + classes, classes, own[side] + row * classes);
-        add_bias(own[side] + row * classes, bias[side], classes);
+        biased(own[side] + row * classes, from + classes, bias[side], tail);
         if (logits[side]) write_row(logits[side] + row * classes, own[side] + row * classes, classes);
       }
       const MixCoefficients<S> mix(weight, x_norm, y_norm, c, eps);
-      mixed_logits(z, projected[0] + row * classes, projected[1] + row * classes, mix, bias[2], classes);
+      mixed_logits(z, projected[0] + row * classes, projected[1] + row * classes, mix, bias[2], tail);
       const Softmax<S> of_z = softmax_of(z, tail, z_exps);
       for (int side = 0; side < 2; ++side) {
         const S* u = own[side] + row * classes;
@@ -154,7 +160,7 @@ void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t e
     const MixCoefficients<S> mix(
         weight, stats[row], stats[args.rows + row], stats[2 * args.rows + row], S(kHeadEps));
     const int64_t offset = row * classes;
-    mixed_logits(z, static_cast<const S*>(args.a) + offset, static_cast<const S*>(args.v) + offset, mix, bias, classes);
+    mixed_logits(z, static_cast<const S*>(args.a) + offset, static_cast<const S*>(args.v) + offset, mix, bias, tail);
     write_row(static_cast<T*>(args.logits_mix) + offset, z, classes);
     const Label label(args.target[row], classes, args.ignore_index);
     const S* heads[3] = {z, static_cast<const S*>(args.u_x) + offset, static_cast<const S*>(args.u_y) + offset};
@@ -203,7 +209,7 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
   for (int64_t row = begin; row < end; ++row) {
     const S x_norm = stats[row], y_norm = stats[args.rows + row], c = stats[2 * args.rows + row];
     const S *a = static_cast<const S*>(args.a) + row * classes, *v = static_cast<const S*>(args.v) + row * classes;
-    mixed_logits(z, a, v, MixCoefficients<S>(weight, x_norm, y_norm, c, eps), bias, classes);
+    mixed_logits(z, a, v, MixCoefficients<S>(weight, x_norm, y_norm, c, eps), bias, tail);
     const Label label(args.target[row], classes, args.ignore_index);
     logit_gradient<T>(out, z, tail, label, scales[0], smoothing, upstream(0, row));
     S g_x = 0, g_y = 0;

@@ -1,6 +1,9 @@
 // What the row kernels of all families share: views of matrices, the choice of instruction set and of types, threads.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -10,6 +10,7 @@ With x̂ = X/‖x‖, c = ⟨x̂, ŷ⟩, p = S(w, c), q = S(1-w, c) and projecti
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,25 @@ from .divergence import batch_kl, strength_weights
 from .geodesic import inverse_norm, live_inverse_norm, slerp_weight, slerp_weight_dc
 
 EPS = 1e-12  # the smallest length divided by, as in `normalize`
+
+
+class State(NamedTuple):
+    """What a step keeps for its backward pass."""
+
+    stats: Tensor  #: (3, B) holding ‖x‖, ‖y‖, c
+    a: Tensor  #: (B, C) X W_mᵀ
+    v: Tensor  #: (B, C) Y W_mᵀ
+    u_x: Tensor  #: (B, C) unimodal logits of x
+    u_y: Tensor  #: (B, C) unimodal logits of y
+
+    @staticmethod
+    def views(state: Tensor, logits_x: Tensor, logits_y: Tensor) -> State:
+        """Of the one tensor that holds them; u_x and u_y are in it where the logits returned are narrower, else these."""
+        batch, classes = logits_x.shape
+        ends = range(3 * batch, len(state) + 1, batch * classes) if batch else [0] * 5
+        parts = [state[begin:end].view(batch, classes) for begin, end in itertools.pairwise(ends)]
+        u_x, u_y = (logits_x, logits_y) if logits_x.dtype == state.dtype else parts[2:4]
+        return State(state[: 3 * batch].view(3, batch), parts[0], parts[1], u_x, u_y)
 
 
 def head_probe(
@@ -35,8 +55,7 @@ def head_probe(
 ) -> tuple[Tensor, ...]:
     """Projections, row statistics, unimodal logits, and the KL sums of these from the mixture probed with λ.
 
-    (B, D) x2, heads (C, D) and (C,), λ () -> a, v, u_x, u_y (B, C); stats (3, B) holding ‖x‖, ‖y‖, c; kl (2,); and u_x, u_y
-    once more, which the caller keeps in the type of the features where that is narrower.
+    (B, D) x2, heads (C, D) and (C,), λ () -> a, v, u_x, u_y (B, C); stats (3, B) holding ‖x‖, ‖y‖, c; kl (2,)
     """
     dtype = arithmetic_dtype(x.dtype)
     x, y, weight_mix = x.to(dtype), y.to(dtype), weight_mix.to(dtype)
@@ -47,29 +66,20 @@ def head_probe(
     stats = torch.stack([x_norm, y_norm, c])
     probe = _mixed(a, v, stats, weight, bias_mix)
     kl = torch.stack([batch_kl(own, probe, "sum")[0] for own in (u_x, u_y)])
-    return a, v, u_x, u_y, stats, kl, u_x, u_y
+    return a, v, u_x, u_y, stats, kl
 
 
 def head_rebalance(
-    a: Tensor,
-    v: Tensor,
-    u_x: Tensor,
-    u_y: Tensor,
-    bias_mix: Tensor | None,
-    stats: Tensor,
-    kl: Tensor,
-    target: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
+    of: State, bias_mix: Tensor | None, kl: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Tensor, ...]:
     """ω from the KL sums, the logits of the mixture with it, and the cross entropies of mixture, x and y.
 
-    (B, C) x4, (C,), (3, B), (2,), (B,) -> strength (2,), logits_mix (B, C), loss (), losses (3,)
+    bias (C,), kl (2,), target (B,) -> strength (2,), logits_mix (B, C), loss (), losses (3,)
     """
     (strength,) = strength_weights(kl)
-    logits = _mixed(a, v, stats, strength[0], bias_mix)
-    labels = _Labels.of(target, a.shape[1], ignore_index)
-    losses = torch.stack([_cross_entropy(own, labels, label_smoothing) for own in (logits, u_x, u_y)])
+    logits = _mixed(of.a, of.v, of.stats, strength[0], bias_mix)
+    labels = _Labels.of(target, logits.shape[1], ignore_index)
+    losses = torch.stack([_cross_entropy(own, labels, label_smoothing) for own in (logits, of.u_x, of.u_y)])
     return strength, logits, losses.sum(), losses
 
 
@@ -86,11 +96,7 @@ def head_backward(
     weight_mix: Tensor,
     bias_mix: Tensor | None,
     target: Tensor,
-    a: Tensor,
-    v: Tensor,
-    u_x: Tensor,
-    u_y: Tensor,
-    stats: Tensor,
+    of: State,
     strength: Tensor,
     label_smoothing: float,
     ignore_index: int,
@@ -99,6 +105,7 @@ def head_backward(
 
     The upstream gradients are those of loss (), losses (3,) and the logits (B, C) of mixture, x and y.
     """
+    stats, a, v, u_x, u_y = of
     x_norm, y_norm, c = stats
     x, y, weight_mix = x.to(c.dtype), y.to(c.dtype), weight_mix.to(c.dtype)
     labels = _Labels.of(target, a.shape[1], ignore_index)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import iprm_kernels as ik
+from iprm_kernels import autocast
 from iprm_kernels.collectives import all_reduce_sum
 
 from .base import FusionModule, cross_entropy, sum_logits
@@ -191,8 +192,11 @@ class ProbeRebalance(FusionModule):
         if self.mixup == "geodesic" and self.passes == 2:
             head = self.mix_heads[self.mix_head_names[pair]]
             return ik.probe_rebalance(features[a], features[b], unimodal[a], unimodal[b], head, weight, group=_group())[:2]
-        with torch.set_grad_enabled(self.passes == 1 and torch.is_grad_enabled()):
+        if self.passes == 1:
             probe = self._mixed(pair, features, weight)
+        else:
+            with torch.no_grad(), autocast.uncached(weight):
+                probe = self._mixed(pair, features, weight)
         with torch.no_grad():
             kl = torch.stack([ik.batch_kl(unimodal[name], probe) for name in (a, b)])
             strength = ik.strength_weights(all_reduce_sum(kl, _group()))

@@ -46,6 +46,7 @@ def _course(axes, results: Sequence[Result]) -> None:  # type: ignore[no-untyped
             label = name.replace("weight", "λ").replace("strength", "ω").replace("_", " ")
             style = "-" if name.startswith("weight") else "--"
             axes.plot([statistics.fmean(step) for step in zip(*runs, strict=True)], style, label=f"{method}: {label}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="epoch", ylabel="λ (end of epoch), ω (mean of epoch)", ylim=(0, 1))
     if weighted:
         axes.legend(fontsize=7)

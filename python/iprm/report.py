@@ -67,10 +67,11 @@ def _cell(title: str, values: Sequence[float]) -> str:
 
 
 def rich_table(summary: Summary, title: str) -> Table:
-    """The table for the terminal, the best accuracy in bold."""
-    table = Table("method", title=title, box=box.SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
+    """The table for the terminal, 80 columns wide for two modalities, the best accuracy in bold."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
+    table.add_column("method", overflow="fold", min_width=max(len(word) for m in summary.methods for word in m.split("-")) + 1)
     for name in summary.columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
     accuracy = {m: statistics.fmean(values) for m, values in summary.columns[ACCURACY].items()}
     for method in summary.methods:
         table.add_row(method, *summary.cells(method), style="bold" if accuracy[method] == max(accuracy.values()) else None)

@@ -213,16 +213,15 @@ def test_opcheck(place: Place, dtype: torch.dtype, biased: bool) -> None:
     weight = torch.tensor(0.3, dtype=inputs["x"].double().dtype if dtype == torch.float64 else torch.float32)
     arguments = (*parameters, inputs["target"], weight.to(place.device), 0.1, -100, "")
     torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, arguments)
-    loss, _, logits_mix, logits_x, logits_y, strength, _, a, v, stats, *wide = torch.ops.iprm.linear_probe_rebalance(
+    loss, _, logits_mix, logits_x, logits_y, strength, _, state = torch.ops.iprm.linear_probe_rebalance(
         *(t.detach() if isinstance(t, Tensor) else t for t in arguments)
     )
     grads = (torch.ones_like(loss), None, torch.ones_like(logits_mix), None, None)
     saved = [t if t is None else t.detach() for t in (parameters[i] for i in (0, 1, 2, 4, 6, 7))]
-    unimodal = wide if dtype == torch.bfloat16 else (logits_x, logits_y)
     for needed in ([True] * 8, [False, True, True, False, False, False, True, True]):
         torch.library.opcheck(
             torch.ops.iprm.linear_probe_rebalance_backward.default,
-            (*grads, *saved, inputs["target"], a, v, *unimodal, stats, strength, 0.1, -100, needed),
+            (*grads, *saved, inputs["target"], state, logits_x, logits_y, strength, 0.1, -100, needed),
         )
 
 
