@@ -20,7 +20,7 @@ the operator has allocated (None for a gradient that nobody asked for)::
 Features and logits are 2-D with any strides, outputs contiguous; weight is (B,), of stride 0 where one value serves all rows;
 the gradient of batch_kl is () or (B,), as its value was. stats and state of one backend serve the backward of another. parts
 says what of a head step to do: PROBE, up to the KL sums, REBALANCE, from there on, or both; between the two, the sums may be
-added over processes.
+added over processes. On the CPU a label out of range is refused by an error before anything else.
 """
 
 from __future__ import annotations

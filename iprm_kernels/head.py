@@ -200,7 +200,6 @@ def _kernel(
     group: str,
 ) -> tuple[Tensor, ...]:
     batch, classes, dtype, device = x.shape[0], weight_x.shape[0], arithmetic_dtype(x.dtype), x.device
-    _checks.labels(target, classes, ignore_index)
     state = torch.empty((_state_size(x, classes),), dtype=dtype, device=device)
     loss = torch.empty((), dtype=dtype, device=device)
     losses = torch.empty((3,), dtype=dtype, device=device)
@@ -212,12 +211,16 @@ def _kernel(
     inputs = (x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, target, weight.to(dtype))
     outputs = (state, logits_mix, logits_x, logits_y, kl, strength, loss, losses)
     forward = kernels(device).head_forward
-    if group:
-        forward(*inputs, label_smoothing, ignore_index, PROBE, *outputs)
-        all_reduce_named(kl, group)
-        forward(*inputs, label_smoothing, ignore_index, REBALANCE, *outputs)
-    else:
-        forward(*inputs, label_smoothing, ignore_index, PROBE | REBALANCE, *outputs)
+    try:
+        if group:
+            forward(*inputs, label_smoothing, ignore_index, PROBE, *outputs)
+            all_reduce_named(kl, group)
+            forward(*inputs, label_smoothing, ignore_index, REBALANCE, *outputs)
+        else:
+            forward(*inputs, label_smoothing, ignore_index, PROBE | REBALANCE, *outputs)
+    except RuntimeError:
+        _checks.labels(target, classes, ignore_index)  # a kernel on the CPU refuses them as it can; this says it as it should
+        raise
     return loss, losses, logits_mix, logits_x, logits_y, strength, kl, state
 
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 
+#include "../core/label.h"
 #include "../core/slerp.h"
 #include "../core/strength.h"
 #include "rows.h"
@@ -187,6 +188,10 @@ void head_forward(
   check_output(kl, "kl", 2, arithmetic);
   check_scalar(loss, "loss", arithmetic);
   check_output(losses, "losses", 3, arithmetic);
+  const VectorView<int64_t> labels(target);
+  for (int64_t row = 0; row < rows; ++row)
+    STD_TORCH_CHECK(
+        !Label(labels[row], classes, ignore_index).wrong, "target: label ", labels[row], " of row ", row, " is out of range");
   dispatch_type(x.scalar_type(), [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
     constexpr bool kNarrow = !std::is_same_v<T, S>;
@@ -207,8 +212,8 @@ void head_forward(
     if (parts & kRebalance) {
       strength_weights_of(VectorView<S>(kl), 2, output<S>(strength));
       const HeadRebalanceArgs args{
-          of.a, of.v, of.u_x, of.u_y, of.stats, mix_bias, strength.const_data_ptr(), VectorView<int64_t>(target),
-          label_smoothing, ignore_index, output<void>(logits_mix), row_values.get(), rows, classes};
+          of.a, of.v, of.u_x, of.u_y, of.stats, mix_bias, strength.const_data_ptr(), labels, label_smoothing,
+          ignore_index, output<void>(logits_mix), row_values.get(), rows, classes};
       const auto kernel = IPRM_BEST(head_rebalance_rows<T>);
       parallel_rows(rows, 2 * kExpCost * classes, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
       const double counted = double(counted_rows(args.target, rows, ignore_index));

@@ -123,15 +123,6 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// What a label asks of a row: to be `index`; or it does not count; or it is out of range, which makes loss and gradient NaN.
-struct Label {
-  int64_t index;
-  bool counted, wrong;
-
-  IPRM_INLINE Label(int64_t target, int64_t classes, int64_t ignore_index)
-      : index(target), counted(target != ignore_index), wrong(counted && (target < 0 || target >= classes)) {}
-};
-
 // -(1 - smoothing) log P_label - smoothing / C sum log P
 template <class S>
 S cross_entropy(const S* logits, const Tail<S>& tail, const Label& label, S smoothing, S* exps) {

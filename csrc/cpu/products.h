@@ -29,8 +29,10 @@ IPRM_INLINE void dot_tile(const S* const* x, const S* const* w, int64_t columns,
       for (int r = 0; r < kTileRows; ++r) parts[r][q] += tail.values(x[r]) * b;
     }
   }
-  IPRM_UNROLL for (int r = 0; r < kTileRows; ++r)
-    IPRM_UNROLL for (int q = 0; q < kTileVectors; ++q) sums[r][q] = sum_lanes<S>(parts[r][q]);
+  IPRM_UNROLL for (int r = 0; r < kTileRows; ++r) {
+    if constexpr (kTileVectors == 4) sum_lanes_of_four(parts[r], sums[r]);
+    else IPRM_UNROLL for (int q = 0; q < kTileVectors; ++q) sums[r][q] = sum_lanes<S>(parts[r][q]);
+  }
 }
 
 // out[r][n] = <x_r, w_n> for r < rows <= kTileRows and all n < count. Rows and columns that a tile has too many of are computed

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._checks import labels
 from .._library import AUTOCAST, below
 from ..backends import PROBE, REBALANCE
 from . import divergence, geodesic, head
@@ -62,6 +63,7 @@ def head_forward(
     loss: Tensor,
     losses: Tensor,
 ) -> None:
+    labels(target, logits_mix.shape[1], ignore_index)
     of = head.State.views(state, logits_x, logits_y)
     with below(AUTOCAST):
         if parts & PROBE:

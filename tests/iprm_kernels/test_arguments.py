@@ -88,8 +88,6 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: step(target=T.float()), TypeError, r"target: expected int64 class indices, got torch\.float32"),
     (lambda: step(target=T[:1]), ValueError, r"target: expected shape \(2,\), got \(1,\)"),
     (lambda: step(target=T.to("meta")), ValueError, r"target: expected the device of x, cpu, got meta"),
-    (lambda: step(target=T + 1), ValueError, r"target: expected labels in \[0, 4\), got 4 in row 1"),
-    (lambda: step(target=T - 1), ValueError, r"target: expected labels in \[0, 4\), got -1 in row 0"),
     (lambda: step(weight=torch.ones(2)), ValueError, r"weight: expected a float or shape \(\), got \(2,\)"),
     (lambda: step(label_smoothing=1.5), ValueError, r"label_smoothing: expected a number in \[0, 1\], got 1\.5"),
     (lambda: step(label_smoothing="0"), TypeError, r"label_smoothing: expected a number in \[0, 1\], got str"),
@@ -116,6 +114,18 @@ def test_wrong_argument(call: Callable[[], Any], error: type[Exception], message
     with pytest.raises(error, match=f"^{message}") as caught:
         call()
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(("shift", "message"), [(1, "got 4 in row 1"), (-1, "got -1 in row 0")])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_label_out_of_range(backend: str, shift: int, message: str) -> None:
+    """Seen by the kernels, on their way to the labels: looking before costs 6 µs a step."""
+    if not ik.backends()[backend].available:
+        pytest.skip(str(ik.backends()[backend]))
+    with ik.use_backend(backend), pytest.raises(ValueError, match=rf"^target: expected labels in \[0, 4\), {message}"):
+        step(target=T + shift)
+    with ik.use_backend(backend):
+        assert step(target=T + shift, ignore_index=T[0 if shift < 0 else 1].item() + shift).loss.isfinite()
 
 
 @pytest.mark.parametrize(
