@@ -48,12 +48,11 @@ struct Softmax {
   S top, sum;
 };
 
-// x - y rounded, and what rounding took from it (Knuth's two-sum); nothing where that is not finite
+// x - y rounded, and what rounding took from it (Knuth's two-sum), NaN where the difference is infinite
 template <class V>
 IPRM_INLINE V difference(V x, V y, V* rest) {
   const V high = x - y, back = high - x;
-  const V lost = (x - (high - back)) - (y + back);
-  *rest = lost - lost == V{} ? lost : V{};
+  *rest = (x - (high - back)) - (y + back);
   return high;
 }
 
@@ -67,7 +66,8 @@ IPRM_INLINE V log_quotient(V p_logits, V q_logits, const Softmax<S>& p, const So
   return (a - b) + (p_rest - q_rest) - log_ratio;
 }
 
-// P phi(d) = P d + Q - P, by the series where that cancels; Q where P is zero; infinite where Q alone is impossible
+// P phi(d) = P d + Q - P, by the series where that cancels; Q where P is zero; infinite where Q alone is impossible. A d that is
+// NaN, of an infinite difference, is in none of these.
 template <class S, class V>
 IPRM_INLINE V kl_terms(V p, V q, V d, V p_logits, V q_logits) {
   constexpr S kClose = S(kExcessSeriesBelow);

@@ -215,32 +215,18 @@ IPRM_INLINE S max_lanes(V value) {
   return largest;
 }
 
-// exp, to within one ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r, times 2^n. The magic constant leaves n in the
-// low bits of the sum. Results below the normal range are zero: producing a subnormal number traps into microcode, which made
-// batch_kl at (8192, 31), whose spare lanes hold -inf, ten times slower.
-IPRM_INLINE VecF exp(VecF x) {
-  const VecF bounded = x < -87.0f ? VecF{} - 87.0f : (x > 88.0f ? VecF{} + 88.0f : x);
-  const VecF shifted = bounded * 1.44269504088896341f + 12582912.0f;
-  const VecI32 n = (VecI32)shifted - 0x4b400000;
-  const VecF whole = shifted - 12582912.0f;
-  const VecF r = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
+// exp(r) for |r| <= ln 2 / 2
+IPRM_INLINE VecF exp_of_remainder(VecF r) {
   VecF e = VecF{} + 1.9875691500e-4f;
   e = e * r + 1.3981999507e-3f;
   e = e * r + 8.3334519073e-3f;
   e = e * r + 4.1665795894e-2f;
   e = e * r + 1.6666665459e-1f;
   e = e * r + 5.0000001201e-1f;
-  e = e * (r * r) + r + 1.0f;
-  const VecF result = x < -87.0f ? VecF{} : e * (VecF)((n + 127) << 23);
-  return x != x ? x : result;
+  return e * (r * r) + r + 1.0f;
 }
 
-IPRM_INLINE VecD exp(VecD x) {
-  const VecD bounded = x < -708.0 ? VecD{} - 708.0 : (x > 709.0 ? VecD{} + 709.0 : x);
-  const VecD shifted = bounded * 1.44269504088896338700 + 6755399441055744.0;
-  const VecI64 n = (VecI64)shifted - 0x4338000000000000;
-  const VecD whole = shifted - 6755399441055744.0;
-  const VecD r = (bounded - whole * 0x1.62e42fefa3800p-1) - whole * 0x1.ef35793c76730p-45;
+IPRM_INLINE VecD exp_of_remainder(VecD r) {
   VecD e = VecD{} + 1.0 / 6227020800.0;  // Taylor: the term after r^13 / 13! is below 2^-57
   e = e * r + 1.0 / 479001600.0;
   e = e * r + 1.0 / 39916800.0;
@@ -253,10 +239,45 @@ IPRM_INLINE VecD exp(VecD x) {
   e = e * r + 1.0 / 24.0;
   e = e * r + 1.0 / 6.0;
   e = e * r + 0.5;
-  e = e * (r * r) + r + 1.0;
-  const VecD result = x < -708.0 ? VecD{} : e * (VecD)((n + 1023) << 52);
-  return x != x ? x : result;
+  return e * (r * r) + r + 1.0;
 }
+
+// x - n ln 2, ln 2 in two parts of which the first has few enough digits for an exact product
+IPRM_INLINE VecF exp_remainder(VecF x, VecF n) { return (x - n * 0.693359375f) + n * 2.12194440e-4f; }
+IPRM_INLINE VecD exp_remainder(VecD x, VecD n) { return (x - n * 0x1.62e42fefa3800p-1) - n * 0x1.ef35793c76730p-45; }
+
+// exp, to within one ulp: x = n ln 2 + r, a polynomial in r, times 2^n. Results below the normal range are zero: producing a
+// subnormal number traps into microcode, which made batch_kl at (8192, 31), whose spare lanes hold -inf, ten times slower.
+#if IPRM_REGISTER_BYTES == 64
+IPRM_INLINE VecF exp(VecF x) {
+  const VecF n = (VecF)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);  // a NaN passes
+  return (VecF)_mm512_maskz_scalef_ps(normal, (__m512)exp_of_remainder(exp_remainder(x, n)), (__m512)n);
+}
+
+IPRM_INLINE VecD exp(VecD x) {
+  const VecD n = (VecD)_mm512_roundscale_pd((__m512d)(x * 1.44269504088896338700), _MM_FROUND_TO_NEAREST_INT);
+  const __mmask8 normal = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(-708.0), _CMP_NLT_UQ);
+  return (VecD)_mm512_maskz_scalef_pd(normal, (__m512d)exp_of_remainder(exp_remainder(x, n)), (__m512d)n);
+}
+#else
+// the magic constants leave n in the low bits of the sum
+IPRM_INLINE VecF exp(VecF x) {
+  const VecF bounded = x < -87.0f ? VecF{} - 87.0f : (x > 88.0f ? VecF{} + 88.0f : x);
+  const VecF shifted = bounded * 1.44269504088896341f + 12582912.0f;
+  const VecF power = (VecF)((((VecI32)shifted - 0x4b400000) + 127) << 23);
+  const VecF e = exp_of_remainder(exp_remainder(bounded, shifted - 12582912.0f)) * power;
+  return x != x ? x : x < -87.0f ? VecF{} : e;
+}
+
+IPRM_INLINE VecD exp(VecD x) {
+  const VecD bounded = x < -708.0 ? VecD{} - 708.0 : (x > 709.0 ? VecD{} + 709.0 : x);
+  const VecD shifted = bounded * 1.44269504088896338700 + 6755399441055744.0;
+  const VecD power = (VecD)((((VecI64)shifted - 0x4338000000000000) + 1023) << 52);
+  const VecD e = exp_of_remainder(exp_remainder(bounded, shifted - 6755399441055744.0)) * power;
+  return x != x ? x : x < -708.0 ? VecD{} : e;
+}
+#endif
 
 // log of positive normal numbers, to within one ulp: x = m 2^n with m in [sqrt(1/2), sqrt(2)), a polynomial in m - 1
 IPRM_INLINE VecF log(VecF x) {
