@@ -30,7 +30,8 @@ def draw(axes: Axes, group: str, rows: list[dict[str, Any]]) -> None:
         bars = axes.bar(at, ratios, width=0.22, label=f"than {name}")
         axes.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(title=group, yscale="log", xticks=range(len(rows)), xticklabels=["×".join(map(str, r["shape"])) for r in rows])
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set(title=group, xticks=range(len(rows)), xticklabels=["×".join(map(str, r["shape"])) for r in rows])
     axes.legend(fontsize=7)
 
 
