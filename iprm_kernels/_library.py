@@ -69,8 +69,8 @@ def register(
     returning silently wrong derivatives.
 
     The function returned takes the same kernel, setup and backward to the same results past PyTorch's dispatcher where nobody
-    watches (`unobserved`): each of its three passes through Python costs 7 µs and more, and batch_kl forward and backward at
-    (64, 31) takes NNN µs through them and NNN µs past them (one core, medians).
+    watches (`unobserved`): each of its three passes through Python costs 7 µs and more. batch_kl forward and backward at
+    (64, 31) took 114 µs through them and 99 µs past them (one Zen 4 core, medians).
     """
     name = schema.split("(")[0]
 

@@ -105,31 +105,47 @@ struct MixCoefficients {
   }
 };
 
+// A mixed row and its gradient from one angle: the coefficients first, then, with what comes back, those of the gradients.
+template <class T>
+struct MixRow {
+  Angle<T> angle;
+  SlerpWeight<T> of_x, of_y;
+  T inv_x, inv_y;
+  bool x_dead, y_dead;  // ||x|| <= eps: the gradient of that row is zero
+
+  IPRM_INLINE MixRow(T w, T x_norm, T y_norm, T c, T eps)
+      : angle(c),
+        of_x(w, angle),
+        of_y(T(1) - w, angle),
+        inv_x(inverse_norm(x_norm, eps)),
+        inv_y(inverse_norm(y_norm, eps)),
+        x_dead(x_norm <= eps),
+        y_dead(y_norm <= eps) {}
+  MixRow(const MixRow&) = delete;  // its weights refer to its angle
+
+  IPRM_INLINE T from_x() const { return of_x.value() * inv_x; }
+  IPRM_INLINE T from_y() const { return of_y.value() * inv_y; }
+};
+
 // What the rows of the gradients are made of: dx = g * x_from_g + y * x_from_y + x * x_from_x, likewise dy, and dw.
 template <class T>
 struct MixGradient {
   T x_from_g, x_from_x, x_from_y;
   T y_from_g, y_from_x, y_from_y;
   T weight;
-  bool x_dead, y_dead;  // ||x|| <= eps: the gradient of that row is zero
 
-  // g_x = <g, x>, g_y = <g, y>, not yet divided by the norms
-  IPRM_INLINE MixGradient(T w, T x_norm, T y_norm, T c, T g_x, T g_y, T eps) {
-    const Angle<T> angle(c);
-    const T inv_x = inverse_norm(x_norm, eps), inv_y = inverse_norm(y_norm, eps);
-    const T gx = g_x * inv_x, gy = g_y * inv_y;
-    const SlerpWeight<T> of_x(w, angle), of_y(T(1) - w, angle);
-    const T p = of_x.value(), q = of_y.value();
-    const T kappa = of_x.dc() * gx + of_y.dc() * gy;
-    x_dead = x_norm <= eps;
-    y_dead = y_norm <= eps;
-    x_from_g = p * inv_x;
-    x_from_y = kappa * inv_y * inv_x;
-    x_from_x = -(p * gx + kappa * c) * inv_x * inv_x;
-    y_from_g = q * inv_y;
-    y_from_x = kappa * inv_x * inv_y;
-    y_from_y = -(q * gy + kappa * c) * inv_y * inv_y;
-    weight = gx * of_x.ds() - gy * of_y.ds();
+  // g_x = <g, x>, g_y = <g, y>, not yet divided by the norms; c not clamped
+  IPRM_INLINE MixGradient(const MixRow<T>& row, T c, T g_x, T g_y) {
+    const T gx = g_x * row.inv_x, gy = g_y * row.inv_y;
+    const T p = row.of_x.value(), q = row.of_y.value();
+    const T kappa = row.of_x.dc() * gx + row.of_y.dc() * gy;
+    x_from_g = p * row.inv_x;
+    x_from_y = kappa * row.inv_y * row.inv_x;
+    x_from_x = -(p * gx + kappa * c) * row.inv_x * row.inv_x;
+    y_from_g = q * row.inv_y;
+    y_from_x = kappa * row.inv_x * row.inv_y;
+    y_from_y = -(q * gy + kappa * c) * row.inv_y * row.inv_y;
+    weight = gx * row.of_x.ds() - gy * row.of_y.ds();
   }
 };
 

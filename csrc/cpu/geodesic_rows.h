@@ -137,13 +137,14 @@ void geodesic_mixup_backward_rows(const MixupBackwardArgs& args, int64_t begin, 
     const T *x_row = x(row), *y_row = y(row), *g_row = grad(row);
     S products[2];
     dot_both(g_row, x_row, y_row, args.columns, products);
-    const MixGradient<S> to(
-        weight[row], stats[row], stats[args.rows + row], stats[2 * args.rows + row], products[0], products[1], S(args.eps));
+    const S c = stats[2 * args.rows + row];
+    const MixRow<S> mix(weight[row], stats[row], stats[args.rows + row], c, S(args.eps));
+    const MixGradient<S> to(mix, c, products[0], products[1]);
     const int64_t offset = row * args.columns;
     if (grad_w) grad_w[row] = to.weight;
-    if (grad_x && to.x_dead) std::memset(grad_x + offset, 0, args.columns * sizeof(T));
+    if (grad_x && mix.x_dead) std::memset(grad_x + offset, 0, args.columns * sizeof(T));
     else if (grad_x) combine(grad_x + offset, g_row, to.x_from_g, y_row, to.x_from_y, x_row, to.x_from_x, args.columns);
-    if (grad_y && to.y_dead) std::memset(grad_y + offset, 0, args.columns * sizeof(T));
+    if (grad_y && mix.y_dead) std::memset(grad_y + offset, 0, args.columns * sizeof(T));
     else if (grad_y) combine(grad_y + offset, g_row, to.y_from_g, x_row, to.y_from_x, y_row, to.y_from_y, args.columns);
   }
 }

@@ -48,10 +48,9 @@ IPRM_INLINE void biased(S* out, const S* from, const S* bias, const Tail<S>& tai
 
 // out = a * by_a + v * by_v + bias
 template <class S>
-IPRM_INLINE void mixed_logits(
-    S* out, const S* a, const S* v, const MixCoefficients<S>& mix, const S* bias, const Tail<S>& tail) {
+IPRM_INLINE void mixed_logits(S* out, const S* a, const S* v, S by_a, S by_v, const S* bias, const Tail<S>& tail) {
   using V = typename Lanes<S>::Vec;
-  const auto mixed = [&](V of_a, V of_v, V of_bias) { return of_a * mix.from_x + of_v * mix.from_y + of_bias; };
+  const auto mixed = [&](V of_a, V of_v, V of_bias) { return of_a * by_a + of_v * by_v + of_bias; };
   for (int64_t i = 0; i < tail.whole; i += Lanes<S>::kCount)
     store(out + i, mixed(load(a + i), load(v + i), bias ? load(bias + i) : V{}));
   if (tail) tail.write(out, mixed(tail.values(a), tail.values(v), bias ? tail.values(bias) : V{}));
@@ -112,7 +111,7 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
         if (logits[side]) write_row(logits[side] + row * classes, own[side] + row * classes, classes);
       }
       const MixCoefficients<S> mix(weight, x_norm, y_norm, c, eps);
-      mixed_logits(z, projected[0] + row * classes, projected[1] + row * classes, mix, bias[2], tail);
+      mixed_logits(z, projected[0] + row * classes, projected[1] + row * classes, mix.from_x, mix.from_y, bias[2], tail);
       const Softmax<S> of_z = softmax_of(z, tail, z_exps);
       for (int side = 0; side < 2; ++side) {
         const S* u = own[side] + row * classes;
@@ -151,7 +150,8 @@ void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t e
     const MixCoefficients<S> mix(
         weight, stats[row], stats[args.rows + row], stats[2 * args.rows + row], S(kHeadEps));
     const int64_t offset = row * classes;
-    mixed_logits(z, static_cast<const S*>(args.a) + offset, static_cast<const S*>(args.v) + offset, mix, bias, tail);
+    mixed_logits(z, static_cast<const S*>(args.a) + offset, static_cast<const S*>(args.v) + offset, mix.from_x, mix.from_y,
+        bias, tail);
     write_row(static_cast<T*>(args.logits_mix) + offset, z, classes);
     const Label label(args.target[row], classes, args.ignore_index);
     const S* heads[3] = {z, static_cast<const S*>(args.u_x) + offset, static_cast<const S*>(args.u_y) + offset};
@@ -200,7 +200,8 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
   for (int64_t row = begin; row < end; ++row) {
     const S x_norm = stats[row], y_norm = stats[args.rows + row], c = stats[2 * args.rows + row];
     const S *a = static_cast<const S*>(args.a) + row * classes, *v = static_cast<const S*>(args.v) + row * classes;
-    mixed_logits(z, a, v, MixCoefficients<S>(weight, x_norm, y_norm, c, eps), bias, tail);
+    const MixRow<S> row_mix(weight, x_norm, y_norm, c, eps);
+    mixed_logits(z, a, v, row_mix.from_x(), row_mix.from_y(), bias, tail);
     const Label label(args.target[row], classes, args.ignore_index);
     logit_gradient<T>(out, z, tail, label, scales[0], smoothing, upstream(0, row));
     S g_x = 0, g_y = 0;
@@ -208,7 +209,7 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
       g_x += out[k] * a[k];
       g_y += out[k] * v[k];
     }
-    const MixGradient<S> mix(weight, x_norm, y_norm, c, g_x, g_y, eps);
+    const MixGradient<S> mix(row_mix, c, g_x, g_y);
     for (int64_t k = 0; k < classes; ++k) {
       to.mix[row * classes + k] = out[k];
       to.mix_x[row * classes + k] = mix.x_from_g * out[k];
@@ -220,12 +221,12 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
       std::copy_n(out, classes, to.own[side] + row * classes);
     }
     // a dead row learns from its own head alone
-    to.x_from_x[row] = mix.x_dead ? S(0) : mix.x_from_x;
-    to.x_from_y[row] = mix.x_dead ? S(0) : mix.x_from_y;
-    to.y_from_x[row] = mix.y_dead ? S(0) : mix.y_from_x;
-    to.y_from_y[row] = mix.y_dead ? S(0) : mix.y_from_y;
-    to.dead[0][row] = mix.x_dead;
-    to.dead[1][row] = mix.y_dead;
+    to.x_from_x[row] = row_mix.x_dead ? S(0) : mix.x_from_x;
+    to.x_from_y[row] = row_mix.x_dead ? S(0) : mix.x_from_y;
+    to.y_from_x[row] = row_mix.y_dead ? S(0) : mix.y_from_x;
+    to.y_from_y[row] = row_mix.y_dead ? S(0) : mix.y_from_y;
+    to.dead[0][row] = row_mix.x_dead;
+    to.dead[1][row] = row_mix.y_dead;
   }
 }
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases
+import heads
 import pytest
 import torch
 import torch.utils.checkpoint
 from places import INTERPRETED, Place
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import iprm_kernels as ik
 
@@ -81,6 +85,31 @@ def test_fullgraph_compile_equals_eager(place: Place) -> None:
     torch.compiler.reset()
     compiled = torch.compile(every_op, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
     torch.testing.assert_close(gradients(compiled, x, y, weight), gradients(every_op, x, y, weight))
+
+
+class Watching(TorchDispatchMode):
+    """Sees every operator, which therefore goes through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_through_and_past_the_dispatcher_the_same_bits(place: Place) -> None:
+    x, y = cases.feature_pairs(9, 31, torch.float32, place.device)
+    weight, step = torch.tensor(0.3, device=place.device), heads.inputs(9, 31, 6, device=place.device)
+    past, past_step = gradients(every_op, x, y, weight), heads.run(step)
+    with Watching() as watching:
+        through, through_step = gradients(every_op, x, y, weight), heads.run(step)
+    names = ("normalize", "geodesic_mixup", "batch_kl", "strength_weights", "linear_probe_rebalance")
+    assert {f"iprm.{name}{way}.default" for name in names for way in ("", "_backward")} <= watching.seen
+    assert all(torch.equal(a, b) for a, b in zip(past, through, strict=True))
+    for results in ("outputs", "gradients"):
+        torch.testing.assert_close(getattr(past_step, results), getattr(through_step, results), rtol=0, atol=0)
 
 
 def test_second_derivatives_are_refused(place: Place) -> None:
