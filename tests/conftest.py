@@ -57,6 +57,7 @@ def fused(request: pytest.FixtureRequest) -> Iterator[Place]:
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison.poisoned_empty)
+    monkeypatch.setattr(torch, "empty_like", poison.poisoned_empty_like)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Memory from `torch.empty` filled with values no kernel computes, so that an element left unwritten fails the test."""
+"""Memory from `torch.empty` and `empty_like` filled with what no kernel computes: an element left unwritten fails the test."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_empty = torch.empty
+_empty, _empty_like = torch.empty, torch.empty_like
 
 
 def poisoned_empty(*size: Any, **options: Any) -> Tensor:
     """`torch.empty`, full of NaN, or of the largest value of an integer type."""
-    tensor = _empty(*size, **options)
+    return _poisoned(_empty(*size, **options))
+
+
+def poisoned_empty_like(*like: Any, **options: Any) -> Tensor:
+    return _poisoned(_empty_like(*like, **options))
+
+
+def _poisoned(tensor: Tensor) -> Tensor:
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         tensor.detach().fill_(math.nan)
     elif tensor.dtype != torch.bool:
