@@ -42,6 +42,8 @@ BAD = {
     "no labels": (without("y"), "no array 'y'.*x_audio, x_text"),
     "float labels": (arrays() | {"y": np.zeros(60)}, "y: expected whole numbers.*float64"),
     "negative label": (changed("y", 7, -2), "y: expected labels from 0 up, got -2 in row 7"),
+    "a label that is no class": (changed("y", 7, 2**40), "y: expected class indices below 1048576, got 1099511627776 in row 7"),
+    "a label beyond int64": (arrays() | {"y": np.full(60, 2**63, np.uint64)}, "y: expected class indices below"),
     "labels of two dimensions": (arrays() | {"y": np.zeros((60, 1), int)}, r"y: expected shape \(N,\), got \(60, 1\)"),
     "no features": ({"y": arrays()["y"]}, "no array 'x_<modality>'"),
     "lengths that differ": (arrays() | {"x_text": np.zeros((59, 6))}, "x_text: expected as many rows as y, 60, got 59"),

@@ -14,6 +14,7 @@ from ..suggest import InputError
 from .base import SPLITS, MultimodalData, Split, check_fractions, stratified
 
 PREFIX = "x_"
+MOST_CLASSES = 2**20
 
 
 class Features(MultimodalData):
@@ -99,6 +100,11 @@ class Features(MultimodalData):
             raise self._error("the dataset is empty: y has no rows")
         if y.min() < 0:
             raise self._error(f"y: expected labels from 0 up, got {y.min()} in row {int(y.argmin())}")
+        if y.max() >= MOST_CLASSES:
+            row = int(y.argmax())
+            raise self._error(
+                f"y: expected class indices below {MOST_CLASSES}, got {y.max()} in row {row}: a head has a row each"
+            )
         return y.astype(np.int64)
 
     def _features(self, arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
