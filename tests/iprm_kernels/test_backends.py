@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import cases
+import heads
 import pytest
 import torch
 from places import Place
@@ -31,7 +32,7 @@ def test_repeats_bitwise(place: Place) -> None:
 
 
 def test_thread_count_changes_no_bit() -> None:
-    """1000 rows of 1000: enough for the C++ kernels to divide, unevenly."""
+    """1000 rows of 1000, and 200 of 500 with 31 classes: enough for the C++ kernels to divide, unevenly."""
     if not ik.backends()["cpp"].available:
         pytest.skip(str(ik.backends()["cpp"]))
     x, y = cases.feature_pairs(1000, 1000, torch.float32)
@@ -42,7 +43,9 @@ def test_thread_count_changes_no_bit() -> None:
             leaves = x.detach().requires_grad_(), y.detach().requires_grad_()
             z, kl = ik.geodesic_mixup(*leaves, 0.3), ik.batch_kl(*leaves, reduction="none")
             (z.square().sum(1) + kl).backward(torch.linspace(-1, 1, 1000))
+            step = heads.run(heads.inputs(200, 500, 31))
             results.append([z.detach(), kl.detach(), leaves[0].grad, leaves[1].grad])
+            results[-1] += [*step.outputs.values(), *step.gradients.values()]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
