@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from .output import FusionOutput
 IGNORE_INDEX = -100  # the label of torch.nn.functional.cross_entropy for a sample that enters no loss
 
 
-class FusionModule(nn.Module):
+class FusionModule(nn.Module, ABC):
     """Fuses the features of several modalities into one prediction.
 
     Args:
@@ -37,6 +38,7 @@ class FusionModule(nn.Module):
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
         self.num_classes = int(num_classes)
 
+    @abstractmethod
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         """Logits, and with a target the loss.
 
@@ -49,7 +51,6 @@ class FusionModule(nn.Module):
             ValueError: a modality missing or unknown, a wrong shape or device, on the CPU a label outside [0, C). On a GPU,
                 where looking would synchronise, and in a compiled module such a label makes the loss NaN.
         """
-        raise NotImplementedError
 
     def _project_to_smallest(self) -> int:
         """Makes a learned linear map for each modality wider than the narrowest, and returns the narrowest width."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from iprm.data import make_data
+from iprm.data.base import MultimodalData
 from iprm.data.digits import scanned_digits
 from iprm.suggest import InputError
 
@@ -62,3 +63,11 @@ def test_the_order_of_training_batches_follows_the_seed_and_changes_by_epoch():
 def test_what_does_not_exist_or_cannot_be_is_refused_with_a_suggestion(name, options, message):
     with pytest.raises(InputError, match=message):
         make_data(name, **options)
+
+
+def test_a_dataset_that_does_not_say_how_it_is_read_is_refused_when_made():
+    class Unfinished(MultimodalData):
+        pass
+
+    with pytest.raises(TypeError, match=r"abstract class Unfinished.*read"):
+        Unfinished()

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from iprm.base import FusionModule
 from iprm.methods import METHODS, build
 
 B, C = 16, 5
@@ -118,3 +119,11 @@ def test_a_label_out_of_range_is_an_error(data):
 def test_importing_brings_no_training_dependency(package):
     code = f"import sys, {package}; print([m for m in ('lightning', 'sklearn', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_method_without_a_forward_is_refused_when_made():
+    class Unfinished(FusionModule):
+        pass
+
+    with pytest.raises(TypeError, match=r"abstract class Unfinished.*forward"):
+        Unfinished(3, C, ("x", "y"))

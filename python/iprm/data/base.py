@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class Split(Dataset[Batch]):
         return {modality: x[rows] for modality, x in self.inputs.items()}, self.target[rows]
 
 
-class MultimodalData(L.LightningDataModule):
+class MultimodalData(L.LightningDataModule, ABC):
     """A dataset in three splits. A subclass says how it is read, in `read`; everything else follows from the tensors."""
 
     def __init__(self, *, batch_size: int = 64, seed: int = 0, predict_split: str = "test") -> None:
@@ -57,9 +58,9 @@ class MultimodalData(L.LightningDataModule):
             raise InputError(unknown("split", predict_split, SPLITS))
         self.batch_size, self.seed, self.predict_split = batch_size, seed, predict_split
 
+    @abstractmethod
     def read(self) -> dict[str, Split]:
         """The splits "train", "val" and "test", determined by the options and the seed alone."""
-        raise NotImplementedError
 
     @functools.cached_property
     def splits(self) -> dict[str, Split]:
