@@ -177,11 +177,12 @@ def _check_output(probe: Any, logits_x: Tensor) -> None:
 
 
 # linear_probe_rebalance: the seven fields of StepResult, then the state that the backward pass wants: stats (3, B), A and V
-# (B, C), and the unimodal logits in the arithmetic type where those returned are narrower, in one tensor
+# (B, C), the unimodal logits in the arithmetic type where those returned are narrower, and the number of rows that count in the
+# losses, in one tensor
 
 
 def _state_size(x: Tensor, classes: int) -> int:
-    return x.shape[0] * (3 + (2 if x.dtype == arithmetic_dtype(x.dtype) else 4) * classes)
+    return x.shape[0] * (3 + (2 if x.dtype == arithmetic_dtype(x.dtype) else 4) * classes) + 1
 
 
 def _kernel(

@@ -119,11 +119,11 @@ int64_t counted_rows(const VectorView<int64_t>& target, int64_t rows, int64_t ig
   return count;
 }
 
-// What a step keeps for its backward pass, in one tensor: ||x||, ||y||, c (3, B); A, V (B, C); and, where the logits that were
-// returned are narrower, the unimodal logits (B, C) in the arithmetic type.
+// What a step keeps for its backward pass, in one tensor: ||x||, ||y||, c (3, B); A, V (B, C); where the logits that were
+// returned are narrower, the unimodal logits (B, C) in the arithmetic type; and how many rows count in the losses.
 template <class S>
 struct HeadState {
-  S *stats, *a, *v, *u_x, *u_y;
+  S *stats, *a, *v, *u_x, *u_y, *counted;
 
   HeadState(const Tensor& state, const Tensor& logits_x, const Tensor& logits_y) {
     const int64_t rows = logits_x.size(0), classes = logits_x.size(1);
@@ -133,6 +133,7 @@ struct HeadState {
     v = a + rows * classes;
     u_x = narrow ? v + rows * classes : static_cast<S*>(logits_x.mutable_data_ptr());
     u_y = narrow ? u_x + rows * classes : static_cast<S*>(logits_y.mutable_data_ptr());
+    counted = stats + state.numel() - 1;
   }
 };
 
@@ -153,7 +154,7 @@ void check_step(
   for (const auto* bias : biases)
     if (*bias) check_vector(**bias, "bias of a head", classes, dtype);
   check_vector(target, "target", rows, ScalarType::Long);
-  check_output(state, "state", rows * (3 + (dtype == arithmetic ? 2 : 4) * classes), arithmetic);
+  check_output(state, "state", rows * (3 + (dtype == arithmetic ? 2 : 4) * classes) + 1, arithmetic);
   for (const Tensor* of : logits) check_output(*of, "logits", rows, classes, dtype);
   check_output(strength, "strength", 2, arithmetic);
 }
@@ -221,6 +222,7 @@ void head_forward(
       parallel_rows(
           rows, kRowCost + kExpCost * classes, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
       const double counted = double(counted_rows(args.target, rows, ignore_index));
+      *of.counted = S(counted);
       double total = 0;
       for (int k = 0; k < 3; ++k) {
         const double mean = ordered_sum(row_values.get() + k * rows, rows) / counted;
@@ -279,10 +281,9 @@ void head_backward(
     const HeadState<S> of(state, logits_x, logits_y);
     const VectorView<int64_t> labels(target);
     S scales[3];
-    const S counted = S(counted_rows(labels, rows, ignore_index));
     const S* to_loss = static_cast<const S*>(input(grad_loss));
     const S* to_losses = static_cast<const S*>(input(grad_losses));
-    for (int k = 0; k < 3; ++k) scales[k] = ((to_loss ? *to_loss : S(0)) + (to_losses ? to_losses[k] : S(0))) / counted;
+    for (int k = 0; k < 3; ++k) scales[k] = ((to_loss ? *to_loss : S(0)) + (to_losses ? to_losses[k] : S(0))) / *of.counted;
 
     const auto memory = std::make_unique_for_overwrite<char[]>(HeadCoefficients<S>::bytes(rows, classes));
     std::vector<Tensor> kept;

@@ -31,15 +31,16 @@ class State(NamedTuple):
     v: Tensor  #: (B, C) Y W_mᵀ
     u_x: Tensor  #: (B, C) unimodal logits of x
     u_y: Tensor  #: (B, C) unimodal logits of y
+    counted: Tensor  #: () rows that the losses are means over
 
     @staticmethod
     def views(state: Tensor, logits_x: Tensor, logits_y: Tensor) -> State:
         """Of the one tensor that holds them; u_x and u_y are in it where the logits returned are narrower, else these."""
         batch, classes = logits_x.shape
-        ends = range(3 * batch, len(state) + 1, batch * classes) if batch else [0] * 5
+        ends = range(3 * batch, len(state), batch * classes) if batch else [0] * 5
         parts = [state[begin:end].view(batch, classes) for begin, end in itertools.pairwise(ends)]
         u_x, u_y = (logits_x, logits_y) if logits_x.dtype == state.dtype else parts[2:4]
-        return State(state[: 3 * batch].view(3, batch), parts[0], parts[1], u_x, u_y)
+        return State(state[: 3 * batch].view(3, batch), parts[0], parts[1], u_x, u_y, state[-1])
 
 
 def head_probe(
@@ -74,13 +75,13 @@ def head_rebalance(
 ) -> tuple[Tensor, ...]:
     """ω from the KL sums, the logits of the mixture with it, and the cross entropies of mixture, x and y.
 
-    bias (C,), kl (2,), target (B,) -> strength (2,), logits_mix (B, C), loss (), losses (3,)
+    bias (C,), kl (2,), target (B,) -> strength (2,), logits_mix (B, C), loss (), losses (3,), rows that count ()
     """
     (strength,) = strength_weights(kl)
     logits = _mixed(of.a, of.v, of.stats, strength[0], bias_mix)
     labels = _Labels.of(target, logits.shape[1], ignore_index)
     losses = torch.stack([_cross_entropy(own, labels, label_smoothing) for own in (logits, of.u_x, of.u_y)])
-    return strength, logits, losses.sum(), losses
+    return strength, logits, losses.sum(), losses, labels.counted.sum()
 
 
 def head_backward(
@@ -105,13 +106,13 @@ def head_backward(
 
     The upstream gradients are those of loss (), losses (3,) and the logits (B, C) of mixture, x and y.
     """
-    stats, a, v, u_x, u_y = of
+    stats, a, v, u_x, u_y, counted = of
     x_norm, y_norm, c = stats
     x, y, weight_mix = x.to(c.dtype), y.to(c.dtype), weight_mix.to(c.dtype)
     labels = _Labels.of(target, a.shape[1], ignore_index)
     scales = a.new_zeros(3)
     scales = scales if grad_loss is None else scales + grad_loss
-    scales = scales if grad_losses is None else scales + grad_losses
+    scales = (scales if grad_losses is None else scales + grad_losses) / counted
     weight = strength[0].expand_as(c)
     logits = _mixed(a, v, stats, strength[0], bias_mix)
     dz, du_x, du_y = (
@@ -177,10 +178,10 @@ def _cross_entropy(logits: Tensor, labels: _Labels, label_smoothing: float) -> T
 def _cross_entropy_backward(
     logits: Tensor, labels: _Labels, label_smoothing: float, scale: Tensor, upstream: Tensor | None
 ) -> Tensor:
-    """scale / N (P - (1-ε) onehot - ε/C), plus the gradient that came to the logits themselves.  (B, C) -> (B, C)"""
+    """scale (P - (1-ε) onehot - ε/C), plus the gradient that came to the logits themselves.  (B, C) -> (B, C)"""
     wanted = torch.full_like(logits, label_smoothing / logits.shape[1])
     wanted.scatter_add_(1, labels.place[:, None], torch.full_like(logits[:, :1], 1 - label_smoothing))
-    by_row = labels.poison.to(logits.dtype) * (scale / labels.counted.sum())
+    by_row = labels.poison.to(logits.dtype) * scale
     gradient = torch.where(labels.counted[:, None], (logits.softmax(1) - wanted) * by_row[:, None], 0)
     return gradient if upstream is None else gradient + upstream.to(gradient.dtype)
 

@@ -70,10 +70,10 @@ def head_forward(
             a, v, u_x, u_y, stats, sums = head.head_probe(
                 x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, weight
             )
-            fill((*of, kl, logits_x, logits_y), (stats, a, v, u_x, u_y, sums, u_x, u_y))
+            fill((*of[:5], kl, logits_x, logits_y), (stats, a, v, u_x, u_y, sums, u_x, u_y))
         if parts & REBALANCE:
             results = head.head_rebalance(of, bias_mix, kl, target, label_smoothing, ignore_index)
-            fill((strength, logits_mix, loss, losses), results)
+            fill((strength, logits_mix, loss, losses, of.counted), results)
 
 
 def head_backward(
