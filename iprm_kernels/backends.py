@@ -115,9 +115,19 @@ def _load_triton() -> _Loaded:
         return _Loaded(None, (), "no GPU is visible; TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests")
     devices = ("cpu", "cuda") if triton.knobs.runtime.interpret else ("cuda",)
     module = importlib.import_module(".kernels", __package__)
-    own = {name: getattr(module, name) for name in module.__all__}
-    composed = vars(_load_reference().kernels)  # the head step, of torch's matrix products
-    return _Loaded(SimpleNamespace(**{**composed, **own}), devices, reason)
+    own = SimpleNamespace(**{name: getattr(module, name) for name in KERNELS})
+    composed = _load_reference().kernels
+    assert composed is not None
+
+    def head_forward(*arguments: Any) -> None:
+        (own if module.serves(*arguments[0:3:2]) else composed).head_forward(*arguments)
+
+    def head_backward(*arguments: Any) -> None:
+        (own if module.serves(*arguments[5:8:2]) else composed).head_backward(*arguments)
+
+    return _Loaded(
+        SimpleNamespace(**{**vars(own), "head_forward": head_forward, "head_backward": head_backward}), devices, reason
+    )
 
 
 def _load_cuda() -> _Loaded:

@@ -14,14 +14,18 @@ neither computed nor stored. Rows are always the first dimension of the grid, th
 
 from .divergence import batch_kl, batch_kl_backward, strength_weights, strength_weights_backward
 from .geodesic import geodesic_mixup, geodesic_mixup_backward, normalize, normalize_backward
+from .head import head_backward, head_forward, serves
 
 __all__ = [
     "batch_kl",
     "batch_kl_backward",
     "geodesic_mixup",
     "geodesic_mixup_backward",
+    "head_backward",
+    "head_forward",
     "normalize",
     "normalize_backward",
+    "serves",
     "strength_weights",
     "strength_weights_backward",
 ]

@@ -48,7 +48,7 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 @triton.jit
 def block_rows(n_rows, i_rows, BLOCK_B: tl.constexpr):
     """Offsets and mask of the rows of a program.  -> (BLOCK_B,) x2"""
-    o_rows = i_rows.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    o_rows = i_rows * tl.full((), BLOCK_B, tl.int64) + tl.arange(0, BLOCK_B)
     return o_rows, o_rows < n_rows
 
 

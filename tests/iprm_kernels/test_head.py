@@ -310,6 +310,20 @@ def test_repeats_bitwise(place: Place) -> None:
         assert torch.equal(*results)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels, for the interpreter: TRITON_INTERPRET=1 tests it")
+def test_programs_that_take_several_blocks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than programs: the parts of sums and of head gradients are added up in their order."""
+    from iprm_kernels.kernels import head
+
+    inputs = heads.inputs(129, 20, 6, device=place.device)
+    whole = heads.run(inputs)
+    for name, most in (("ROW_TILE", {4: 64}), ("MOST_PARTS", 3), ("GRADIENT_PROGRAMS", 2)):
+        monkeypatch.setattr(head, name, most)
+    step = heads.run(inputs)
+    assert_equal_steps(step, whole)
+    assert_equal_steps(step, plain(step))
+
+
 @pytest.mark.gpu
 def test_no_host_synchronisation_and_captured_in_a_cuda_graph() -> None:
     inputs = heads.inputs(64, 512, 31, device="cuda")

@@ -1,39 +1,22 @@
 """Every Triton kernel compiles for GPUs that are not here, exactly as its launcher would launch it, and spills no register.
 
-The launchers run on meta tensors while a recorder stands in for the launch itself; what it recorded is compiled ahead of
-time for each target. So a case below is a call, and the tile, the warps and the flags are the launcher's own choice.
+A case below is a call: see `triton_launches`. The head step has a file of its own.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from triton_launches import TARGETS, Launch, empty, recording, spills
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-if triton.knobs.runtime.interpret:
-    pytest.skip("TRITON_INTERPRET is set: there is nothing to compile", allow_module_level=True)
+from iprm_kernels import kernels
+from iprm_kernels.dtypes import arithmetic_dtype
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
-from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
-
-from iprm_kernels import kernels  # noqa: E402
-from iprm_kernels.dtypes import arithmetic_dtype  # noqa: E402
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 ROWS = 4096
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -44,10 +27,6 @@ SHAPES = (
     (BF16, 1024), (BF16, 4095), (BF16, 8191), (F16, 1024),
     (F64, 31), (F64, 1023), (F64, 2047), (F64, 4097),
 )  # fmt: skip
-
-
-def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def plain(dtype: torch.dtype, width: int) -> torch.Tensor:
@@ -98,54 +77,9 @@ def strength_weights_backward(x: torch.Tensor) -> None:
     kernels.strength_weights_backward(x[0], x[0], empty(x.shape[1], dtype=x.dtype))
 
 
-@dataclass
-class Launch:
-    kernel: JITFunction
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-    grid: tuple[int, ...]
-
-    def compile(self, target: GPUTarget) -> CompiledKernel:
-        """As the launch would: None and 1 are constants of the kernel, multiples of 16 (aligned pointers too) known as such."""
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(self.kernel.params):
-            value = self.arguments[parameter.name]
-            specialize = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialize):
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-                continue
-            signature[parameter.name] = mangle_type(value)
-            if specialize and (isinstance(value, torch.Tensor) or value % 16 == 0):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=self.options)
-
-
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    recorded: list[Launch] = []
-
-    def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
-        arguments = dict(zip(self.arg_names, args, strict=False))
-        arguments |= {name: value for name, value in kwargs.items() if name in self.arg_names}
-        options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
-        recorded.append(Launch(self, arguments, options, grid))
-
-    monkeypatch.setattr(JITFunction, "run", record)
-    return recorded
-
-
-def spills(compiled: CompiledKernel, folder: Path) -> dict[str, int]:
-    """Bytes of stack and local memory (NVIDIA), spilled registers and scratch (AMD), as the assembler reports them."""
-    if "amdgcn" in compiled.asm:
-        found = re.findall(r"\.(\w+_spill_count|private_segment_fixed_size):\s*(\d+)", compiled.asm["amdgcn"])
-    else:
-        cubin = folder / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = re.findall(r"(STACK|LOCAL):(\d+)", report)
-    return {name: int(value) for name, value in found}
+    return recording(monkeypatch)
 
 
 ROW_OPS = (normalize, normalize_backward, geodesic_mixup, geodesic_mixup_backward, batch_kl, batch_kl_backward)

@@ -1,0 +1,89 @@
+"""Launches of Triton kernels recorded instead of run, and compiled ahead of time for GPUs that are not here.
+
+The launchers run on meta tensors while a recorder stands in for the launch itself; so what is compiled is a call, with the
+tile, the warps and the flags that are the launcher's own choice.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: there is nothing to compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
+from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@dataclass
+class Launch:
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def compile(self, target: GPUTarget) -> CompiledKernel:
+        """As the launch would: None and 1 are constants of the kernel, multiples of 16 (aligned pointers too) known as such."""
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            specialize = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialize):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            signature[parameter.name] = mangle_type(value)
+            if specialize and (isinstance(value, torch.Tensor) or value % 16 == 0):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=self.options)
+
+
+def recording(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """A list that the launches of a test go to."""
+    recorded: list[Launch] = []
+
+    def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(self.arg_names, args, strict=False))
+        arguments |= {name: value for name, value in kwargs.items() if name in self.arg_names}
+        options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
+        recorded.append(Launch(self, arguments, options, grid))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    return recorded
+
+
+def spills(compiled: CompiledKernel, folder: Path) -> dict[str, int]:
+    """Bytes of stack and local memory (NVIDIA), spilled registers and scratch (AMD), as the assembler reports them."""
+    if "amdgcn" in compiled.asm:
+        found = re.findall(r"\.(\w+_spill_count|private_segment_fixed_size):\s*(\d+)", compiled.asm["amdgcn"])
+    else:
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"(STACK|LOCAL):(\d+)", report)
+    return {name: int(value) for name, value in found}
