@@ -56,19 +56,21 @@ struct HeadGradientArgs {
 // What the gradients are made of, in one piece of memory.
 template <class S>
 struct HeadCoefficients {
-  S *mix, *mix_x, *mix_y, *own[2];                   // (B, C): dZ, p/||x|| dZ, q/||y|| dZ, dU_x and dU_y
-  S *x_from_x, *x_from_y, *y_from_x, *y_from_y;      // (B,)
-  bool* dead[2];                                     // (B,)
+  S *mix, *own[2];                      // (B, C) dZ, dU_x and dU_y
+  S* z_from[2];                         // (B,) p / ||x|| and q / ||y||: the mixture from x and y, and their gradients from dZ W
+  S *from_x[2], *from_y[2];             // (B,) of the gradient of either side what comes of x, and of y
+  bool* dead[2];                        // (B,) to such a row nothing comes but from its own head
 
   HeadCoefficients(void* memory, int64_t rows, int64_t classes) {
     S* at = static_cast<S*>(memory);
-    for (S** matrix : {&mix, &mix_x, &mix_y, &own[0], &own[1]}) *matrix = std::exchange(at, at + rows * classes);
-    for (S** column : {&x_from_x, &x_from_y, &y_from_x, &y_from_y}) *column = std::exchange(at, at + rows);
+    for (S** matrix : {&mix, &own[0], &own[1]}) *matrix = std::exchange(at, at + rows * classes);
+    for (S** column : {&z_from[0], &z_from[1], &from_x[0], &from_x[1], &from_y[0], &from_y[1]})
+      *column = std::exchange(at, at + rows);
     dead[0] = reinterpret_cast<bool*>(at);
     dead[1] = dead[0] + rows;
   }
 
-  static int64_t bytes(int64_t rows, int64_t classes) { return rows * ((5 * classes + 4) * int64_t(sizeof(S)) + 2); }
+  static int64_t bytes(int64_t rows, int64_t classes) { return rows * ((3 * classes + 6) * int64_t(sizeof(S)) + 2); }
 };
 
 }  // namespace iprm
@@ -309,7 +311,7 @@ void head_backward(
         output<void>(grad_weight_mix), rows, columns, classes};
     const auto kernel = IPRM_BEST(head_gradient_panels<T>);
     const int64_t width = IPRM_BEST(panel_width<S>)(), panels = (columns + width - 1) / width;
-    parallel(panels, 8 * classes * width * rows, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    parallel(panels, 6 * classes * width * rows, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
 }
 

@@ -50,52 +50,63 @@ void add_head_gradient(S* sums, int64_t count, const S* g, Panel<S> features, in
   }
 }
 
-// What the gradient of one side's features is made of in a panel: its own coefficients and heads, and both sides' features.
+// The mixture of features, whose product with dZ is the gradient of its head.
 template <class S>
-struct FeatureGradient {
-  const S *mix, *own;    // (B, C) gradients of the logits, the former by p / ||x||
-  const bool* dead;      // (B,)
-  const S *by_own, *by_other;  // (B,)
-  Panel<S> weight_mix, weight_own;  // (C, width)
-};
+void mix_panel(S* out, Panel<S> x, Panel<S> y, const S* from_x, const S* from_y, int64_t rows) {
+  constexpr int64_t kCount = Lanes<S>::kCount, kWidth = kTileVectors * kCount;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < kWidth; i += kCount)
+      store(out + r * kWidth + i, load(x.data + r * x.step + i) * from_x[r] + load(y.data + r * y.step + i) * from_y[r]);
+}
 
-// Rows `row` and on of the gradient: [mix | own] [W_mix ; W_own] + by_own * features + by_other * the other side's
+// Rows `row` and on of the gradients of both sides' features: g by a factor of the row, where g = dZ W_mix is the same for both,
+// and both features by factors of theirs, unless the row is dead; and dU W_own.
 template <class T, class S>
-void write_feature_gradient(
-    T* out,
+void write_feature_gradients(
+    T* const* out,
     int64_t out_step,
     int64_t columns,
-    const FeatureGradient<S>& of,
-    Panel<S> features,
-    Panel<S> others,
+    const HeadCoefficients<S>& of,
+    const Panel<S>* weights,  // of the mixture, of x, of y
+    const Panel<S>* features,
     int64_t row,
     int64_t rows,
-    int64_t classes,
-    const S* zeros) {
+    int64_t classes) {
   using V = typename Lanes<S>::Vec;
   constexpr int64_t kCount = Lanes<S>::kCount, kWidth = kTileVectors * kCount;
   for (int64_t first = 0; first < rows; first += kTileRows) {
     const int valid = int(std::min<int64_t>(kTileRows, rows - first));
-    const S *mix[kTileRows], *own[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) {
-      const int64_t at = row + first + std::min(r, valid - 1);
-      mix[r] = of.dead[at] ? zeros : of.mix + at * classes;
-      own[r] = of.own + at * classes;
+    const auto product = [&](const S* gradients, const Panel<S>& weight, V(&sums)[kTileRows][kTileVectors]) {
+      const S* at[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) at[r] = gradients + (row + first + std::min(r, valid - 1)) * classes;
+      outer_tile<S, V>(sums, at, 1, weight.data, weight.step, classes);
+    };
+    alignas(64) S g[kTileRows][kWidth];
+    {
+      V sums[kTileRows][kTileVectors] = {};
+      product(of.mix, weights[0], sums);
+      for (int r = 0; r < kTileRows; ++r)
+        for (int q = 0; q < kTileVectors; ++q) store(&g[r][q * kCount], sums[r][q]);
     }
-    V sums[kTileRows][kTileVectors] = {};
-    outer_tile<S, V>(sums, mix, 1, of.weight_mix.data, of.weight_mix.step, classes);
-    outer_tile<S, V>(sums, own, 1, of.weight_own.data, of.weight_own.step, classes);
-    for (int r = 0; r < valid; ++r) {
-      const int64_t at = row + first + r;
-      alignas(64) T line[kWidth];
-      T* to = out + (first + r) * out_step;
-      for (int q = 0; q < kTileVectors; ++q) {
-        const V feature = load(features.data + (first + r) * features.step + q * kCount);
-        const V other = load(others.data + (first + r) * others.step + q * kCount);
-        const V value = sums[r][q] + feature * of.by_own[at] + other * of.by_other[at];
-        store((columns == kWidth ? to : line) + q * kCount, value);
+    for (int side = 0; side < 2; ++side) {
+      if (out[side] == nullptr) continue;
+      V sums[kTileRows][kTileVectors] = {};
+      product(of.own[side], weights[1 + side], sums);
+      for (int r = 0; r < valid; ++r) {
+        const int64_t at = row + first + r;
+        const bool dead = of.dead[side][at];
+        alignas(64) T line[kWidth];
+        T* to = out[side] + (first + r) * out_step;
+        for (int q = 0; q < kTileVectors; ++q) {
+          const V x = load(features[0].data + (first + r) * features[0].step + q * kCount);
+          const V y = load(features[1].data + (first + r) * features[1].step + q * kCount);
+          V value = sums[r][q];
+          if (!dead)
+            value += load(&g[r][q * kCount]) * of.z_from[side][at] + x * of.from_x[side][at] + y * of.from_y[side][at];
+          store((columns == kWidth ? to : line) + q * kCount, value);
+        }
+        if (columns < kWidth) std::memcpy(to, line, columns * sizeof(T));
       }
-      if (columns < kWidth) std::memcpy(to, line, columns * sizeof(T));
     }
   }
 }
@@ -108,8 +119,7 @@ void head_gradient_panels(const HeadGradientArgs& args, int64_t begin, int64_t e
   const HeadCoefficients<S> to(args.coefficients, args.rows, classes);
   const MatrixView heads[3] = {
       {args.weight_mix, columns, 1}, {args.weight_x, columns, 1}, {args.weight_y, columns, 1}};
-  std::vector<S> sums(kGroupPanels * 3 * classes * kWidth), copies(2 * kChunkRows * kWidth), head_copies(3 * classes * kWidth);
-  const std::vector<S> zeros(classes);
+  std::vector<S> sums(kGroupPanels * 3 * classes * kWidth), copies(3 * kChunkRows * kWidth), head_copies(3 * classes * kWidth);
   for (int64_t group = begin; group < end; group += kGroupPanels) {
     const int64_t group_end = std::min(end, group + kGroupPanels);
     std::fill(sums.begin(), sums.end(), S(0));
@@ -117,28 +127,27 @@ void head_gradient_panels(const HeadGradientArgs& args, int64_t begin, int64_t e
       const int64_t rows = std::min(kChunkRows, args.rows - row);
       for (int64_t panel = group; panel < group_end; ++panel) {
         const int64_t column = panel * kWidth, valid = std::min(kWidth, columns - column);
-        const Panel<S> x = panel_of<T, S>(args.x, row, rows, column, valid, kWidth, copies.data());
-        const Panel<S> y = panel_of<T, S>(args.y, row, rows, column, valid, kWidth, copies.data() + kChunkRows * kWidth);
+        S* copy = copies.data();
+        const auto features_of = [&](const MatrixView& view) {
+          return panel_of<T, S>(view, row, rows, column, valid, kWidth, std::exchange(copy, copy + kChunkRows * kWidth));
+        };
+        const Panel<S> features[2] = {features_of(args.x), features_of(args.y)};
         S* of_mix = &sums[(panel - group) * 3 * classes * kWidth];
         S *of_x = of_mix + classes * kWidth, *of_y = of_x + classes * kWidth;
         if (args.grad_weight_mix) {
-          add_head_gradient(of_mix, classes, to.mix_x + row * classes, x, rows);
-          add_head_gradient(of_mix, classes, to.mix_y + row * classes, y, rows);
+          mix_panel<S>(copy, features[0], features[1], to.z_from[0] + row, to.z_from[1] + row, rows);
+          add_head_gradient<S>(of_mix, classes, to.mix + row * classes, {copy, kWidth}, rows);
         }
-        if (args.grad_weight_x) add_head_gradient(of_x, classes, to.own[0] + row * classes, x, rows);
-        if (args.grad_weight_y) add_head_gradient(of_y, classes, to.own[1] + row * classes, y, rows);
+        if (args.grad_weight_x) add_head_gradient(of_x, classes, to.own[0] + row * classes, features[0], rows);
+        if (args.grad_weight_y) add_head_gradient(of_y, classes, to.own[1] + row * classes, features[1], rows);
         if (!args.grad_x && !args.grad_y) continue;
         Panel<S> w[3];
         for (int k = 0; k < 3; ++k)
           w[k] = panel_of<S, S>(heads[k], 0, classes, column, valid, kWidth, &head_copies[k * classes * kWidth]);
-        if (args.grad_x)
-          write_feature_gradient<T, S>(
-              static_cast<T*>(args.grad_x) + row * columns + column, columns, valid,
-              {to.mix_x, to.own[0], to.dead[0], to.x_from_x, to.x_from_y, w[0], w[1]}, x, y, row, rows, classes, zeros.data());
-        if (args.grad_y)
-          write_feature_gradient<T, S>(
-              static_cast<T*>(args.grad_y) + row * columns + column, columns, valid,
-              {to.mix_y, to.own[1], to.dead[1], to.y_from_y, to.y_from_x, w[0], w[2]}, y, x, row, rows, classes, zeros.data());
+        T* out[2] = {static_cast<T*>(args.grad_x), static_cast<T*>(args.grad_y)};
+        for (T*& to_side : out)
+          if (to_side) to_side += row * columns + column;
+        write_feature_gradients<T, S>(out, columns, valid, to, w, features, row, rows, classes);
       }
     }
     T* outputs[3] = {

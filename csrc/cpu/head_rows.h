@@ -210,21 +210,18 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
       g_y += out[k] * v[k];
     }
     const MixGradient<S> mix(row_mix, c, g_x, g_y);
-    for (int64_t k = 0; k < classes; ++k) {
-      to.mix[row * classes + k] = out[k];
-      to.mix_x[row * classes + k] = mix.x_from_g * out[k];
-      to.mix_y[row * classes + k] = mix.y_from_g * out[k];
-    }
+    std::copy_n(out, classes, to.mix + row * classes);
     const S* own[2] = {static_cast<const S*>(args.u_x) + row * classes, static_cast<const S*>(args.u_y) + row * classes};
     for (int side = 0; side < 2; ++side) {
       logit_gradient<T>(out, own[side], tail, label, scales[1 + side], smoothing, upstream(1 + side, row));
       std::copy_n(out, classes, to.own[side] + row * classes);
     }
-    // a dead row learns from its own head alone
-    to.x_from_x[row] = row_mix.x_dead ? S(0) : mix.x_from_x;
-    to.x_from_y[row] = row_mix.x_dead ? S(0) : mix.x_from_y;
-    to.y_from_x[row] = row_mix.y_dead ? S(0) : mix.y_from_x;
-    to.y_from_y[row] = row_mix.y_dead ? S(0) : mix.y_from_y;
+    to.z_from[0][row] = mix.x_from_g;
+    to.z_from[1][row] = mix.y_from_g;
+    to.from_x[0][row] = mix.x_from_x;
+    to.from_y[0][row] = mix.x_from_y;
+    to.from_x[1][row] = mix.y_from_x;
+    to.from_y[1][row] = mix.y_from_y;
     to.dead[0][row] = row_mix.x_dead;
     to.dead[1][row] = row_mix.y_dead;
   }
