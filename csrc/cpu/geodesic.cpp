@@ -2,7 +2,6 @@
 // and writes the two gradients. A row is visited twice, the second time in the first-level cache.
 #include <cstring>
 
-#include "../core/slerp.h"
 #include "rows.h"
 
 namespace iprm {

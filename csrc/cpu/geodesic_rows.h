@@ -2,29 +2,6 @@
 
 #include "geodesic_terms.h"
 
-// <g, x>, <g, y> in one pass
-template <class T>
-IPRM_INLINE void dot_both(const T* g, const T* x, const T* y, int64_t columns, typename Lanes<T>::Scalar* result) {
-  using S = typename Lanes<T>::Scalar;
-  using V = typename Lanes<T>::Vec;
-  constexpr int64_t kCount = Lanes<T>::kCount;
-  const Tail<T> tail(columns);
-  V gx[2] = {}, gy[2] = {};
-  for (int64_t i = 0; i < tail.whole; i += kCount) {
-    const V a = load(g + i);
-    const int chain = i / kCount % 2;
-    gx[chain] += a * load(x + i);
-    gy[chain] += a * load(y + i);
-  }
-  if (tail) {
-    const V a = tail.unseen(g);
-    gx[0] += a * tail.unseen(x);
-    gy[0] += a * tail.unseen(y);
-  }
-  result[0] = sum_lanes<S>(gx[0] + gx[1]);
-  result[1] = sum_lanes<S>(gy[0] + gy[1]);
-}
-
 // out = a * by_a + b * by_b
 template <class T>
 IPRM_INLINE void combine(
@@ -102,49 +79,90 @@ void normalize_backward_rows(const NormalizeBackwardArgs& args, int64_t begin, i
   }
 }
 
+// Rows whose mathematics is done at once: as many as a vector has lanes, and as stay in the first-level cache until their second
+// visit, 16 KiB of both sides.
+template <class T>
+int64_t rows_at_once(int64_t columns) {
+  return std::clamp<int64_t>(16384 / (2 * columns * int64_t(sizeof(T))), 1, Lanes<T>::kCount);
+}
+
 template <class T>
 void geodesic_mixup_rows(const MixupArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
-  RowReader<T> x(args.x, args.columns), y(args.y, args.columns);
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  const int64_t step = rows_at_once<T>(args.columns);
+  RowReader<T> x(args.x, args.columns, step), y(args.y, args.columns, step);
   const VectorView<S> weight(args.weight);
   S* stats = static_cast<S*>(args.stats);
   const S eps = S(args.eps);
-  for (int64_t row = begin; row < end; ++row) {
-    const T *x_row = x(row), *y_row = y(row);
-    S products[3];
-    gram(x_row, y_row, args.columns, products);
-    const S x_norm = std::sqrt(products[0]), y_norm = std::sqrt(products[1]);
-    const S c = products[2] * inverse_norm(x_norm, eps) * inverse_norm(y_norm, eps);
-    stats[row] = x_norm;
-    stats[args.rows + row] = y_norm;
-    stats[2 * args.rows + row] = c;
-    const MixCoefficients<S> mix(weight[row], x_norm, y_norm, c, eps);
-    T* z = static_cast<T*>(args.z) + row * args.columns;
-    if (c < kNearAntipode<S>) combine_no_longer_than_one(z, x_row, mix.from_x, y_row, mix.from_y, args.columns);
-    else combine(z, x_row, mix.from_x, y_row, mix.from_y, args.columns);
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t count = std::min(step, end - first);
+    const T *x_rows[kCount], *y_rows[kCount];
+    alignas(64) S products[3][kCount], weights[kCount] = {}, from_x[kCount], from_y[kCount];
+    for (int64_t i = 0; i < count; ++i) {
+      x_rows[i] = x(first + i);
+      y_rows[i] = y(first + i);
+      weights[i] = weight[first + i];
+      S row[3];
+      gram(x_rows[i], y_rows[i], args.columns, row);
+      for (int k = 0; k < 3; ++k) products[k][i] = row[k];
+    }
+    write_stats(stats, args.rows, first, products[0], products[1], products[2], count, eps);
+    mix_coefficients(from_x, from_y, load(weights), stats, args.rows, first, count, eps);
+    for (int64_t i = 0; i < count; ++i) {
+      T* z = static_cast<T*>(args.z) + (first + i) * args.columns;
+      if (stats[2 * args.rows + first + i] < kNearAntipode<S>)
+        combine_no_longer_than_one(z, x_rows[i], from_x[i], y_rows[i], from_y[i], args.columns);
+      else combine(z, x_rows[i], from_x[i], y_rows[i], from_y[i], args.columns);
+    }
   }
 }
 
 template <class T>
 void geodesic_mixup_backward_rows(const MixupBackwardArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
-  RowReader<T> x(args.x, args.columns), y(args.y, args.columns), grad(args.grad, args.columns);
+  using V = typename Lanes<S>::Vec;
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  const int64_t step = rows_at_once<T>(args.columns);
+  RowReader<T> x(args.x, args.columns, step), y(args.y, args.columns, step), grad(args.grad, args.columns, step);
   const VectorView<S> weight(args.weight);
-  const S* stats = static_cast<const S*>(args.stats);
-  T *grad_x = static_cast<T*>(args.grad_x), *grad_y = static_cast<T*>(args.grad_y);
+  const S *x_norms = static_cast<const S*>(args.stats), *y_norms = x_norms + args.rows, *cosines = y_norms + args.rows;
+  T* outputs[2] = {static_cast<T*>(args.grad_x), static_cast<T*>(args.grad_y)};
   S* grad_w = static_cast<S*>(args.grad_w);
-  for (int64_t row = begin; row < end; ++row) {
-    const T *x_row = x(row), *y_row = y(row), *g_row = grad(row);
-    S products[2];
-    dot_both(g_row, x_row, y_row, args.columns, products);
-    const S c = stats[2 * args.rows + row];
-    const MixRow<S> mix(weight[row], stats[row], stats[args.rows + row], c, S(args.eps));
-    const MixGradient<S> to(mix, c, products[0], products[1]);
-    const int64_t offset = row * args.columns;
-    if (grad_w) grad_w[row] = to.weight;
-    if (grad_x && mix.x_dead) std::memset(grad_x + offset, 0, args.columns * sizeof(T));
-    else if (grad_x) combine(grad_x + offset, g_row, to.x_from_g, y_row, to.x_from_y, x_row, to.x_from_x, args.columns);
-    if (grad_y && mix.y_dead) std::memset(grad_y + offset, 0, args.columns * sizeof(T));
-    else if (grad_y) combine(grad_y + offset, g_row, to.y_from_g, x_row, to.y_from_x, y_row, to.y_from_y, args.columns);
+  const S eps = S(args.eps);
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t count = std::min(step, end - first);
+    const T *x_rows[kCount], *y_rows[kCount], *g_rows[kCount];
+    alignas(64) S g_x[kCount] = {}, g_y[kCount] = {}, weights[kCount] = {}, from_g[2][kCount],
+        from_x[2][kCount], from_y[2][kCount];
+    for (int64_t i = 0; i < count; ++i) {
+      x_rows[i] = x(first + i);
+      y_rows[i] = y(first + i);
+      g_rows[i] = grad(first + i);
+      weights[i] = weight[first + i];
+      S row[2];
+      dot_both(g_rows[i], x_rows[i], y_rows[i], args.columns, row);
+      g_x[i] = row[0];
+      g_y[i] = row[1];
+    }
+    const V c = load_rows(cosines + first, count);
+    const MixRow<S, V> mix(load(weights), load_rows(x_norms + first, count), load_rows(y_norms + first, count), c, eps);
+    const MixGradient<S, V> to(mix, c, load(g_x), load(g_y));
+    if (grad_w) store_rows(grad_w + first, to.weight, count);
+    store(from_g[0], to.x_from_g);
+    store(from_x[0], to.x_from_x);
+    store(from_y[0], to.x_from_y);
+    store(from_g[1], to.y_from_g);
+    store(from_x[1], to.y_from_x);
+    store(from_y[1], to.y_from_y);
+    for (int64_t i = 0; i < count; ++i) {
+      const S norms[2] = {x_norms[first + i], y_norms[first + i]};
+      for (int side = 0; side < 2; ++side) {
+        if (outputs[side] == nullptr) continue;
+        T* out = outputs[side] + (first + i) * args.columns;
+        if (norms[side] <= eps) std::memset(out, 0, args.columns * sizeof(T));
+        else combine(out, g_rows[i], from_g[side][i], x_rows[i], from_x[side][i], y_rows[i], from_y[side][i], args.columns);
+      }
+    }
   }
 }

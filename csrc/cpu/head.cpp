@@ -6,7 +6,6 @@
 #include <memory>
 
 #include "../core/label.h"
-#include "../core/slerp.h"
 #include "../core/strength.h"
 #include "rows.h"
 

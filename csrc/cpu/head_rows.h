@@ -69,6 +69,7 @@ void write_row(T* to, const S* from, int64_t columns) {
 template <class T>
 void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
+  constexpr int64_t kCount = Lanes<S>::kCount;
   const int64_t classes = args.classes, columns = args.columns, padded = std::max(classes, Lanes<S>::kCount);
   const S* heads[3] = {
       static_cast<const S*>(args.weight_mix), static_cast<const S*>(args.weight_x), static_cast<const S*>(args.weight_y)};
@@ -85,8 +86,10 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
   const S* bias[3] = {
       static_cast<const S*>(args.bias_x), static_cast<const S*>(args.bias_y), static_cast<const S*>(args.bias_mix)};
   S *stats = static_cast<S*>(args.stats), *kl = static_cast<S*>(args.kl_rows);
-  const S weight = *static_cast<const S*>(args.weight), eps = S(kHeadEps);
+  const S eps = S(kHeadEps);
+  const auto weight = typename Lanes<S>::Vec{} + *static_cast<const S*>(args.weight);
   const Tail<S> tail(classes);
+  static_assert(kTileRows <= kCount);
   for (int64_t first = begin; first < end; first += kTileRows) {
     const int count = int(std::min<int64_t>(kTileRows, end - first));
     const S* rows[2][kTileRows];
@@ -95,23 +98,23 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
       project_tile<S>(
           rows[side], count, w[side].data(), 2 * classes, columns, &tile[side * kTileRows * 2 * classes], 2 * classes);
     }
+    alignas(64) S products[3][kCount] = {}, from_x[kCount], from_y[kCount];
+    for (int r = 0; r < count; ++r) {
+      S row[3];
+      gram(rows[0][r], rows[1][r], columns, row);
+      for (int k = 0; k < 3; ++k) products[k][r] = row[k];
+    }
+    write_stats(stats, args.rows, first, products[0], products[1], products[2], count, eps);
+    mix_coefficients(from_x, from_y, weight, stats, args.rows, first, count, eps);
     for (int r = 0; r < count; ++r) {
       const int64_t row = first + r;
-      S products[3];
-      gram(rows[0][r], rows[1][r], columns, products);
-      const S x_norm = std::sqrt(products[0]), y_norm = std::sqrt(products[1]);
-      const S c = products[2] * inverse_norm(x_norm, eps) * inverse_norm(y_norm, eps);
-      stats[row] = x_norm;
-      stats[args.rows + row] = y_norm;
-      stats[2 * args.rows + row] = c;
       for (int side = 0; side < 2; ++side) {
         const S* from = &tile[(side * kTileRows + r) * 2 * classes];
         std::copy_n(from, classes, projected[side] + row * classes);
         biased(own[side] + row * classes, from + classes, bias[side], tail);
         if (logits[side]) write_row(logits[side] + row * classes, own[side] + row * classes, classes);
       }
-      const MixCoefficients<S> mix(weight, x_norm, y_norm, c, eps);
-      mixed_logits(z, projected[0] + row * classes, projected[1] + row * classes, mix.from_x, mix.from_y, bias[2], tail);
+      mixed_logits(z, projected[0] + row * classes, projected[1] + row * classes, from_x[r], from_y[r], bias[2], tail);
       const Softmax<S> of_z = softmax_of(z, tail, z_exps);
       for (int side = 0; side < 2; ++side) {
         const S* u = own[side] + row * classes;
@@ -144,19 +147,23 @@ void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t e
   std::vector<S> scratch(2 * padded);
   S *z = scratch.data(), *exps = z + padded, *losses = static_cast<S*>(args.loss_rows);
   const S *stats = static_cast<const S*>(args.stats), *bias = static_cast<const S*>(args.bias_mix);
-  const S weight = *static_cast<const S*>(args.strength);
+  const auto weight = typename Lanes<S>::Vec{} + *static_cast<const S*>(args.strength);
   const Tail<S> tail(classes);
-  for (int64_t row = begin; row < end; ++row) {
-    const MixCoefficients<S> mix(
-        weight, stats[row], stats[args.rows + row], stats[2 * args.rows + row], S(kHeadEps));
-    const int64_t offset = row * classes;
-    mixed_logits(z, static_cast<const S*>(args.a) + offset, static_cast<const S*>(args.v) + offset, mix.from_x, mix.from_y,
-        bias, tail);
-    write_row(static_cast<T*>(args.logits_mix) + offset, z, classes);
-    const Label label(args.target[row], classes, args.ignore_index);
-    const S* heads[3] = {z, static_cast<const S*>(args.u_x) + offset, static_cast<const S*>(args.u_y) + offset};
-    for (int k = 0; k < 3; ++k)
-      losses[k * args.rows + row] = cross_entropy(heads[k], tail, label, S(args.label_smoothing), exps);
+  constexpr int64_t kCount = Lanes<S>::kCount;
+  for (int64_t first = begin; first < end; first += kCount) {
+    const int64_t count = std::min(kCount, end - first);
+    alignas(64) S from_x[kCount], from_y[kCount];
+    mix_coefficients(from_x, from_y, weight, stats, args.rows, first, count, S(kHeadEps));
+    for (int64_t row = first; row < first + count; ++row) {
+      const int64_t offset = row * classes;
+      const S *a = static_cast<const S*>(args.a) + offset, *v = static_cast<const S*>(args.v) + offset;
+      mixed_logits(z, a, v, from_x[row - first], from_y[row - first], bias, tail);
+      write_row(static_cast<T*>(args.logits_mix) + offset, z, classes);
+      const Label label(args.target[row], classes, args.ignore_index);
+      const S* heads[3] = {z, static_cast<const S*>(args.u_x) + offset, static_cast<const S*>(args.u_y) + offset};
+      for (int k = 0; k < 3; ++k)
+        losses[k * args.rows + row] = cross_entropy(heads[k], tail, label, S(args.label_smoothing), exps);
+    }
   }
 }
 
@@ -186,44 +193,55 @@ void logit_gradient(
 template <class T>
 void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
+  using V = typename Lanes<S>::Vec;
+  constexpr int64_t kCount = Lanes<S>::kCount;
   const int64_t classes = args.classes, padded = std::max(classes, Lanes<S>::kCount);
   std::vector<S> scratch(2 * padded);
   S *z = scratch.data(), *out = z + padded;
   const HeadCoefficients<S> to(args.coefficients, args.rows, classes);
   const S *stats = static_cast<const S*>(args.stats), *bias = static_cast<const S*>(args.bias_mix);
   const S *scales = static_cast<const S*>(args.scales), smoothing = S(args.label_smoothing);
-  const S weight = *static_cast<const S*>(args.strength), eps = S(kHeadEps);
+  const V weight = V{} + *static_cast<const S*>(args.strength);
   const Tail<S> tail(classes);
   const auto upstream = [&](int k, int64_t row) {
     return args.upstream[k] == nullptr ? nullptr : static_cast<const T*>(args.upstream[k]) + row * classes;
   };
-  for (int64_t row = begin; row < end; ++row) {
-    const S x_norm = stats[row], y_norm = stats[args.rows + row], c = stats[2 * args.rows + row];
-    const S *a = static_cast<const S*>(args.a) + row * classes, *v = static_cast<const S*>(args.v) + row * classes;
-    const MixRow<S> row_mix(weight, x_norm, y_norm, c, eps);
-    mixed_logits(z, a, v, row_mix.from_x(), row_mix.from_y(), bias, tail);
-    const Label label(args.target[row], classes, args.ignore_index);
-    logit_gradient<T>(out, z, tail, label, scales[0], smoothing, upstream(0, row));
-    S g_x = 0, g_y = 0;
-    for (int64_t k = 0; k < classes; ++k) {
-      g_x += out[k] * a[k];
-      g_y += out[k] * v[k];
+  for (int64_t first = begin; first < end; first += kCount) {
+    const int64_t count = std::min(kCount, end - first);
+    const V x_norm = load_rows(stats + first, count), y_norm = load_rows(stats + args.rows + first, count);
+    const V c = load_rows(stats + 2 * args.rows + first, count);
+    const MixRow<S, V> row_mix(weight, x_norm, y_norm, c, S(kHeadEps));
+    alignas(64) S from_x[kCount], from_y[kCount], g_x[kCount] = {}, g_y[kCount] = {};
+    store(from_x, row_mix.from_x());
+    store(from_y, row_mix.from_y());
+    for (int64_t row = first; row < first + count; ++row) {
+      const int64_t at = row - first;
+      const S *a = static_cast<const S*>(args.a) + row * classes, *v = static_cast<const S*>(args.v) + row * classes;
+      mixed_logits(z, a, v, from_x[at], from_y[at], bias, tail);
+      const Label label(args.target[row], classes, args.ignore_index);
+      logit_gradient<T>(out, z, tail, label, scales[0], smoothing, upstream(0, row));
+      S products[2];
+      dot_both(out, a, v, classes, products);
+      g_x[at] = products[0];
+      g_y[at] = products[1];
+      std::copy_n(out, classes, to.mix + row * classes);
+      const S* own[2] = {static_cast<const S*>(args.u_x) + row * classes, static_cast<const S*>(args.u_y) + row * classes};
+      for (int side = 0; side < 2; ++side) {
+        logit_gradient<T>(out, own[side], tail, label, scales[1 + side], smoothing, upstream(1 + side, row));
+        std::copy_n(out, classes, to.own[side] + row * classes);
+      }
     }
-    const MixGradient<S> mix(row_mix, c, g_x, g_y);
-    std::copy_n(out, classes, to.mix + row * classes);
-    const S* own[2] = {static_cast<const S*>(args.u_x) + row * classes, static_cast<const S*>(args.u_y) + row * classes};
-    for (int side = 0; side < 2; ++side) {
-      logit_gradient<T>(out, own[side], tail, label, scales[1 + side], smoothing, upstream(1 + side, row));
-      std::copy_n(out, classes, to.own[side] + row * classes);
+    const MixGradient<S, V> mix(row_mix, c, load(g_x), load(g_y));
+    store_rows(to.z_from[0] + first, mix.x_from_g, count);
+    store_rows(to.z_from[1] + first, mix.y_from_g, count);
+    store_rows(to.from_x[0] + first, mix.x_from_x, count);
+    store_rows(to.from_y[0] + first, mix.x_from_y, count);
+    store_rows(to.from_x[1] + first, mix.y_from_x, count);
+    store_rows(to.from_y[1] + first, mix.y_from_y, count);
+    for (int64_t row = first; row < first + count; ++row) {
+      to.dead[0][row] = stats[row] <= S(kHeadEps);
+      to.dead[1][row] = stats[args.rows + row] <= S(kHeadEps);
     }
-    to.z_from[0][row] = mix.x_from_g;
-    to.z_from[1][row] = mix.y_from_g;
-    to.from_x[0][row] = mix.x_from_x;
-    to.from_y[0][row] = mix.x_from_y;
-    to.from_x[1][row] = mix.y_from_x;
-    to.from_y[1][row] = mix.y_from_y;
-    to.dead[0][row] = row_mix.x_dead;
-    to.dead[1][row] = row_mix.y_dead;
   }
 }
 

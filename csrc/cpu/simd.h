@@ -145,6 +145,29 @@ struct Tail {
   }
 };
 
+// The first `count` lanes of rows' numbers, for mathematics on as many rows at once.
+template <class S>
+IPRM_INLINE typename Lanes<S>::Vec load_rows(const S* from, int64_t count) {
+  return count == Lanes<S>::kCount ? load(from) : load_some(from, count);
+}
+
+template <class S>
+IPRM_INLINE void store_rows(S* to, typename Lanes<S>::Vec value, int64_t count) {
+  if (count == Lanes<S>::kCount) store(to, value);
+  else store_some(to, value, count);
+}
+
+// lane by lane, which the compilers make one instruction of
+template <class V>
+IPRM_INLINE V square_root(V x) {
+  auto lanes = x[0] + x[0];
+  decltype(lanes) values[sizeof(V) / sizeof(lanes)];
+  __builtin_memcpy(values, &x, sizeof(V));
+  for (auto& value : values) value = std::sqrt(value);
+  __builtin_memcpy(&x, values, sizeof(V));
+  return x;
+}
+
 // A NaN may get lost here; whoever sums over the same values meets it there.
 template <class V>
 IPRM_INLINE V lanewise_max(V a, V b) {
