@@ -121,7 +121,7 @@ def extension(kind: str):
         sources=["csrc/extension.cpp", *sources, *(cuda_sources() if kind == "cuda" else [])],
         include_dirs=[pybind11.get_include(), str(GENERATED)],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20"]},
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA"]},
     )
     # without c10 and torch_python, which hold nothing of the stable ABI
     built.libraries = [library for library in built.libraries if library in STABLE_LIBRARIES]

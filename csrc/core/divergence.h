@@ -17,3 +17,40 @@ IPRM_INLINE V excess_series(V d) {
   }
   return sum;
 }
+
+// What a row's softmax is made of: its maximum, and the sum of its exponentials from there.
+template <class S>
+struct Softmax {
+  S top, sum;
+};
+
+// x - y rounded, and what rounding took from it (Knuth's two-sum), NaN where the difference is infinite
+template <class V>
+IPRM_INLINE V difference(V x, V y, V* rest) {
+  const V high = x - y, back = high - x;
+  *rest = (x - (high - back)) - (y + back);
+  return high;
+}
+
+// d = log P - log Q. Logits are taken relative to their row's maximum, and the rounding of that goes into d: so a common offset
+// changes nothing, and the difference of close logits is exact. log_ratio: log(p.sum / q.sum), not the difference of two rounded
+// logarithms, which is 5 times less exact.
+template <class V, class S>
+IPRM_INLINE V log_quotient(V p_logits, V q_logits, const Softmax<S>& p, const Softmax<S>& q, S log_ratio) {
+  V p_rest, q_rest;
+  const V a = difference(p_logits, V{} + p.top, &p_rest), b = difference(q_logits, V{} + q.top, &q_rest);
+  return (a - b) + (p_rest - q_rest) - log_ratio;
+}
+
+// P phi(d) = P d + Q - P, by the series where that cancels; Q where P is zero; infinite where Q alone is impossible. A d that is
+// NaN, of an infinite difference, is in none of these.
+template <class S, class V>
+IPRM_INLINE V kl_terms(V p, V q, V d, V p_logits, V q_logits) {
+  constexpr S kClose = S(kExcessSeriesBelow);
+  constexpr S kLowest = -S(__builtin_inff());
+  const V series = p * (d * d) * excess_series<S>(d);
+  const V closed = p * d + (q - p);
+  const V terms = (d < kClose) & (d > -kClose) ? series : closed;
+  const V possible = p == S(0) ? q : terms;
+  return (q_logits == kLowest) & (p_logits != kLowest) ? V{} - kLowest : possible;
+}

@@ -9,7 +9,9 @@
 #endif
 
 // before a loop over a register tile: the compilers keep its sums in registers only when it is gone
-#if defined(__clang__)
+#if defined(__CUDACC__)
+#define IPRM_UNROLL _Pragma("unroll")
+#elif defined(__clang__)
 #define IPRM_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define IPRM_UNROLL _Pragma("GCC unroll 8")

@@ -96,24 +96,20 @@ struct Angle {
 // S(s, c) = sin(s theta) / sin(theta) and its derivatives, from one sine and one cosine.
 template <class T, class V>
 struct SlerpWeight {
-  V s;
-  const Angle<T, V>& angle;
-  V sine, cosine;  // of s theta
+  V s, sine, cosine;  // the latter of s theta
 
-  IPRM_INLINE SlerpWeight(V s, const Angle<T, V>& angle) : s(s), angle(angle) {
-    sine_cosine<T>(s * angle.theta, &sine, &cosine);
-  }
+  IPRM_INLINE SlerpWeight(V s, const Angle<T, V>& angle) : s(s) { sine_cosine<T>(s * angle.theta, &sine, &cosine); }
 
   // S(s, c), which is s at c = 1
-  IPRM_INLINE V value() const { return angle.at_one ? s : sine / angle.sine; }
+  IPRM_INLINE V value(const Angle<T, V>& angle) const { return angle.at_one ? s : sine / angle.sine; }
 
   // dS/ds = theta cos(s theta) / sin(theta), which is 1 at c = 1
-  IPRM_INLINE V ds() const { return angle.at_one ? V{} + T(1) : angle.theta * cosine / angle.sine; }
+  IPRM_INLINE V ds(const Angle<T, V>& angle) const { return angle.at_one ? V{} + T(1) : angle.theta * cosine / angle.sine; }
 
   // dS/dc, zero where c is clamped. The closed form cancels like theta^3 near c = 1; there it is -(s/2) sum n a_n h^(n-1)
   // with a_0 = 1, a_(n+1) = a_n ((n+1)^2 - s^2) / ((n+1)(n+3/2)), from S = s 2F1(1-s, 1+s; 3/2; h). Beyond s^2 h = 1, an arc of
   // 2 radians, nothing cancels and the series would alternate.
-  IPRM_INLINE V dc() const {
+  IPRM_INLINE V dc(const Angle<T, V>& angle) const {
     const V closed = (angle.c * sine - s * cosine * angle.sine) / (angle.sine * angle.sine * angle.sine);
     V sum = V{}, a = V{} + T(1), power = V{} + T(1);
     for (int n = 1; n <= SlerpLimits<T>::kSeriesTerms; ++n) {
@@ -146,8 +142,8 @@ struct MixCoefficients {
 
   IPRM_INLINE MixCoefficients(V weight, V x_norm, V y_norm, V c, T eps) {
     const Angle<T, V> angle(c);
-    from_x = SlerpWeight<T, V>(weight, angle).value() * inverse_norm(x_norm, eps);
-    from_y = SlerpWeight<T, V>(T(1) - weight, angle).value() * inverse_norm(y_norm, eps);
+    from_x = SlerpWeight<T, V>(weight, angle).value(angle) * inverse_norm(x_norm, eps);
+    from_y = SlerpWeight<T, V>(T(1) - weight, angle).value(angle) * inverse_norm(y_norm, eps);
   }
 };
 
@@ -167,10 +163,9 @@ struct MixRow {
         inv_y(inverse_norm(y_norm, eps)),
         x_dead(x_norm <= eps),
         y_dead(y_norm <= eps) {}
-  MixRow(const MixRow&) = delete;  // its weights refer to its angle
 
-  IPRM_INLINE V from_x() const { return of_x.value() * inv_x; }
-  IPRM_INLINE V from_y() const { return of_y.value() * inv_y; }
+  IPRM_INLINE V from_x() const { return of_x.value(angle) * inv_x; }
+  IPRM_INLINE V from_y() const { return of_y.value(angle) * inv_y; }
 };
 
 // What the rows of the gradients are made of: dx = g * x_from_g + y * x_from_y + x * x_from_x, likewise dy, and dw.
@@ -183,14 +178,14 @@ struct MixGradient {
   // g_x = <g, x>, g_y = <g, y>, not yet divided by the norms; c not clamped
   IPRM_INLINE MixGradient(const MixRow<T, V>& row, V c, V g_x, V g_y) {
     const V gx = g_x * row.inv_x, gy = g_y * row.inv_y;
-    const V p = row.of_x.value(), q = row.of_y.value();
-    const V kappa = row.of_x.dc() * gx + row.of_y.dc() * gy;
+    const V p = row.of_x.value(row.angle), q = row.of_y.value(row.angle);
+    const V kappa = row.of_x.dc(row.angle) * gx + row.of_y.dc(row.angle) * gy;
     x_from_g = p * row.inv_x;
     x_from_y = kappa * row.inv_y * row.inv_x;
     x_from_x = -(p * gx + kappa * c) * row.inv_x * row.inv_x;
     y_from_g = q * row.inv_y;
     y_from_x = kappa * row.inv_x * row.inv_y;
     y_from_y = -(q * gy + kappa * c) * row.inv_y * row.inv_y;
-    weight = gx * row.of_x.ds() - gy * row.of_y.ds();
+    weight = gx * row.of_x.ds(row.angle) - gy * row.of_y.ds(row.angle);
   }
 };

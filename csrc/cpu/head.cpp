@@ -138,28 +138,6 @@ struct HeadState {
   }
 };
 
-void check_step(
-    const Tensor& x,
-    const Tensor& y,
-    std::initializer_list<const Tensor*> weights,
-    std::initializer_list<const std::optional<Tensor>*> biases,
-    const Tensor& target,
-    const Tensor& state,
-    std::initializer_list<const Tensor*> logits,
-    const Tensor& strength) {
-  const int64_t rows = x.size(0), columns = x.size(1), classes = (*weights.begin())->size(0);
-  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
-  check_matrix(x, "x", rows, columns, dtype);
-  check_matrix(y, "y", rows, columns, dtype);
-  for (const Tensor* weight : weights) check_matrix(*weight, "weight of a head", classes, columns, dtype);
-  for (const auto* bias : biases)
-    if (*bias) check_vector(**bias, "bias of a head", classes, dtype);
-  check_vector(target, "target", rows, ScalarType::Long);
-  check_output(state, "state", rows * (3 + (dtype == arithmetic ? 2 : 4) * classes) + 1, arithmetic);
-  for (const Tensor* of : logits) check_output(*of, "logits", rows, classes, dtype);
-  check_output(strength, "strength", 2, arithmetic);
-}
-
 constexpr int64_t kProbe = 1, kRebalance = 2;
 
 void head_forward(

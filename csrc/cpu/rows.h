@@ -17,12 +17,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "../checks.h"
 #include "../core/macros.h"
 
 namespace iprm {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Storage types with conversions of our own (simd.h): these only mark the bits.
 struct BFloat16 {
@@ -134,39 +132,6 @@ void parallel_rows(int64_t rows, int64_t columns, const Work& work) {
   if (rows == 0) return;
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns));
   torch::stable::parallel_for(0, rows, grain, work);
-}
-
-// What rows of `dtype` are computed in.
-inline ScalarType arithmetic_type(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
-
-// A kernel reads and writes through bare pointers: whatever it is given is checked before it runs.
-inline void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, ScalarType dtype) {
-  STD_TORCH_CHECK(
-      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns,
-      name, ": expected shape (", rows, ", ", columns, ")");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected type ", int(dtype), ", got ", int(tensor.scalar_type()));
-}
-
-inline void check_vector(const Tensor& tensor, const char* name, int64_t count, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == count, name, ": expected shape (", count, ")");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected type ", int(dtype), ", got ", int(tensor.scalar_type()));
-}
-
-inline void check_scalar(const Tensor& tensor, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(
-      tensor.dim() == 0 && tensor.is_cpu() && tensor.scalar_type() == dtype, name, ": expected shape () and type ", int(dtype));
-}
-
-inline void check_output(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, ScalarType dtype) {
-  check_matrix(tensor, name, rows, columns, dtype);
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous matrix");
-}
-
-inline void check_output(const Tensor& tensor, const char* name, int64_t count, ScalarType dtype) {
-  check_vector(tensor, name, count, dtype);
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous vector");
 }
 
 }  // namespace iprm

@@ -1,0 +1,182 @@
+"""The CUDA kernels of the head step without a GPU: run by an emulator, and compiled for the GPUs they are for."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import cases
+import cuda_on_host
+import head_accuracy
+import heads
+import pytest
+import torch
+from heads import LEAVES, Step
+from places import INTERPRETED
+
+import iprm_kernels.head
+from iprm_kernels.backends import PROBE, REBALANCE
+
+if INTERPRETED:
+    pytest.skip("TRITON_INTERPRET is set: only Triton's kernels are tested", allow_module_level=True)
+
+needs_emulator = pytest.mark.skipif(bool(cuda_on_host.obstacle()), reason=cuda_on_host.obstacle() or "emulated")
+SHAPES = [
+    (1, 1, 2),  # the smallest step
+    (5, 7, 6),  # less than a warp of columns, less than a tile in the last block
+    (17, 64, 31),  # more tiles than blocks
+    (9, 40, 65),  # more classes than lanes
+]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> cuda_on_host.Emulated:
+    return cuda_on_host.Emulated(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture
+def on_host(emulated: cuda_on_host.Emulated, monkeypatch: pytest.MonkeyPatch) -> cuda_on_host.Emulated:
+    """The head step of this test by the emulated kernels."""
+    monkeypatch.setattr(iprm_kernels.head, "kernels", lambda device: emulated)
+    return emulated
+
+
+def assert_as_two_passes(step: Step) -> None:
+    other = heads.run(step.inputs, call=heads.two_pass, **step.options)
+    for mine, theirs in ((step.outputs, other.outputs), (step.gradients, other.gradients)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "width", "classes"), SHAPES)
+def test_within_the_error_budget(
+    on_host: cuda_on_host.Emulated, batch: int, width: int, classes: int, dtype: torch.dtype
+) -> None:
+    head_accuracy.assert_within_budget(batch, width, classes, dtype, torch.device("cpu"))
+
+
+@needs_emulator
+def test_options_and_upstream_gradients(on_host: cuda_on_host.Emulated) -> None:
+    inputs = heads.inputs(9, 31, 6)
+    inputs["target"][[0, 3]] = 99
+    for smoothing in (0.0, 0.1):
+        through = ("loss", "losses", "logits_mix", "logits_x", "logits_y")
+        assert_as_two_passes(heads.run(inputs, through=through, label_smoothing=smoothing, ignore_index=99))
+    assert_as_two_passes(heads.run({**inputs, "bias_x": None, "bias_mix": None}, ignore_index=99))
+
+
+@needs_emulator
+@pytest.mark.parametrize("needed", [("x",), ("y", "weight_mix"), ("weight_x", "bias_mix"), ("bias_y",)], ids=str)
+def test_only_what_asks_gets_a_gradient(on_host: cuda_on_host.Emulated, needed: tuple[str, ...]) -> None:
+    inputs = heads.inputs(9, 31, 6)
+    whole, step = heads.run(inputs), heads.run(inputs, needed=needed)
+    for leaf in LEAVES:
+        if leaf in needed:
+            torch.testing.assert_close(step.gradients[leaf], whole.gradients[leaf])
+        else:
+            assert step.gradients[leaf] is None
+
+
+@needs_emulator
+def test_edges(on_host: cuda_on_host.Emulated) -> None:
+    """Dead rows, identical rows, strided rows, no rows; a label out of range is NaN where it enters and never read."""
+    inputs = heads.inputs(9, 31, 6, torch.float64)
+    inputs["x"][2] = inputs["y"][7] = 0.0
+    inputs["y"][3] = inputs["x"][3]
+    assert_as_two_passes(heads.run(inputs))
+    transposed = {name: t.T.contiguous().T if name in ("x", "y", "weight_mix") else t for name, t in inputs.items()}
+    assert_as_two_passes(heads.run(transposed))
+    assert_as_two_passes(heads.run(heads.inputs(0, 7, 3)))
+    inputs["target"][5] = 10**9
+    step = heads.run(inputs)
+    assert step.outputs["losses"].isnan().all()
+    assert step.gradients["x"][5].isnan().all()
+    assert step.gradients["x"][4].isfinite().all()
+    assert step.outputs["strength"].isfinite().all()
+
+
+@needs_emulator
+def test_processes_add_up_between_two_halves(on_host: cuda_on_host.Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = heads.inputs(17, 31, 6)
+    whole = heads.run(inputs)
+    run = on_host.head_forward
+
+    def halves(*arguments: object) -> None:
+        for part in (PROBE, REBALANCE):
+            run(*arguments[:12], part, *arguments[13:])
+
+    monkeypatch.setattr(on_host, "head_forward", halves)
+    step = heads.run(inputs)
+    for name, value in whole.outputs.items():
+        assert torch.equal(step.outputs[name], value)
+
+
+@needs_emulator
+def test_any_order_of_threads_and_number_of_blocks_agree(
+    on_host: cuda_on_host.Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order between two barriers changes no bit; the number of blocks changes in what order parts are added up."""
+    inputs = heads.inputs(17, 40, 9)
+    steps = []
+    for blocks, seed in ((2, 0), (2, 1), (2, 2), (5, 3)):
+        monkeypatch.setattr(on_host, "blocks", blocks)
+        monkeypatch.setattr(on_host, "seed", seed)
+        steps.append(heads.run(inputs))
+    for step in steps[1:3]:
+        assert all(torch.equal(step.outputs[name], value) for name, value in steps[0].outputs.items())
+        assert all(torch.equal(step.gradients[name], value) for name, value in steps[0].gradients.items())
+    torch.testing.assert_close(steps[3].outputs, steps[0].outputs)
+
+
+@needs_emulator
+def test_a_missing_barrier_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator itself: without the barrier between projections and rows some order reads what is not there."""
+    source = Path(iprm_kernels.head.__file__).parent.parent / "csrc"
+    shutil.copytree(source, tmp_path / "csrc")
+    kernels = tmp_path / "csrc" / "cuda" / "head_kernels.cuh"
+    text = kernels.read_text()
+    barrier = "project_tile<T, S>(args, first, count);\n      __syncthreads();"
+    assert text.count(barrier) == 1
+    kernels.write_text(text.replace(barrier, barrier.splitlines()[0]))
+    broken = tmp_path / "tests" / "support" / "cuda_on_host"
+    shutil.copytree(cuda_on_host.SOURCE.parent, broken)
+    monkeypatch.setattr(cuda_on_host, "SOURCE", broken / "head.cpp")
+    emulated = cuda_on_host.Emulated(tmp_path)
+    monkeypatch.setattr(iprm_kernels.head, "kernels", lambda device: emulated)
+    step = heads.run(heads.inputs(9, 31, 6))
+    other = heads.run(step.inputs, call=heads.two_pass)
+    assert not torch.allclose(step.outputs["kl"], other.outputs["kl"], rtol=1e-3)
+
+
+# compiled for the GPUs it is for
+
+ARCHITECTURES = ("80", "90", "100")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    folder = tmp_path_factory.mktemp("nvcc")
+    include = Path(torch.__file__).parent / "include"
+    source = Path(iprm_kernels.head.__file__).parent.parent / "csrc" / "cuda" / "head.cu"
+
+    def report(architecture: str) -> str:
+        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        flags = ("-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xptxas", "-v", target)
+        command = ["nvcc", *flags, "-I", str(include), "-c", str(source), "-o", str(folder / f"sm_{architecture}.o")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+    return report
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_without_spills(compiled: Callable[[str], str], architecture: str) -> None:
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled(architecture))
+    assert len(found) == 3 * len(cases.DTYPES)
+    assert set(itertools.chain(*found)) == {"0"}
