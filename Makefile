@@ -1,12 +1,13 @@
 # make demo   a private environment, the build, and IPRM against its baselines on scanned digits
 # make test   linters, then the whole suite, then the Triton kernels under the interpreter
-# make bench  operators and head step against plain and compiled torch: a table, JSON and a plot
+# make bench  operators, head step and epochs against plain and compiled torch: a table, JSON and a plot
+# make gpu-check  build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, by the Python that is there
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test bench clean
+.PHONY: install demo test bench gpu-check clean
 
 install: $(VENV)/installed
 
@@ -31,7 +32,10 @@ OUT ?= runs/bench
 bench: install
 	mkdir -p $(OUT)
 	$(BIN)/pytest -q benchmarks --benchmark-json=$(OUT)/results.json
-	$(BIN)/python benchmarks/plot.py $(OUT)/results.json $(OUT)/speedup.png
+	$(BIN)/python benchmarks/plot.py $(OUT)/results.json $(OUT)/results.png
+
+gpu-check:
+	PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info iprm_kernels/_C*.so runs

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from context import context
-from table import row_of, table
+from table import OURS, row_of, table
 from timing import Compare, side_by_side
 
 COMPARED = pytest.StashKey[list[dict[str, Any]]]()
+RECORDED = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[COMPARED] = []
+    config.stash[COMPARED], config.stash[RECORDED] = [], []
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -24,26 +26,51 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
-    """`compare(group, shape, versions, close)`: times versions of one computation side by side.
+    """`compare(group, shape, versions, close, tolerance, calls)`: times versions of one computation side by side.
 
-    versions: name -> a function that returns tensors. Each of `close` must return what "ours" does, or nothing is timed.
+    versions: name -> a function that returns tensors; those of ours are named "ours" or by their backend, and the first of
+    them is what pytest-benchmark keeps. Each of `close` must return what ours does, or nothing is timed. calls: computations
+    that one run of a version makes.
     """
 
-    def run(group: str, shape: tuple[int, ...], versions: Mapping[str, Callable[[], Any]], close: tuple[str, ...]) -> None:
-        wanted = versions["ours"]()
-        for name in close:
-            for value, other in zip(wanted, versions[name](), strict=True):
-                scale = max(float(value.abs().max()), 1e-30)
-                torch.testing.assert_close(other / scale, value / scale, rtol=0, atol=1e-4)
-        times = side_by_side(versions)
-        benchmark.group = group
-        benchmark.extra_info.update(shape=shape, times={name: spread._asdict() for name, spread in times.items()})
+    def run(
+        group: str,
+        shape: tuple[Any, ...],
+        versions: Mapping[str, Callable[[], Any]],
+        close: tuple[str, ...] = (),
+        tolerance: float = 1e-4,
+        calls: int = 1,
+    ) -> None:
+        mine = [name for name in versions if name in OURS]
+        for name, other in itertools.product(mine, close):
+            for value, wanted in zip(versions[name](), versions[other](), strict=True):
+                scale = max(float(wanted.abs().max()), 1e-30)
+                torch.testing.assert_close(value / scale, wanted / scale, rtol=0, atol=tolerance)
+        times = side_by_side(versions, calls=calls, seconds=1.5 if torch.cuda.is_available() else 4.0)
+        keep(group, {"shape": shape, "times": {name: spread._asdict() for name, spread in times.items()}})
         request.config.stash[COMPARED].append(row_of(group, shape, times))
-        benchmark.pedantic(versions["ours"], rounds=11, warmup_rounds=1)  # pytest-benchmark's own record, to compare runs by
+        benchmark.pedantic(versions[mine[0]], rounds=11, warmup_rounds=1)  # pytest-benchmark's own record, to compare runs by
+
+    def keep(group: str, info: dict[str, Any]) -> None:
+        benchmark.group = group
+        benchmark.extra_info.update(info)
+
+    return run
+
+
+@pytest.fixture
+def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`record(group, line, **figures)`: keeps figures that were measured otherwise, and prints a line of them at the end."""
+
+    def run(group: str, line: str, **figures: Any) -> None:
+        benchmark.group = group
+        benchmark.extra_info.update(figures)
+        request.config.stash[RECORDED].append(f"{group}: {line}")
+        benchmark.pedantic(lambda: None, rounds=1)  # its file holds what has been timed
 
     return run
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for line in table(config.stash[COMPARED]):
+    for line in [*table(config.stash[COMPARED]), *config.stash[RECORDED]]:
         terminalreporter.write_line(line)

@@ -7,11 +7,17 @@ from typing import Any
 
 from timing import Spread
 
+#: How versions of ours are named: by what the device's default is, or by backend.
+OURS = ("ours", "triton", "cuda")
 
-def row_of(group: str, shape: tuple[int, ...], times: Mapping[str, Spread]) -> dict[str, Any]:
-    """One comparison: how many times faster ours is than each other version, and all medians."""
-    ours = times["ours"].p50
-    faster = {name: spread.p50 / ours for name, spread in times.items() if name != "ours"}
+
+def row_of(group: str, shape: tuple[Any, ...], times: Mapping[str, Spread]) -> dict[str, Any]:
+    """One comparison: how many times faster each of ours is than each other version, and all medians."""
+    faster = {
+        mine: {name: spread.p50 / times[mine].p50 for name, spread in times.items() if name not in OURS}
+        for mine in times
+        if mine in OURS
+    }
     return {"group": group, "shape": shape, "faster": faster, "times": dict(times)}
 
 
@@ -20,7 +26,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for group in dict.fromkeys(row["group"] for row in rows):
         lines += ["", f"{group}: ours is faster than ..., times in microseconds, median (20th to 80th percentile)"]
         for row in (row for row in rows if row["group"] == group):
-            ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row["faster"].items())
+            shape = "×".join(map(str, row["shape"]))
+            for mine, faster in row["faster"].items():
+                ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in faster.items())
+                lines.append(f"  {shape:<24} {mine + ':' if mine != 'ours' else ''} {ratios}")
             times = ", ".join(f"{name} {s.p50:.0f} ({s.p20:.0f} to {s.p80:.0f})" for name, s in row["times"].items())
-            lines.append(f"  {row['shape']!s:<20} {ratios}; {times}")
+            lines.append(f"  {'':<24} {times}")
     return lines

@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import iprm_kernels as ik
+
 Version = Callable[[], object]
 Compare = Callable[..., None]  # the fixture of conftest.py
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 #: A version runs for so many seconds before its times count in a turn: OpenMP's threads spin for about one millisecond after
@@ -27,8 +31,11 @@ class Spread(NamedTuple):
     p80: float
 
 
-def side_by_side(versions: Mapping[str, Version], *, seconds: float = 4.0, most: int = 60) -> dict[str, Spread]:
-    """Runs bursts of all versions in turn for about `seconds`, at least 5 times each, after two turns that do not count."""
+def side_by_side(versions: Mapping[str, Version], *, seconds: float = 4.0, most: int = 60, calls: int = 1) -> dict[str, Spread]:
+    """Runs bursts of all versions in turn for about `seconds`, at least 5 times each, after two turns that do not count.
+
+    calls: computations that one run of a version makes; the times are of one.
+    """
     taken: dict[str, list[float]] = {name: [] for name in versions}
     last = 0.0
     for _ in range(2):
@@ -38,7 +45,7 @@ def side_by_side(versions: Mapping[str, Version], *, seconds: float = 4.0, most:
     taken = {name: [] for name in versions}
     for _ in range(min(most, max(5, int(seconds / last)))):
         _one_turn(versions, taken)
-    return {name: Spread(*(1e6 * value for value in _percentiles(times))) for name, times in taken.items()}
+    return {name: Spread(*(1e6 * value / calls for value in _percentiles(times))) for name, times in taken.items()}
 
 
 def _one_turn(versions: Mapping[str, Version], taken: dict[str, list[float]]) -> None:
@@ -52,14 +59,15 @@ def _one_turn(versions: Mapping[str, Version], taken: dict[str, list[float]]) ->
 
 
 def _timed(run: Version) -> float:
-    _wait()
+    wait()
     begin = time.perf_counter()
     run()
-    _wait()
+    wait()
     return time.perf_counter() - begin
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Until the device has done all that it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -67,6 +75,43 @@ def _wait() -> None:
 def _percentiles(times: list[float]) -> tuple[float, float, float]:
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     return deciles[1], statistics.median(times), deciles[7]
+
+
+def by(backend: str, run: Version) -> Version:
+    """The same with the operators by one backend."""
+
+    def inside() -> object:
+        with ik.use_backend(backend):
+            return run()
+
+    return inside
+
+
+def ours(run: Version) -> dict[str, Version]:
+    """What is ours to time here: the default on the CPU; on a GPU all backends that have kernels for it, verified or not."""
+    if not torch.cuda.is_available():
+        return {"ours": run}
+    return {name: by(name, run) for name in ("triton", "cuda") if ik.backends()[name].available}
+
+
+def graphed(run: Version, replays: int) -> Version:
+    """`run` as a CUDA graph, replayed so many times: what it costs the GPU, and nothing of what it costs Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> object:
+        for _ in range(replays):
+            graph.replay()
+        return kept
+
+    return replay
 
 
 def gradients_of(function: Callable[..., Tensor], leaves: list[Tensor], *arguments: Any) -> Callable[[], list[Tensor]]:

@@ -1,6 +1,6 @@
 """The places operator tests run at: a backend, and the device its tensors live on.
 
-A plain process tests `reference` and `cpp` on the CPU and, where there is a GPU, `triton` on it. A process with
+A plain process tests `reference` and `cpp` on the CPU and, where there is a GPU, `triton` and `cuda` on it. A process with
 TRITON_INTERPRET=1 tests the Triton kernels on CPU tensors and nothing else; its shapes are smaller, because the interpreter
 takes tens of milliseconds a program. `make test` runs both.
 """
@@ -31,5 +31,5 @@ def _place(backend: str, device: str) -> object:
 
 
 #: Where kernels are compared with the reference.
-FUSED = [_place("triton", "cpu")] if INTERPRETED else [_place("cpp", "cpu"), _place("triton", "cuda")]
+FUSED = [_place("triton", "cpu")] if INTERPRETED else [_place("cpp", "cpu"), _place("triton", "cuda"), _place("cuda", "cuda")]
 PLACES = FUSED if INTERPRETED else [_place("reference", "cpu"), *FUSED]
