@@ -17,10 +17,12 @@ STABLE_TORCH_LIBRARY(iprm_cpp, m) {
   m.def(
       "geodesic_mixup_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor stats, float eps, "
       "Tensor(a!)? grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_w) -> ()");
+  m.def("geodesic_remix(Tensor x, Tensor y, Tensor weight, Tensor stats, float eps, Tensor(a!) z) -> ()");
   m.def("batch_kl(Tensor p_logits, Tensor q_logits, str reduction, Tensor(a!) value, Tensor(b!) stats) -> ()");
   m.def(
       "batch_kl_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor stats, str reduction, "
       "Tensor(a!)? grad_p, Tensor(b!)? grad_q) -> ()");
+  m.def("batch_kl_pair(Tensor p_logits, Tensor other_logits, Tensor q_logits, Tensor(a!) kl) -> ()");
   m.def("strength_weights(Tensor kl, Tensor(a!) strength) -> ()");
   m.def("strength_weights_backward(Tensor grad, Tensor kl, Tensor(a!) grad_kl) -> ()");
   m.def(

@@ -7,8 +7,10 @@ the operator has allocated (None for a gradient that nobody asked for)::
     normalize_backward(grad, x, norm, eps, grad_x)
     geodesic_mixup(x, y, weight, eps, z, stats)
     geodesic_mixup_backward(grad, x, y, weight, stats, eps, grad_x, grad_y, grad_w)
+    geodesic_remix(x, y, weight, stats, eps, z)
     batch_kl(p_logits, q_logits, reduction, value, stats)
     batch_kl_backward(grad, p_logits, q_logits, stats, reduction, grad_p, grad_q)
+    batch_kl_pair(p_logits, other_logits, q_logits, kl)
     strength_weights(kl, strength)
     strength_weights_backward(grad, kl, grad_kl)
     head_forward(x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, target, weight, label_smoothing, ignore_index,
@@ -42,8 +44,10 @@ KERNELS = (
     "normalize_backward",
     "geodesic_mixup",
     "geodesic_mixup_backward",
+    "geodesic_remix",
     "batch_kl",
     "batch_kl_backward",
+    "batch_kl_pair",
     "strength_weights",
     "strength_weights_backward",
     "head_forward",

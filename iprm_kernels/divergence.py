@@ -144,6 +144,26 @@ _batch_kl_backward = register(
 )
 
 
+# batch_kl_pair: the sums of two predictions' KL from a third, without gradient: (B, C) x3 -> (2,)
+
+
+def _batch_kl_pair_kernel(p_logits: Tensor, other_logits: Tensor, q_logits: Tensor) -> Tensor:
+    kl = torch.empty((2,), dtype=arithmetic_dtype(q_logits.dtype), device=q_logits.device)
+    kernels(q_logits.device).batch_kl_pair(p_logits, other_logits, q_logits, kl)
+    return kl
+
+
+def _batch_kl_pair_fake(p_logits: Tensor, other_logits: Tensor, q_logits: Tensor) -> Tensor:
+    return q_logits.new_empty((2,), dtype=arithmetic_dtype(q_logits.dtype))
+
+
+batch_kl_pair = register(
+    "batch_kl_pair(Tensor p_logits, Tensor other_logits, Tensor q_logits) -> Tensor",
+    _batch_kl_pair_kernel,
+    _batch_kl_pair_fake,
+)
+
+
 # strength_weights: (M,) -> (M,)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -209,3 +210,45 @@ _geodesic_mixup_backward = register(
     _geodesic_mixup_backward_kernel,
     _geodesic_mixup_backward_fake,
 )
+
+
+# geodesic_remix: the same from the statistics of an earlier mixture of the same features
+
+
+def _geodesic_remix_kernel(x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float) -> Tensor:
+    z = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # (B, D)
+    kernels(x.device).geodesic_remix(x, y, _row_weight(x, weight), stats, eps, z)
+    return z
+
+
+def _geodesic_remix_fake(x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _geodesic_remix_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *saved, ctx.eps = inputs
+    ctx.save_for_backward(*saved)
+
+
+def _geodesic_remix_autograd(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *grads, _ = _geodesic_mixup_autograd(ctx, saved, grad, None)
+    return *grads, None, None
+
+
+_geodesic_remix = register(
+    "geodesic_remix(Tensor x, Tensor y, Tensor weight, Tensor stats, float eps) -> Tensor",
+    _geodesic_remix_kernel,
+    _geodesic_remix_fake,
+    setup_context=_geodesic_remix_setup,
+    backward=_geodesic_remix_autograd,
+)
+
+
+def mixed_twice(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`geodesic_mixup` of matrices without gradient, and a function that mixes them again, with gradient and by another weight,
+    from the norms and inner products just taken."""
+    if autocast.enabled(x):
+        x, y = autocast.widest(x, y)
+    eps = 1e-12
+    z, stats = _geodesic_mixup(x.detach(), y.detach(), weight, eps)
+    return z, lambda other: _geodesic_remix(x, y, other, stats, eps)

@@ -13,9 +13,9 @@ from . import _checks, autocast
 from ._library import register
 from .backends import PROBE, REBALANCE, kernels
 from .collectives import all_reduce_named, all_reduce_sum, group_name
-from .divergence import batch_kl, strength_weights
+from .divergence import batch_kl_pair, strength_weights
 from .dtypes import arithmetic_dtype
-from .geodesic import geodesic_mixup
+from .geodesic import mixed_twice
 
 LinearHead = tuple[Tensor, Tensor | None]
 
@@ -79,11 +79,14 @@ def probe_rebalance(
     weight = _checks.mixing_weight(weight, x, torch.Size(()))
     _checks.process_group(group)
     with torch.no_grad(), autocast.uncached(x):
-        probe = head(geodesic_mixup(x.detach(), y.detach(), weight))
+        mixture, remix = mixed_twice(x, y, weight)
+        probe = head(mixture)
         _check_output(probe, logits_x)
-        kl = all_reduce_sum(torch.stack([batch_kl(logits_x, probe), batch_kl(logits_y, probe)]), group)
+        if autocast.enabled(probe):
+            logits_x, logits_y, probe = autocast.widest(logits_x, logits_y, probe)
+        kl = all_reduce_sum(batch_kl_pair(logits_x, logits_y, probe), group)
         strength = strength_weights(kl)
-    return ProbeResult(head(geodesic_mixup(x, y, strength[0])), strength, kl)
+    return ProbeResult(head(remix(strength[0])), strength, kl)
 
 
 def linear_probe_rebalance(

@@ -1,5 +1,6 @@
 // batch_kl and strength_weights on the CPU. No softmax is written: a row's maximum and sum are taken, then its terms.
 #include <cstring>
+#include <memory>
 #include <string>
 
 #include "../core/strength.h"
@@ -48,6 +49,27 @@ void batch_kl(
     const S* kl = output<S>(stats) + 4 * rows;
     if (reduction == "none") std::copy_n(kl, rows, output<S>(value));
     else *output<S>(value) = S(ordered_sum(kl, rows) / (reduction == "mean" ? double(rows) : 1.0));
+  });
+}
+
+void batch_kl_pair(const Tensor& p_logits, const Tensor& other_logits, const Tensor& q_logits, const Tensor& kl) {
+  const int64_t rows = q_logits.size(0), columns = q_logits.size(1);
+  const ScalarType dtype = q_logits.scalar_type();
+  check_matrix(p_logits, "p_logits", rows, columns, dtype);
+  check_matrix(other_logits, "other_logits", rows, columns, dtype);
+  check_matrix(q_logits, "q_logits", rows, columns, dtype);
+  check_output(kl, "kl", 2, arithmetic_type(dtype));
+  dispatch_type(dtype, [&]<class T>() {
+    using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    const auto stats = std::make_unique_for_overwrite<S[]>(10 * rows);
+    const MatrixView q(q_logits);
+    const KlArgs args[2] = {
+        {MatrixView(p_logits), q, stats.get(), rows, columns}, {MatrixView(other_logits), q, stats.get() + 5 * rows, rows, columns}};
+    const auto kernel = IPRM_BEST(batch_kl_rows<T>);
+    parallel_rows(rows, 2 * kExpCost * columns, [&](int64_t begin, int64_t end) {
+      for (const KlArgs& side : args) kernel(side, begin, end);
+    });
+    for (int side = 0; side < 2; ++side) output<S>(kl)[side] = S(ordered_sum(stats.get() + (5 * side + 4) * rows, rows));
   });
 }
 
@@ -125,6 +147,7 @@ void strength_weights_backward(const Tensor& grad, const Tensor& kl, const Tenso
 STABLE_TORCH_LIBRARY_IMPL(iprm_cpp, CPU, m) {
   m.impl("batch_kl", TORCH_BOX(&batch_kl));
   m.impl("batch_kl_backward", TORCH_BOX(&batch_kl_backward));
+  m.impl("batch_kl_pair", TORCH_BOX(&batch_kl_pair));
   m.impl("strength_weights", TORCH_BOX(&strength_weights));
   m.impl("strength_weights_backward", TORCH_BOX(&strength_weights_backward));
 }

@@ -27,6 +27,7 @@ struct MixupArgs {
   double eps;
   void *z, *stats;
   int64_t rows, columns;
+  bool known;  // stats hold what they should
 };
 
 struct MixupBackwardArgs {
@@ -73,8 +74,8 @@ void normalize_backward(const Tensor& grad, const Tensor& x, const Tensor& norm,
   });
 }
 
-void geodesic_mixup(
-    const Tensor& x, const Tensor& y, const Tensor& weight, double eps, const Tensor& z, const Tensor& stats) {
+void mixup(
+    const Tensor& x, const Tensor& y, const Tensor& weight, double eps, const Tensor& z, const Tensor& stats, bool known) {
   const int64_t rows = x.size(0), columns = x.size(1);
   const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
   check_matrix(x, "x", rows, columns, dtype);
@@ -83,11 +84,21 @@ void geodesic_mixup(
   check_output(z, "z", rows, columns, dtype);
   check_output(stats, "stats", 3, rows, arithmetic);
   const MixupArgs args{
-      MatrixView(x), MatrixView(y), weight, eps, z.mutable_data_ptr(), stats.mutable_data_ptr(), rows, columns};
+      MatrixView(x), MatrixView(y), weight, eps, z.mutable_data_ptr(), stats.mutable_data_ptr(), rows, columns, known};
   dispatch_type(x.scalar_type(), [&]<class T>() {
     const auto kernel = IPRM_BEST(geodesic_mixup_rows<T>);
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
+}
+
+void geodesic_mixup(
+    const Tensor& x, const Tensor& y, const Tensor& weight, double eps, const Tensor& z, const Tensor& stats) {
+  mixup(x, y, weight, eps, z, stats, false);
+}
+
+void geodesic_remix(
+    const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& stats, double eps, const Tensor& z) {
+  mixup(x, y, weight, eps, z, stats, true);
 }
 
 void geodesic_mixup_backward(
@@ -126,6 +137,7 @@ STABLE_TORCH_LIBRARY_IMPL(iprm_cpp, CPU, m) {
   m.impl("normalize_backward", TORCH_BOX(&normalize_backward));
   m.impl("geodesic_mixup", TORCH_BOX(&geodesic_mixup));
   m.impl("geodesic_mixup_backward", TORCH_BOX(&geodesic_mixup_backward));
+  m.impl("geodesic_remix", TORCH_BOX(&geodesic_remix));
 }
 
 }  // namespace iprm

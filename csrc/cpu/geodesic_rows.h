@@ -103,11 +103,12 @@ void geodesic_mixup_rows(const MixupArgs& args, int64_t begin, int64_t end) {
       x_rows[i] = x(first + i);
       y_rows[i] = y(first + i);
       weights[i] = weight[first + i];
+      if (args.known) continue;
       S row[3];
       gram(x_rows[i], y_rows[i], args.columns, row);
       for (int k = 0; k < 3; ++k) products[k][i] = row[k];
     }
-    write_stats(stats, args.rows, first, products[0], products[1], products[2], count, eps);
+    if (!args.known) write_stats(stats, args.rows, first, products[0], products[1], products[2], count, eps);
     mix_coefficients(from_x, from_y, load(weights), stats, args.rows, first, count, eps);
     for (int64_t i = 0; i < count; ++i) {
       T* z = static_cast<T*>(args.z) + (first + i) * args.columns;

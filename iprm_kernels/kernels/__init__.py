@@ -12,15 +12,17 @@ tensors and float32 for all others, and loads and stores are in the tensor's own
 neither computed nor stored. Rows are always the first dimension of the grid, the only one that holds more than 65,535.
 """
 
-from .divergence import batch_kl, batch_kl_backward, strength_weights, strength_weights_backward
-from .geodesic import geodesic_mixup, geodesic_mixup_backward, normalize, normalize_backward
+from .divergence import batch_kl, batch_kl_backward, batch_kl_pair, strength_weights, strength_weights_backward
+from .geodesic import geodesic_mixup, geodesic_mixup_backward, geodesic_remix, normalize, normalize_backward
 from .head import head_backward, head_forward, serves
 
 __all__ = [
     "batch_kl",
     "batch_kl_backward",
+    "batch_kl_pair",
     "geodesic_mixup",
     "geodesic_mixup_backward",
+    "geodesic_remix",
     "head_backward",
     "head_forward",
     "normalize",

@@ -1,8 +1,4 @@
-"""Kernels of the head step that work on rows of C numbers: probe, rebalance, losses, gradients of the logits.
-
-A kernel that sums over the batch runs at most MOST_PARTS programs, each of which strides over the blocks of rows and leaves one
-part; whoever needs the sum adds the parts up in their order. So no sum needs an atomic, and results repeat to the bit.
-"""
+"""Kernels of the head step that work on rows of C numbers: probe, rebalance, losses, gradients of the logits."""
 
 # mypy: allow-untyped-defs
 
@@ -12,23 +8,8 @@ import triton
 import triton.language as tl
 
 from ._rows import divisor, live_inverse_norm, slerp, square_root
-from ._tiles import block_rows, load_block, store_block
-from .divergence import kl_terms
-
-#: Programs of a kernel that leaves parts of a sum: four to eight for each multiprocessor of a large GPU.
-MOST_PARTS = 1024
-PARTS_BLOCK = tl.constexpr(256)
-
-
-@triton.jit
-def sum_of_parts(p_parts, n_parts, COLUMNS: tl.constexpr, COLUMN: tl.constexpr):
-    """Σ of one column of parts (n_parts, COLUMNS), in their order."""
-    DTYPE: tl.constexpr = p_parts.dtype.element_ty
-    o = tl.arange(0, PARTS_BLOCK)
-    b_sum = tl.zeros((PARTS_BLOCK,), DTYPE)
-    for i in range(0, n_parts, PARTS_BLOCK):
-        b_sum += tl.load(p_parts + (i + o) * COLUMNS + COLUMN, mask=i + o < n_parts, other=0.0)
-    return tl.sum(b_sum, axis=0)
+from ._tiles import block_rows, load_block, store_block, sum_of_parts
+from .divergence import row_kl, softmax_parts
 
 
 @triton.jit
@@ -72,21 +53,6 @@ def mixed_logits(b_a, b_v, b_bias, r_x_norm, r_y_norm, r_c, weight, m_cols, EPS:
     r_p /= divisor(r_x_norm, EPS)
     r_q /= divisor(r_y_norm, EPS)
     return tl.where(m_cols[None, :], r_p[:, None] * b_a + r_q[:, None] * b_v + b_bias[None, :], -float("inf"))
-
-
-@triton.jit
-def softmax_parts(b):
-    """max and Σ exp(b - max) of rows."""
-    r_top = tl.max(b, axis=1)
-    return r_top, tl.sum(tl.exp(b - r_top[:, None]), axis=1)
-
-
-@triton.jit
-def row_kl(b_own, b_z, m_cols, r_z_top, r_z_sum):
-    """KL of rows of a modality's logits from the mixture's."""
-    b_own = tl.where(m_cols[None, :], b_own, -float("inf"))
-    r_top, r_sum = softmax_parts(b_own)
-    return tl.sum(kl_terms(b_own, b_z, r_top, r_sum, r_z_top, r_z_sum), axis=1)
 
 
 @triton.jit
@@ -202,17 +168,6 @@ def head_probe_kernel(
         r_kl_y += tl.where(m_rows, row_kl(b_u, b_z, m_classes, r_z_top, r_z_sum), 0.0)
     tl.store(p_kl_parts + 2 * tl.program_id(0), tl.sum(r_kl_x, axis=0))
     tl.store(p_kl_parts + 2 * tl.program_id(0) + 1, tl.sum(r_kl_y, axis=0))
-
-
-@triton.jit(do_not_specialize=["n_parts"])
-def head_kl_kernel(
-    p_kl_parts,  # (n_parts, 2)
-    p_kl,  # (2,)
-    n_parts,
-):
-    """The KL sums, where processes add theirs up before they rebalance."""
-    tl.store(p_kl, sum_of_parts(p_kl_parts, n_parts, 2, 0))
-    tl.store(p_kl + 1, sum_of_parts(p_kl_parts, n_parts, 2, 1))
 
 
 @triton.jit

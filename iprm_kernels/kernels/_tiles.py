@@ -1,4 +1,8 @@
-"""How rows are laid over programs and threads, and how their blocks are read and written."""
+"""How rows are laid over programs and threads, and how their blocks are read, written and summed.
+
+A kernel that sums over the batch runs at most MOST_PARTS programs, each of which strides over the blocks of rows and leaves one
+part; whoever needs the sum adds the parts up in their order. So no sum needs an atomic, and results repeat to the bit.
+"""
 
 # mypy: allow-untyped-defs
 
@@ -23,6 +27,12 @@ WHOLE_ROW = {4: 8192, 8: 2048}
 #: Columns of such a block.
 LOOPED_BLOCK = 2048
 
+#: Elements of a tile of whole rows of logits, by the size of the arithmetic type.
+ROW_TILE = {4: 512, 8: 256}
+#: Programs of a kernel that leaves parts of a sum: four to eight for each multiprocessor of a large GPU.
+MOST_PARTS = 1024
+PARTS_BLOCK = tl.constexpr(256)
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -38,6 +48,12 @@ def tiling(width: int, arithmetic: torch.dtype, whole_row: Mapping[int, int] = W
         block = LOOPED_BLOCK
     rows = min(max(TILE[arithmetic.itemsize] // block, 1), TILE_ROWS)
     return {"BLOCK_B": rows, "BLOCK_D": block, "WHOLE": whole, "num_warps": min(max(block // 256, 4), 16)}
+
+
+def row_tile(classes: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows, classes and warps of a tile of whole rows of logits."""
+    block = triton.next_power_of_2(classes)
+    return min(max(ROW_TILE[itemsize] // block, 1), TILE_ROWS), block, min(max(block // 256, 4), 16)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -73,3 +89,14 @@ def nearest_bfloat16(value):
     """float32 rounded to the nearest bfloat16, ties to even, as every GPU converts; the interpreter truncates."""
     bits = value.to(tl.uint32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sum_of_parts(p_parts, n_parts, COLUMNS: tl.constexpr, COLUMN: tl.constexpr):
+    """Σ of one column of parts (n_parts, COLUMNS), in their order."""
+    DTYPE: tl.constexpr = p_parts.dtype.element_ty
+    o = tl.arange(0, PARTS_BLOCK)
+    b_sum = tl.zeros((PARTS_BLOCK,), DTYPE)
+    for i in range(0, n_parts, PARTS_BLOCK):
+        b_sum += tl.load(p_parts + (i + o) * COLUMNS + COLUMN, mask=i + o < n_parts, other=0.0)
+    return tl.sum(b_sum, axis=0)

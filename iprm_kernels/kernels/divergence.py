@@ -4,12 +4,24 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._rows import excess, probabilities
-from ._tiles import TILE, TILE_ROWS, block_rows, load_block, on_device_of, store_block, tiling
+from ._tiles import (
+    MOST_PARTS,
+    TILE,
+    TILE_ROWS,
+    block_rows,
+    load_block,
+    on_device_of,
+    row_tile,
+    store_block,
+    sum_of_parts,
+    tiling,
+)
 
 #: The longest rows of logits that are held in registers: half as long as rows of features, as their terms need more of them.
 WHOLE_LOGITS = {4: 4096, 8: 1024}
@@ -23,6 +35,21 @@ def kl_terms(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum):
     p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum)
     terms = tl.where(p_prob == 0, q_prob, tl.where(close, p_prob * excess(d), p_prob * d + (q_prob - p_prob)))
     return tl.where((b_q == -float("inf")) & (b_p != -float("inf")), float("inf"), terms)
+
+
+@triton.jit
+def softmax_parts(b):
+    """max and Σ exp(b - max) of rows."""
+    r_top = tl.max(b, axis=1)
+    return r_top, tl.sum(tl.exp(b - r_top[:, None]), axis=1)
+
+
+@triton.jit
+def row_kl(b_own, b_z, m_cols, r_z_top, r_z_sum):
+    """KL of rows of a modality's logits from the mixture's."""
+    b_own = tl.where(m_cols[None, :], b_own, -float("inf"))
+    r_top, r_sum = softmax_parts(b_own)
+    return tl.sum(kl_terms(b_own, b_z, r_top, r_sum, r_z_top, r_z_sum), axis=1)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -122,6 +149,53 @@ def batch_kl_backward_kernel(
     if p_grad_q is not None:
         b = r_g[:, None] * tl.where(close & (p_prob > 0), p_prob * (excess(d) - d), q_prob - p_prob)
         store_block(p_grad_q, b, o_rows, m_rows, o_cols, n_cols)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def batch_kl_pair_kernel(
+    p_p,  # (B, C), as the two below
+    p_other,
+    p_q,
+    p_parts,  # (programs, 2)
+    p_row,
+    p_col,
+    other_row,
+    other_col,
+    q_row,
+    q_col,
+    n_rows,
+    n_cols,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """KL of two predictions from a third, whose rows are read once."""
+    DTYPE: tl.constexpr = p_parts.dtype.element_ty
+    o_cols = tl.arange(0, BLOCK_D)
+    m_cols = o_cols < n_cols
+    r_p_kl = tl.zeros((BLOCK_B,), DTYPE)
+    r_other_kl = tl.zeros((BLOCK_B,), DTYPE)
+    for i_rows in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_B), tl.num_programs(0)):
+        o_rows, m_rows = block_rows(n_rows, i_rows, BLOCK_B)
+        b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        b_q = tl.where(m_cols[None, :], b_q, -float("inf"))
+        r_q_top, r_q_sum = softmax_parts(b_q)
+        b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        r_p_kl += tl.where(m_rows, row_kl(b_p, b_q, m_cols, r_q_top, r_q_sum), 0.0)
+        b_p = load_block(p_other, other_row, other_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        r_other_kl += tl.where(m_rows, row_kl(b_p, b_q, m_cols, r_q_top, r_q_sum), 0.0)
+    tl.store(p_parts + 2 * tl.program_id(0), tl.sum(r_p_kl, axis=0))
+    tl.store(p_parts + 2 * tl.program_id(0) + 1, tl.sum(r_other_kl, axis=0))
+
+
+@triton.jit(do_not_specialize=["n_parts"])
+def kl_sums_kernel(
+    p_kl_parts,  # (n_parts, 2)
+    p_kl,  # (2,)
+    n_parts,
+):
+    """The KL sums of two modalities from the parts that programs left."""
+    tl.store(p_kl, sum_of_parts(p_kl_parts, n_parts, 2, 0))
+    tl.store(p_kl + 1, sum_of_parts(p_kl_parts, n_parts, 2, 1))
 
 
 @triton.jit
@@ -237,6 +311,23 @@ def batch_kl_backward(
             BLOCK_D=block_d,
             num_warps=4,
         )
+
+
+def batch_kl_pair(p_logits: Tensor, other_logits: Tensor, q_logits: Tensor, kl: Tensor) -> None:
+    n_rows, n_cols = q_logits.shape
+    if n_cols > WHOLE_LOGITS[kl.dtype.itemsize]:
+        for logits, value in zip((p_logits, other_logits), kl.unbind(), strict=True):
+            batch_kl(logits, q_logits, "sum", value, torch.empty((5, n_rows), dtype=kl.dtype, device=kl.device))
+        return
+    rows, block, num_warps = row_tile(n_cols, kl.dtype.itemsize)
+    programs = max(1, min(triton.cdiv(n_rows, rows), MOST_PARTS))
+    parts = torch.empty((programs, 2), dtype=kl.dtype, device=kl.device)
+    strides = (*p_logits.stride(), *other_logits.stride(), *q_logits.stride())
+    with on_device_of(kl):
+        batch_kl_pair_kernel[(programs,)](
+            p_logits, other_logits, q_logits, parts, *strides, n_rows, n_cols, BLOCK_B=rows, BLOCK_D=block, num_warps=num_warps
+        )
+        kl_sums_kernel[(1,)](parts, kl, programs, num_warps=4)
 
 
 def strength_weights(kl: Tensor, strength: Tensor) -> None:

@@ -113,35 +113,46 @@ def geodesic_mixup_forward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr,
+    KNOWN: tl.constexpr,  # whether p_stats hold what they should
 ):
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
     o_cols = tl.arange(0, BLOCK_D)
     r_w = tl.load(p_weight + o_rows * weight_row, mask=m_rows, other=0.0).to(DTYPE)
+    o_stats = n_rows.to(tl.int64)
     if WHOLE:
         b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
         b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
-        r_xx = tl.sum(b_x * b_x, axis=1)
-        r_yy = tl.sum(b_y * b_y, axis=1)
-        r_xy = tl.sum(b_x * b_y, axis=1)
+    if KNOWN:
+        r_x_norm = tl.load(p_stats + o_rows, mask=m_rows, other=1.0)
+        r_y_norm = tl.load(p_stats + o_stats + o_rows, mask=m_rows, other=1.0)
+        r_c = tl.load(p_stats + 2 * o_stats + o_rows, mask=m_rows, other=1.0)
+        r_x_divisor, r_y_divisor = divisor(r_x_norm, EPS), divisor(r_y_norm, EPS)
     else:
-        b_xx = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
-        b_yy = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
-        b_xy = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
-        for i_col in range(0, n_cols, BLOCK_D):
-            b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
-            b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
-            b_xx += b_x * b_x
-            b_yy += b_y * b_y
-            b_xy += b_x * b_y
-        r_xx = tl.sum(b_xx, axis=1)
-        r_yy = tl.sum(b_yy, axis=1)
-        r_xy = tl.sum(b_xy, axis=1)
-    r_x_norm = square_root(r_xx)
-    r_y_norm = square_root(r_yy)
-    r_x_divisor = divisor(r_x_norm, EPS)
-    r_y_divisor = divisor(r_y_norm, EPS)
-    r_c = r_xy / (r_x_divisor * r_y_divisor)
+        if WHOLE:
+            r_xx = tl.sum(b_x * b_x, axis=1)
+            r_yy = tl.sum(b_y * b_y, axis=1)
+            r_xy = tl.sum(b_x * b_y, axis=1)
+        else:
+            b_xx = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+            b_yy = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+            b_xy = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+            for i_col in range(0, n_cols, BLOCK_D):
+                b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+                b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
+                b_xx += b_x * b_x
+                b_yy += b_y * b_y
+                b_xy += b_x * b_y
+            r_xx = tl.sum(b_xx, axis=1)
+            r_yy = tl.sum(b_yy, axis=1)
+            r_xy = tl.sum(b_xy, axis=1)
+        r_x_norm = square_root(r_xx)
+        r_y_norm = square_root(r_yy)
+        r_x_divisor, r_y_divisor = divisor(r_x_norm, EPS), divisor(r_y_norm, EPS)
+        r_c = r_xy / (r_x_divisor * r_y_divisor)
+        tl.store(p_stats + o_rows, r_x_norm, mask=m_rows)
+        tl.store(p_stats + o_stats + o_rows, r_y_norm, mask=m_rows)
+        tl.store(p_stats + 2 * o_stats + o_rows, r_c, mask=m_rows)
     r_p, _, _ = slerp(r_w, r_c)
     r_q, _, _ = slerp(1 - r_w, r_c)
     r_p /= r_x_divisor
@@ -165,10 +176,6 @@ def geodesic_mixup_forward_kernel(
             b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
             b_z = (r_p[:, None] * b_x + r_q[:, None] * b_y) * r_shorter[:, None]
             store_block(p_z, b_z, o_rows, m_rows, i_col + o_cols, n_cols)
-    o_stats = n_rows.to(tl.int64)
-    tl.store(p_stats + o_rows, r_x_norm, mask=m_rows)
-    tl.store(p_stats + o_stats + o_rows, r_y_norm, mask=m_rows)
-    tl.store(p_stats + 2 * o_stats + o_rows, r_c, mask=m_rows)
 
 
 @triton.jit
@@ -279,13 +286,22 @@ def normalize_backward(grad: Tensor, x: Tensor, norm: Tensor, eps: float, grad_x
 
 
 def geodesic_mixup(x: Tensor, y: Tensor, weight: Tensor, eps: float, z: Tensor, stats: Tensor) -> None:
+    _mix(x, y, weight, eps, z, stats, known=False)
+
+
+def geodesic_remix(x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float, z: Tensor) -> None:
+    _mix(x, y, weight, eps, z, stats.contiguous(), known=True)
+
+
+def _mix(x: Tensor, y: Tensor, weight: Tensor, eps: float, z: Tensor, stats: Tensor, *, known: bool) -> None:
     n_rows, n_cols = x.shape
     if n_rows == 0:
         return
     tile = tiling(n_cols, stats.dtype)
+    strides = (*x.stride(), *y.stride(), *weight.stride())
     with on_device_of(x):
         geodesic_mixup_forward_kernel[(triton.cdiv(n_rows, tile["BLOCK_B"]),)](
-            x, y, weight, z, stats, *x.stride(), *y.stride(), *weight.stride(), n_rows, n_cols, EPS=eps, **tile
+            x, y, weight, z, stats, *strides, n_rows, n_cols, EPS=eps, KNOWN=known, **tile
         )
 
 

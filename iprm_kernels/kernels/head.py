@@ -20,20 +20,12 @@ from .._library import AUTOCAST, below
 from ..backends import PROBE, REBALANCE
 from ..reference.head import EPS, State
 from ._head_products import head_features_kernel, head_gradients_kernel, head_project_kernel, head_reduce_kernel
-from ._head_rows import (
-    MOST_PARTS,
-    head_coefficients_kernel,
-    head_kl_kernel,
-    head_losses_kernel,
-    head_probe_kernel,
-    head_rebalance_kernel,
-)
-from ._tiles import TILE, TILE_ROWS, on_device_of
+from ._head_rows import head_coefficients_kernel, head_losses_kernel, head_probe_kernel, head_rebalance_kernel
+from ._tiles import MOST_PARTS, TILE, on_device_of, row_tile
+from .divergence import kl_sums_kernel
 
 #: The most classes for which the kernels multiply themselves, by the type of the features: twice as many spill.
 FEW_CLASSES = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
-#: Elements of a tile of whole rows of logits, by the size of the arithmetic type.
-ROW_TILE = {4: 512, 8: 256}
 #: Programs that keep a large GPU busy: tiles are smaller where there would be fewer.
 ENOUGH_PROGRAMS = 256
 #: The most classes of which a program holds a row, by the size of the arithmetic type.
@@ -117,12 +109,6 @@ def scratch(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
-def row_tile(classes: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows, classes and warps of a tile of whole rows of logits."""
-    block = triton.next_power_of_2(classes)
-    return min(max(ROW_TILE[itemsize] // block, 1), TILE_ROWS), block, min(max(block // 256, 4), 16)
-
-
 def head_forward(
     x: Tensor,
     y: Tensor,
@@ -157,7 +143,7 @@ def head_forward(
             inputs = (of, bias_mix, target, label_smoothing, ignore_index, kl_parts)
             _rebalance(*inputs, kl_out, strength, logits_mix, loss, losses)
         else:
-            head_kl_kernel[(1,)](kl_parts, kl, len(kl_parts), num_warps=4)
+            kl_sums_kernel[(1,)](kl_parts, kl, len(kl_parts), num_warps=4)
 
 
 def _probe(

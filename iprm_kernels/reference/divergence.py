@@ -79,6 +79,11 @@ def _difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return high, torch.where(rest.isfinite(), rest, 0)
 
 
+def batch_kl_pair(p_logits: Tensor, other_logits: Tensor, q_logits: Tensor) -> tuple[Tensor]:
+    """The sums of two predictions' KL from a third.  (B, C) x3 -> (2,)"""
+    return (torch.stack([batch_kl(logits, q_logits, "sum")[0] for logits in (p_logits, other_logits)]),)
+
+
 def strength_weights(kl: Tensor) -> tuple[Tensor]:
     """ω_m = (1/KL_m) / Σ_j (1/KL_j), scaled by the smallest: r_m = min KL / KL_m, ω = r / Σ r.  (M,) -> (M,)
 

@@ -92,11 +92,17 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Te
     dtype = weight.dtype
     x_hat, x_norm = normalize(x.to(dtype), eps)
     y_hat, y_norm = normalize(y.to(dtype), eps)
-    c = (x_hat * y_hat).sum(1)
+    stats = torch.stack([x_norm, y_norm, (x_hat * y_hat).sum(1)])
+    return (*geodesic_remix(x, y, weight, stats, eps), stats)
+
+
+def geodesic_remix(x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float) -> tuple[Tensor]:
+    """The same from statistics that are there already.  (B, D) x2, (B,), (3, B) -> (B, D)"""
+    x_norm, y_norm, c = stats
+    x_hat, y_hat = x.to(c.dtype) * inverse_norm(x_norm, eps)[:, None], y.to(c.dtype) * inverse_norm(y_norm, eps)[:, None]
     z = slerp_weight(weight, c)[:, None] * x_hat + slerp_weight(1 - weight, c)[:, None] * y_hat
     length = z.norm(dim=1, keepdim=True)
-    z = torch.where((c < NEAR_ANTIPODE)[:, None] & (length > 1), z / length, z)
-    return z.to(x.dtype), torch.stack([x_norm, y_norm, c])
+    return (torch.where((c < NEAR_ANTIPODE)[:, None] & (length > 1), z / length, z).to(x.dtype),)
 
 
 def geodesic_mixup_backward(

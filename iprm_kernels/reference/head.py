@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import arithmetic_dtype
-from .divergence import batch_kl, strength_weights
+from .divergence import batch_kl_pair, strength_weights
 from .geodesic import inverse_norm, live_inverse_norm, slerp_weight, slerp_weight_dc
 
 EPS = 1e-12  # the smallest length divided by, as in `normalize`
@@ -66,7 +66,7 @@ def head_probe(
     c = (x * y).sum(1) * (inverse_norm(x_norm, EPS) * inverse_norm(y_norm, EPS))
     stats = torch.stack([x_norm, y_norm, c])
     probe = _mixed(a, v, stats, weight, bias_mix)
-    kl = torch.stack([batch_kl(own, probe, "sum")[0] for own in (u_x, u_y)])
+    (kl,) = batch_kl_pair(u_x, u_y, probe)
     return a, v, u_x, u_y, stats, kl
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import heads
@@ -17,6 +18,7 @@ from places import INTERPRETED, Place
 from torch import Tensor, nn
 
 import iprm_kernels as ik
+from iprm_kernels.backends import kernels
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -313,12 +315,13 @@ def test_repeats_bitwise(place: Place) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels, for the interpreter: TRITON_INTERPRET=1 tests it")
 def test_programs_that_take_several_blocks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than programs: the parts of sums and of head gradients are added up in their order."""
-    from iprm_kernels.kernels import head
+    from iprm_kernels.kernels import _tiles, head
 
     inputs = heads.inputs(129, 20, 6, device=place.device)
     whole = heads.run(inputs)
-    for name, most in (("ROW_TILE", {4: 64}), ("MOST_PARTS", 3), ("GRADIENT_PROGRAMS", 2)):
-        monkeypatch.setattr(head, name, most)
+    monkeypatch.setattr(_tiles, "ROW_TILE", {4: 64})
+    monkeypatch.setattr(head, "MOST_PARTS", 3)
+    monkeypatch.setattr(head, "GRADIENT_PROGRAMS", 2)
     step = heads.run(inputs)
     assert_equal_steps(step, whole)
     assert_equal_steps(step, plain(step))
@@ -378,6 +381,26 @@ def test_any_head_is_called_twice_the_first_time_without_gradient(place: Place) 
     torch.testing.assert_close(seen[1][0], ik.geodesic_mixup(x, y, result.strength[0]).detach())
     assert not result.strength.requires_grad
     assert not result.kl.requires_grad
+
+
+def test_any_head_measures_the_features_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second mixture takes norms and inner products from the first, and both divergences are one call."""
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    own = [F.linear(inputs[m], inputs[f"weight_{m}"]) for m in "xy"]
+    namespace, calls = kernels(place.device), []
+    counted = {name: _counted(name, function, calls) for name, function in vars(namespace).items()}
+    monkeypatch.setattr(ik.geodesic, "kernels", lambda device: SimpleNamespace(**counted))
+    monkeypatch.setattr(ik.divergence, "kernels", lambda device: SimpleNamespace(**counted))
+    ik.probe_rebalance(inputs["x"], inputs["y"], *own, mlp(inputs), 0.3)
+    assert calls == ["geodesic_mixup", "batch_kl_pair", "strength_weights", "geodesic_remix"]
+
+
+def _counted(name: str, function: Callable[..., None], calls: list[str]) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        calls.append(name)
+        function(*arguments)
+
+    return call
 
 
 def test_any_head_learns_from_the_rebalanced_mixture_alone(place: Place) -> None:

@@ -52,6 +52,13 @@ class TestOpcheck:
             OPS.geodesic_mixup_backward.default, (torch.ones_like(x), x, y, weight, stats, 1e-12, list(needed))
         )
 
+        known = OPS.geodesic_mixup(x, y, weight, 1e-12)[1]
+        torch.library.opcheck(OPS.geodesic_remix.default, (*inputs, known, 1e-12))
+
+    def test_batch_kl_pair(self, place: Place, dtype: torch.dtype) -> None:
+        p, q = cases.logit_pairs(5, 7, dtype, place.device)
+        torch.library.opcheck(OPS.batch_kl_pair.default, (p, q, p.flip(0)))
+
     @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
     @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
     def test_batch_kl(self, place: Place, dtype: torch.dtype, reduction: str, needed: tuple[bool, bool]) -> None:

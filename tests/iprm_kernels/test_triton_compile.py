@@ -51,6 +51,11 @@ def geodesic_mixup(x: torch.Tensor) -> None:
     kernels.geodesic_mixup(x, x, empty(ROWS, dtype=dtype), 1e-12, plain(x.dtype, x.shape[1]), empty(3, ROWS, dtype=dtype))
 
 
+def geodesic_remix(x: torch.Tensor) -> None:
+    dtype = arithmetic_dtype(x.dtype)
+    kernels.geodesic_remix(x, x, empty(ROWS, dtype=dtype), empty(3, ROWS, dtype=dtype), 1e-12, plain(x.dtype, x.shape[1]))
+
+
 def geodesic_mixup_backward(x: torch.Tensor, needed: tuple[bool, ...] = (True, True, True)) -> None:
     dtype = arithmetic_dtype(x.dtype)
     row, grad = empty(ROWS, dtype=dtype), plain(x.dtype, x.shape[1])
@@ -82,7 +87,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return recording(monkeypatch)
 
 
-ROW_OPS = (normalize, normalize_backward, geodesic_mixup, geodesic_mixup_backward, batch_kl, batch_kl_backward)
+ROW_OPS = (
+    normalize, normalize_backward, geodesic_mixup, geodesic_mixup_backward, geodesic_remix, batch_kl, batch_kl_backward
+)  # fmt: skip
 STRENGTH_OPS = (strength_weights, strength_weights_backward)
 OPS = (*ROW_OPS, *STRENGTH_OPS)
 
@@ -142,7 +149,7 @@ def test_no_rows_no_launch(op: Callable[..., None], launches: list[Launch]) -> N
 #: op, matrices read, matrices written
 TRAFFIC = (
     (normalize, 1, 1), (normalize_backward, 2, 1),
-    (geodesic_mixup, 2, 1), (geodesic_mixup_backward, 3, 2),
+    (geodesic_mixup, 2, 1), (geodesic_mixup_backward, 3, 2), (geodesic_remix, 2, 1),
     (batch_kl, 2, 0), (batch_kl_backward, 2, 2),
 )  # fmt: skip
 
@@ -165,3 +172,20 @@ def test_deterministic_without_atomics(op: Callable[..., None], launches: list[L
     op(plain(F32, 16385))
     (launch,) = launches
     assert "atomic" not in launch.compile(TARGETS["sm_90"]).asm["ttir"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "width"), [(F32, 31), (F32, 1000), (F32, 4095), (BF16, 31), (F64, 31), (F64, 1023)])
+def test_two_divergences_read_three_matrices_once(
+    dtype: torch.dtype, width: int, target: str, launches: list[Launch], tmp_path: Path
+) -> None:
+    x = plain(dtype, width)
+    kernels.batch_kl_pair(x, x, x, empty(2, dtype=arithmetic_dtype(dtype)))
+    pair, sums = launches
+    compiled = pair.compile(TARGETS[target])
+    found = spills(compiled, tmp_path)
+    found.pop("sgpr_spill_count", None)  # to lanes of vector registers, not to memory
+    assert not any(found.values()), found
+    assert not any(spills(sums.compile(TARGETS[target]), tmp_path).values())
+    assert len(re.findall(r"tt\.load .*tensor<\d+x\d+x!tt\.ptr", compiled.asm["ttir"])) == 3
+    assert "atomic" not in compiled.asm["ttir"]

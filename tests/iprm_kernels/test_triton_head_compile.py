@@ -85,7 +85,7 @@ def test_a_step_is_at_most_seven_launches(case: tuple, launches: list[Launch]) -
 
 def test_processes_add_up_between_two_halves(launches: list[Launch]) -> None:
     forward(F32, 64, 512, 6, PROBE)
-    assert set(by_name(launches)) == {"project", "probe", "kl"}
+    assert set(by_name(launches)) == {"project", "probe", "kl_sums"}
     launches.clear()
     forward(F32, 64, 512, 6, REBALANCE)
     assert set(by_name(launches)) == {"rebalance"}
