@@ -169,6 +169,21 @@ def test_three_modalities_average_their_pairs(shared):
     assert out.strength.shape == (3, 2)
 
 
+@pytest.mark.parametrize("pairs", ["all", "random"])
+def test_three_modalities_learn_as_around_any_head(pairs):
+    """The operator of a pair, taken for each, gives the gradients of mixing, heads and divergences one by one."""
+    features, target = batch(TRIO)
+    fusion = module(D, C, TRIO, pairs=pairs)
+    general = copy.deepcopy(fusion)
+    general._fused_step = general._step
+    gradients = []
+    for twin in (fusion, general):
+        leaves = {name: x.clone().requires_grad_() for name, x in features.items()}
+        twin(leaves, target).loss.backward()
+        gradients.append([x.grad for x in leaves.values()] + [p.grad for p in twin.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_random_pairs_are_all_drawn_one_a_step():
     fusion = module(D, C, TRIO, pairs="random", shared_mix_head=True)
     for step in range(24):

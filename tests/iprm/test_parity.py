@@ -12,11 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from iprm import ProbeRebalance
+from released import ReleasedIPRM
 from torch import nn
 
 import iprm_kernels as ik
-
-from .released import ReleasedIPRM
 
 STEPS, BATCH, WIDTH, CLASSES = 200, 32, 12, 5
 #: How far a float32 run may stand from the released float64 run, in distances of the released float32 run. Two roundings of

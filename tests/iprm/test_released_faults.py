@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from released import released_slerp, released_strength
 
 import iprm_kernels as ik
-
-from .released import released_slerp, released_strength
 
 
 def _gradients(mix, x, y):

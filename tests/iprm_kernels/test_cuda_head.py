@@ -13,6 +13,7 @@ import cases
 import cuda_on_host
 import head_accuracy
 import heads
+import parity
 import pytest
 import torch
 from heads import LEAVES, Step
@@ -131,6 +132,12 @@ def test_any_order_of_threads_and_number_of_blocks_agree(
         assert all(torch.equal(step.outputs[name], value) for name, value in steps[0].outputs.items())
         assert all(torch.equal(step.gradients[name], value) for name, value in steps[0].gradients.items())
     torch.testing.assert_close(steps[3].outputs, steps[0].outputs)
+
+
+@needs_emulator
+def test_follows_the_algorithm_as_released_for_200_steps(on_host: cuda_on_host.Emulated) -> None:
+    cpu = torch.device("cpu")
+    assert parity.furthest(parity.run(parity.fused, cpu), parity.run(parity.released, cpu)) < parity.BOUND
 
 
 @needs_emulator

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import heads
+import parity
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,6 +199,13 @@ def test_any_strides(place: Place, layout: str) -> None:
         elif layout == "every other column":
             inputs[name] = inputs[name].repeat_interleave(2, dim=1)[:, ::2]
     assert_equal_steps(heads.run(inputs), contiguous)
+
+
+def test_follows_the_algorithm_as_released_for_200_steps(place: Place) -> None:
+    course = parity.run(parity.fused, place.device)
+    assert parity.furthest(course, parity.run(parity.released, place.device)) < parity.BOUND
+    assert abs(course[-1][2] - 0.5) > 0.01  # λ has moved
+    assert course[-1][0] < course[0][0]
 
 
 # as PyTorch sees it
