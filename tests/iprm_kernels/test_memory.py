@@ -11,6 +11,9 @@ import iprm_kernels as ik
 
 MIB = 2**20
 
+#: Of the head step: batch, width, classes.
+HEAD = (65536, 512, 31)
+
 # VmHWM, the most memory the process ever had resident, is the kernel's own count and misses no allocator. A first small
 # step loads libraries and starts threads; all pages of the inputs are touched before the count begins.
 MEASURE = """
@@ -19,24 +22,37 @@ import torch, iprm_kernels as ik
 def peak(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 
-def step(x, y, g):
-    z = ik.geodesic_mixup(x, y, 0.3)
-    return z, *torch.autograd.grad(z, (x, y), g)
+def mixup(rows):
+    x, y, g = (torch.randn(rows, 1024) for _ in range(3))
+    x.requires_grad_(), y.requires_grad_()
+
+    def step():
+        z = ik.geodesic_mixup(x, y, 0.3)
+        return z, *torch.autograd.grad(z, (x, y), g)
+
+    return step
+
+def head(rows, width={width}, classes={classes}):
+    leaves = [torch.randn(rows, width, requires_grad=True) for _ in range(2)]
+    heads = [(torch.randn(classes, width, requires_grad=True), torch.randn(classes, requires_grad=True)) for _ in range(3)]
+    target = torch.randint(classes, (rows,))
+    return lambda: torch.autograd.grad(
+        ik.linear_probe_rebalance(*leaves, *heads, target, 0.3).loss, [*leaves, *(p for head in heads for p in head)]
+    )
 
 torch.manual_seed(0)
 with ik.use_backend("{backend}"):
-    step(*(torch.randn(256, 1024, requires_grad=True) for _ in range(3)))
-    x, y, g = (torch.randn({rows}, 1024) for _ in range(3))
-    x.requires_grad_(), y.requires_grad_()
+    {what}(256)()
+    step = {what}({rows})
     open("/proc/self/clear_refs", "w").write("5")  # the high water mark falls to what is resident now
     before = peak("VmRSS")
-    results = step(x, y, g)
+    results = step()
     print(peak("VmHWM") - before)
 """
 
 
-def extra_bytes(backend: str, rows: int) -> int:
-    script = MEASURE.format(backend=backend, rows=rows)
+def extra_bytes(backend: str, rows: int, what: str = "mixup") -> int:
+    script = MEASURE.format(backend=backend, rows=rows, what=what, width=HEAD[1], classes=HEAD[2])
     return int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
 
 
@@ -57,6 +73,13 @@ class TestPeak:
         results = 3 * 65536 * 1024 * 4  # z, ∂x, ∂y
         # the three numbers a row that are saved are 0.75 MiB of the one allowed
         assert results <= extra_bytes("cpp", 65536) <= results + MIB
+
+    def test_cpp_head_step_needs_eight_times_its_logits_beside_its_gradients(self) -> None:
+        if not ik.backends()["cpp"].available:
+            pytest.skip(str(ik.backends()["cpp"]))
+        rows, width, classes = HEAD
+        gradients = (2 * rows * width + 3 * classes * (width + 1)) * 4
+        assert gradients <= extra_bytes("cpp", rows, "head") <= gradients + 8 * rows * classes * 4 + 4 * MIB
 
     def test_the_measurement_sees_temporaries(self) -> None:
         """Plain torch, which makes many (B, D) temporaries, is caught by the same measurement."""
