@@ -2,12 +2,20 @@
 
 #include "geodesic_terms.h"
 
-// out = a * by_a + b * by_b
+// out = a * by_a + b * by_b; stream: past the caches
 template <class T>
 IPRM_INLINE void combine(
-    T* out, const T* a, typename Lanes<T>::Scalar by_a, const T* b, typename Lanes<T>::Scalar by_b, int64_t columns) {
+    T* out,
+    const T* a,
+    typename Lanes<T>::Scalar by_a,
+    const T* b,
+    typename Lanes<T>::Scalar by_b,
+    int64_t columns,
+    bool stream = false) {
   const Tail<T> tail(columns);
-  for (int64_t i = 0; i < tail.whole; i += Lanes<T>::kCount) store(out + i, load(a + i) * by_a + load(b + i) * by_b);
+  for (int64_t i = 0; stream && i < tail.whole; i += Lanes<T>::kCount)
+    store_past_caches(out + i, load(a + i) * by_a + load(b + i) * by_b);
+  for (int64_t i = 0; !stream && i < tail.whole; i += Lanes<T>::kCount) store(out + i, load(a + i) * by_a + load(b + i) * by_b);
   if (tail) tail.write(out, tail.values(a) * by_a + tail.values(b) * by_b);
 }
 
@@ -38,10 +46,12 @@ IPRM_INLINE void combine(
     typename Lanes<T>::Scalar by_b,
     const T* c,
     typename Lanes<T>::Scalar by_c,
-    int64_t columns) {
+    int64_t columns,
+    bool stream) {
   const Tail<T> tail(columns);
-  for (int64_t i = 0; i < tail.whole; i += Lanes<T>::kCount)
-    store(out + i, load(a + i) * by_a + load(b + i) * by_b + load(c + i) * by_c);
+  const auto combined = [&](int64_t i) { return load(a + i) * by_a + load(b + i) * by_b + load(c + i) * by_c; };
+  for (int64_t i = 0; stream && i < tail.whole; i += Lanes<T>::kCount) store_past_caches(out + i, combined(i));
+  for (int64_t i = 0; !stream && i < tail.whole; i += Lanes<T>::kCount) store(out + i, combined(i));
   if (tail) tail.write(out, tail.values(a) * by_a + tail.values(b) * by_b + tail.values(c) * by_c);
 }
 
@@ -95,6 +105,7 @@ void geodesic_mixup_rows(const MixupArgs& args, int64_t begin, int64_t end) {
   const VectorView<S> weight(args.weight);
   S* stats = static_cast<S*>(args.stats);
   const S eps = S(args.eps);
+  const bool stream = past_caches(args.z, args.rows, args.columns * sizeof(T));
   for (int64_t first = begin; first < end; first += step) {
     const int64_t count = std::min(step, end - first);
     const T *x_rows[kCount], *y_rows[kCount];
@@ -114,9 +125,10 @@ void geodesic_mixup_rows(const MixupArgs& args, int64_t begin, int64_t end) {
       T* z = static_cast<T*>(args.z) + (first + i) * args.columns;
       if (stats[2 * args.rows + first + i] < kNearAntipode<S>)
         combine_no_longer_than_one(z, x_rows[i], from_x[i], y_rows[i], from_y[i], args.columns);
-      else combine(z, x_rows[i], from_x[i], y_rows[i], from_y[i], args.columns);
+      else combine(z, x_rows[i], from_x[i], y_rows[i], from_y[i], args.columns, stream);
     }
   }
+  if (stream) settle_stores();
 }
 
 template <class T>
@@ -131,6 +143,8 @@ void geodesic_mixup_backward_rows(const MixupBackwardArgs& args, int64_t begin, 
   T* outputs[2] = {static_cast<T*>(args.grad_x), static_cast<T*>(args.grad_y)};
   S* grad_w = static_cast<S*>(args.grad_w);
   const S eps = S(args.eps);
+  const bool stream[2] = {
+      past_caches(outputs[0], args.rows, args.columns * sizeof(T)), past_caches(outputs[1], args.rows, args.columns * sizeof(T))};
   for (int64_t first = begin; first < end; first += step) {
     const int64_t count = std::min(step, end - first);
     const T *x_rows[kCount], *y_rows[kCount], *g_rows[kCount];
@@ -162,8 +176,9 @@ void geodesic_mixup_backward_rows(const MixupBackwardArgs& args, int64_t begin, 
         if (outputs[side] == nullptr) continue;
         T* out = outputs[side] + (first + i) * args.columns;
         if (norms[side] <= eps) std::memset(out, 0, args.columns * sizeof(T));
-        else combine(out, g_rows[i], from_g[side][i], x_rows[i], from_x[side][i], y_rows[i], from_y[side][i], args.columns);
+        else combine(out, g_rows[i], from_g[side][i], x_rows[i], from_x[side][i], y_rows[i], from_y[side][i], args.columns, stream[side]);
       }
     }
   }
+  if (stream[0] || stream[1]) settle_stores();
 }

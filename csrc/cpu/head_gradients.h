@@ -71,9 +71,11 @@ void write_feature_gradients(
     const Panel<S>* features,
     int64_t row,
     int64_t rows,
-    int64_t classes) {
+    int64_t classes,
+    bool stream) {
   using V = typename Lanes<S>::Vec;
   constexpr int64_t kCount = Lanes<S>::kCount, kWidth = kTileVectors * kCount;
+  stream = stream && columns == kWidth;
   for (int64_t first = 0; first < rows; first += kTileRows) {
     const int valid = int(std::min<int64_t>(kTileRows, rows - first));
     const auto product = [&](const S* gradients, const Panel<S>& weight, V(&sums)[kTileRows][kTileVectors]) {
@@ -103,7 +105,8 @@ void write_feature_gradients(
           V value = sums[r][q];
           if (!dead)
             value += load(&g[r][q * kCount]) * of.z_from[side][at] + x * of.from_x[side][at] + y * of.from_y[side][at];
-          store((columns == kWidth ? to : line) + q * kCount, value);
+          if (stream) store_past_caches(to + q * kCount, value);
+          else store((columns == kWidth ? to : line) + q * kCount, value);
         }
         if (columns < kWidth) std::memcpy(to, line, columns * sizeof(T));
       }
@@ -119,6 +122,8 @@ void head_gradient_panels(const HeadGradientArgs& args, int64_t begin, int64_t e
   const HeadCoefficients<S> to(args.coefficients, args.rows, classes);
   const MatrixView heads[3] = {
       {args.weight_mix, columns, 1}, {args.weight_x, columns, 1}, {args.weight_y, columns, 1}};
+  const bool stream = (!args.grad_x || past_caches(args.grad_x, args.rows, columns * sizeof(T))) &&
+      (!args.grad_y || past_caches(args.grad_y, args.rows, columns * sizeof(T)));
   std::vector<S> sums(kGroupPanels * 3 * classes * kWidth), copies(3 * kChunkRows * kWidth), head_copies(3 * classes * kWidth);
   for (int64_t group = begin; group < end; group += kGroupPanels) {
     const int64_t group_end = std::min(end, group + kGroupPanels);
@@ -147,7 +152,7 @@ void head_gradient_panels(const HeadGradientArgs& args, int64_t begin, int64_t e
         T* out[2] = {static_cast<T*>(args.grad_x), static_cast<T*>(args.grad_y)};
         for (T*& to_side : out)
           if (to_side) to_side += row * columns + column;
-        write_feature_gradients<T, S>(out, columns, valid, to, w, features, row, rows, classes);
+        write_feature_gradients<T, S>(out, columns, valid, to, w, features, row, rows, classes, stream);
       }
     }
     T* outputs[3] = {
@@ -159,4 +164,5 @@ void head_gradient_panels(const HeadGradientArgs& args, int64_t begin, int64_t e
               outputs[k] + n * columns + panel * kWidth, &sums[(((panel - group) * 3 + k) * classes + n) * kWidth],
               std::min(kWidth, columns - panel * kWidth));
   }
+  if (stream) settle_stores();
 }

@@ -115,6 +115,13 @@ constexpr int64_t kElementsPerThread = 32768;
 // A pair of logits costs as much as this many features: four exponentials and a polynomial.
 constexpr int64_t kExpCost = 8;
 
+// Outputs from this size on go past the caches, where their rows are aligned: what is written last is all that they would hold.
+constexpr int64_t kPastCaches = 32 << 20;
+
+inline bool past_caches(const void* out, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= kPastCaches && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
 // The sum in double, by blocks of 256: exact enough at any length, and the same on any number of threads.
 template <class S>
 double ordered_sum(const S* values, int64_t count) {

@@ -75,6 +75,24 @@ IPRM_INLINE void store(Half* to, VecF value) {
   __builtin_memcpy(to, &narrow, sizeof(narrow));
 }
 
+// To memory past the caches, for an aligned place in an output that they will not hold: a write that is not one reads the line
+// first.
+template <class T, class V>
+IPRM_INLINE void store_past_caches(T* to, V value) {
+#if IPRM_REGISTER_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return _mm512_stream_ps(to, (__m512)value);
+  if constexpr (std::is_same_v<T, double>) return _mm512_stream_pd(to, (__m512d)value);
+#endif
+  store(to, value);
+}
+
+// Before other threads may read what went past the caches, which no ordinary store waits for.
+IPRM_INLINE void settle_stores() {
+#if IPRM_REGISTER_BYTES == 64
+  _mm_sfence();
+#endif
+}
+
 // The first `count` lanes, zero in the others, touching no memory behind them. Through a copy, each costs a stall of some 15 cycles
 // where the vector load waits for the stores before it; AVX-512 masks.
 #if IPRM_REGISTER_BYTES == 64

@@ -255,3 +255,19 @@ def test_every_combination_of_gradients(place: Place, needed: tuple[bool, ...]) 
         out.backward(g)
     for leaf, need, grad in zip(leaves, needed, all_grads, strict=True):
         assert torch.equal(leaf.grad, grad) if need else leaf.grad is None
+
+
+def test_rows_of_a_matrix_that_no_cache_holds() -> None:
+    """From 32 MiB on the C++ kernels write past the caches: a row there is what it is in a small matrix, to the bit."""
+    if not ik.backends()["cpp"].available:
+        pytest.skip(str(ik.backends()["cpp"]))
+    x, y, g = (cases.randn(8200, 1024, seed=seed) for seed in range(3))
+
+    def step(rows: slice) -> list[Tensor]:
+        leaves = [t[rows].clone().requires_grad_() for t in (x, y)]
+        z = ik.geodesic_mixup(*leaves, 0.3)
+        return [z.detach(), *torch.autograd.grad(z, leaves, g[rows])]
+
+    with ik.use_backend("cpp"):
+        for large, small in zip(step(slice(None)), step(slice(8100, None)), strict=True):
+            assert torch.equal(large[8100:], small)

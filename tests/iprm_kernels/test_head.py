@@ -208,6 +208,13 @@ def test_follows_the_algorithm_as_released_for_200_steps(place: Place) -> None:
     assert course[-1][0] < course[0][0]
 
 
+@pytest.mark.skipif(INTERPRETED, reason="takes the interpreter minutes")
+def test_gradients_that_no_cache_holds(place: Place) -> None:
+    """From 32 MiB on the C++ kernels write past the caches."""
+    step = heads.run(heads.inputs(8200, 1024, 3, device=place.device))
+    assert_equal_steps(step, plain(step))
+
+
 # as PyTorch sees it
 
 
