@@ -54,5 +54,5 @@ def test_links_and_folders_exist() -> None:
 
 
 def test_make_targets_exist() -> None:
-    for target in set(re.findall(r"`make (\w+)`", README)):
+    for target in set(re.findall(r"`make ([\w-]+)`", README)):
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)

@@ -274,8 +274,9 @@ def _gradients(
     (batch, width), classes = x.shape, heads[0].shape[0]
     tile = ProductTile.of_gradients(x, classes)
     panels = triton.cdiv(width, tile.columns)
-    most = min(triton.cdiv(batch, tile.rows), GRADIENT_PROGRAMS // panels, PART_ELEMENTS // (3 * classes * width))
-    chunks = max(1, most)
+    # 16-bit features leave of 8BC floats, the memory of a step, as many to the parts as float32 would have taken for gradients
+    elements = PART_ELEMENTS + (batch * classes if x.dtype != torch.float32 else 0)
+    chunks = max(1, min(triton.cdiv(batch, tile.rows), GRADIENT_PROGRAMS // panels, elements // (3 * classes * width)))
     parts: Any = grad_heads
     if chunks > 1:
         parts = [t if t is None else scratch(stats, chunks, *t.shape) for t in grad_heads]
