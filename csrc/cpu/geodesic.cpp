@@ -86,6 +86,7 @@ void mixup(
   const MixupArgs args{
       MatrixView(x), MatrixView(y), weight, eps, z.mutable_data_ptr(), stats.mutable_data_ptr(), rows, columns, known};
   dispatch_type(x.scalar_type(), [&]<class T>() {
+    prefer_huge_pages(args.z, rows * columns * sizeof(T));
     const auto kernel = IPRM_BEST(geodesic_mixup_rows<T>);
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
@@ -125,6 +126,7 @@ void geodesic_mixup_backward(
       MatrixView(grad), MatrixView(x),        MatrixView(y),        weight, stats.const_data_ptr(), eps,
       output<void>(grad_x), output<void>(grad_y), output<void>(grad_w), rows, columns};
   dispatch_type(x.scalar_type(), [&]<class T>() {
+    for (void* out : {args.grad_x, args.grad_y}) prefer_huge_pages(out, rows * columns * sizeof(T));
     const auto kernel = IPRM_BEST(geodesic_mixup_backward_rows<T>);
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });

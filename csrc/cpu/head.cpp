@@ -286,6 +286,7 @@ void head_backward(
         MatrixView(x), MatrixView(y), input(weight_x), input(weight_y), input(weight_mix), memory.get(),
         output<void>(grad_x), output<void>(grad_y), output<void>(grad_weight_x), output<void>(grad_weight_y),
         output<void>(grad_weight_mix), rows, columns, classes};
+    for (void* out : {args.grad_x, args.grad_y}) prefer_huge_pages(out, rows * columns * sizeof(T));
     const auto kernel = IPRM_BEST(head_gradient_panels<T>);
     const int64_t width = IPRM_BEST(panel_width<S>)(), panels = (columns + width - 1) / width;
     parallel(panels, 6 * classes * width * rows, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
