@@ -45,6 +45,16 @@ CXX_FLAGS = [
 ]
 
 
+# -U: torch's own flags take the conversions of 16-bit types away
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-DUSE_CUDA",
+    "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+]
+
+
 def wanted() -> str:
     choice = os.environ.get("IPRM_KERNELS_BUILD", "")
     if choice not in ("", "cpu", "cuda", "none"):
@@ -121,7 +131,7 @@ def extension(kind: str):
         sources=["csrc/extension.cpp", *sources, *(cuda_sources() if kind == "cuda" else [])],
         include_dirs=[pybind11.get_include(), str(GENERATED)],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA"]},
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
     # without c10 and torch_python, which hold nothing of the stable ABI
     built.libraries = [library for library in built.libraries if library in STABLE_LIBRARIES]

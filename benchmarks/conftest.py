@@ -10,7 +10,7 @@ import pytest
 import torch
 from context import context
 from table import OURS, row_of, table
-from timing import Compare, side_by_side
+from timing import Compare, side_by_side, wait
 
 COMPARED = pytest.StashKey[list[dict[str, Any]]]()
 RECORDED = pytest.StashKey[list[str]]()
@@ -45,11 +45,15 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
         for name, other in itertools.product(mine, close):
             for value, wanted in zip(versions[name](), versions[other](), strict=True):
                 scale = max(float(wanted.abs().max()), 1e-30)
-                torch.testing.assert_close(value / scale, wanted / scale, rtol=0, atol=tolerance)
-        times = side_by_side(versions, calls=calls, seconds=1.5 if torch.cuda.is_available() else 4.0)
+                torch.testing.assert_close(value.float() / scale, wanted.float() / scale, rtol=0, atol=tolerance)
+        times = side_by_side(versions, calls=calls, seconds=0.8 if torch.cuda.is_available() else 4.0)
         keep(group, {"shape": shape, "times": {name: spread._asdict() for name, spread in times.items()}})
         request.config.stash[COMPARED].append(row_of(group, shape, times))
-        benchmark.pedantic(versions[mine[0]], rounds=11, warmup_rounds=1)  # pytest-benchmark's own record, to compare runs by
+        benchmark.pedantic(finished, (versions[mine[0]],), rounds=11, warmup_rounds=1)  # its own record, to compare runs by
+
+    def finished(version: Callable[[], Any]) -> None:
+        version()
+        wait()
 
     def keep(group: str, info: dict[str, Any]) -> None:
         benchmark.group = group

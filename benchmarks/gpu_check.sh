@@ -9,28 +9,37 @@ python=${PYTHON:-python3}
 mkdir -p "$folder"
 failed=()
 
-part() { # name, most seconds, command
+part() { # name, most seconds, command; interrupted when they are over, so that pytest still writes what it has
   local name=$1 most=$2 begin=$SECONDS
   shift 2
   echo "== $name"
-  timeout "$most" "$@" >"$folder/$name.log" 2>&1 || failed+=("$name")
-  tail -n 25 "$folder/$name.log"
+  timeout -s INT -k 10 "$most" "$@" >"$folder/logs/$name.log" 2>&1 || failed+=("$name")
+  tail -n 25 "$folder/logs/$name.log"
   echo "== $name took $((SECONDS - begin)) s"
 }
 
-nvidia-smi >"$folder/machine.txt" 2>&1
+finish() {
+  tar -C "$folder" -czf "$folder/logs.tar.gz" logs && rm -r "$folder/logs"
+  if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}"
+    exit 1
+  fi
+  echo "all passed"
+}
+
+mkdir -p "$folder/logs"
+nvidia-smi >"$folder/logs/machine.log" 2>&1
 part build 120 env IPRM_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0}" \
   "$python" -m pip install -q --no-build-isolation --no-deps --no-index -e .
-part tests 140 "$python" -m pytest -q -n 8 -m gpu tests/iprm_kernels
-part memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+((${#failed[@]})) && finish # nothing else can run
+part tests 130 env TORCHINDUCTOR_COMPILE_THREADS=1 "$python" -m pytest -q -n 8 -m gpu --junitxml="$folder/tests.xml" tests/iprm_kernels
+part warm 40 "$python" benchmarks/short_run.py # compiles what the sanitizer then finds compiled
+part memcheck 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --error-exitcode 9 "$python" benchmarks/short_run.py
-part racecheck 40 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" benchmarks/short_run.py
-# two files, so that the second is there when the time of the first has run out
-part operators 80 "$python" -m pytest -q benchmarks --ignore benchmarks/test_head.py --benchmark-json="$folder/operators.json"
-part head 160 "$python" -m pytest -q benchmarks/test_head.py --benchmark-json="$folder/head.json"
-part plot 20 "$python" benchmarks/plot.py "$folder"/operators.json "$folder"/head.json "$folder/results.png"
-if ((${#failed[@]})); then
-  echo "failed: ${failed[*]}"
-  exit 1
-fi
-echo "all passed"
+part racecheck 30 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" benchmarks/short_run.py
+# several files, so that those measured are there when the time of another has run out
+part head 110 "$python" -m pytest -q benchmarks/test_head.py --benchmark-json="$folder/head.json"
+part operators 35 "$python" -m pytest -q benchmarks/test_operators.py benchmarks/test_bandwidth.py --benchmark-json="$folder/operators.json"
+part epoch 45 "$python" -m pytest -q benchmarks/test_epoch.py --benchmark-json="$folder/epoch.json"
+part plot 15 "$python" benchmarks/plot.py "$folder"/{head,operators,epoch}.json "$folder/results.png"
+finish

@@ -6,6 +6,7 @@ usage: plot.py RESULTS.json... PICTURE.png
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +30,14 @@ def by_group(paths: list[Path]) -> dict[str, Rows]:
 
 def ratios_of(rows: Rows) -> dict[str, list[float]]:
     """What is compared with what -> how many times faster, by row."""
-    names = list(rows[0]["times"])
+    names = list(dict.fromkeys(name for row in rows for name in row["times"]))
     mine = [name for name in names if name in OURS]
+
+    def ratio(times: dict[str, dict[str, float]], one: str, other: str) -> float:
+        return times[other]["p50"] / times[one]["p50"] if one in times and other in times else math.nan  # not at every size
+
     return {
-        f"{one} than {other}": [row["times"][other]["p50"] / row["times"][one]["p50"] for row in rows]
+        f"{one} than {other}": [ratio(row["times"], one, other) for row in rows]
         for one in mine
         for other in names
         if other not in mine
@@ -45,7 +50,7 @@ def draw_speedups(axes: Axes, group: str, rows: Rows) -> None:
     for place, (name, values) in enumerate(ratios.items()):
         at = [index + (place - (len(ratios) - 1) / 2) * width for index in range(len(rows))]
         bars = axes.bar(at, values, width=0.9 * width, label=name)
-        axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=6)
+        axes.bar_label(bars, ["" if math.isnan(value) else f"{value:.1f}" for value in values], fontsize=6)
     axes.axhline(1, color="black", linewidth=0.8)
     labels = ["\n".join(["×".join(map(str, r["shape"][:3])), *map(str, r["shape"][3:])]) for r in rows]
     axes.set(title=group, ylabel="times faster")
@@ -86,6 +91,8 @@ NOT_DRAWN = ("launches a step", "memory beyond gradients")
 def main(*paths: Path) -> None:
     *results, picture = paths
     groups = {group: rows for group, rows in by_group(results).items() if group not in NOT_DRAWN}
+    if not groups:
+        raise SystemExit("nothing to draw: none of the files holds a comparison")
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.8 * lines), layout="constrained")

@@ -16,6 +16,7 @@ import iprm_kernels as ik
 def test_geodesic_mixup(compare: Compare, shape: tuple[int, int]) -> None:
     x, y, grad = (torch.randn(shape, device=DEVICE) for _ in range(3))
     x.requires_grad_(), y.requires_grad_()
+    torch.compiler.reset()  # else sizes are dynamic from the second shape on
     compiled = torch.compile(baselines.geodesic_mixup)
 
     def step(function: Callable[..., torch.Tensor]) -> Version:
@@ -32,6 +33,7 @@ def test_geodesic_mixup(compare: Compare, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(64, 31), (8192, 31), (8192, 1000)], ids=str)
 def test_batch_kl(compare: Compare, shape: tuple[int, int]) -> None:
     p, q = (torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2))
+    torch.compiler.reset()
     plain = {"eager": baselines.batch_kl, "compiled": torch.compile(baselines.batch_kl)}
     versions = {name: gradients_of(function, [p, q], p, q) for name, function in plain.items()}
     compare("batch_kl", shape, {**versions, **ours(gradients_of(ik.batch_kl, [p, q], p, q))}, ("eager", "compiled"))

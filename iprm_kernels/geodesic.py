@@ -245,10 +245,8 @@ _geodesic_remix = register(
 
 
 def mixed_twice(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`geodesic_mixup` of matrices without gradient, and a function that mixes them again, with gradient and by another weight,
-    from the norms and inner products just taken."""
-    if autocast.enabled(x):
-        x, y = autocast.widest(x, y)
+    """`geodesic_mixup` of matrices of one type without gradient, and a function that mixes them again, with gradient and by
+    another weight, from the norms and inner products just taken."""
     eps = 1e-12
     z, stats = _geodesic_mixup(x.detach(), y.detach(), weight, eps)
     return z, lambda other: _geodesic_remix(x, y, other, stats, eps)

@@ -78,6 +78,8 @@ def probe_rebalance(
     _check_probe(x, y, logits_x, logits_y, head)
     weight = _checks.mixing_weight(weight, x, torch.Size(()))
     _checks.process_group(group)
+    if autocast.enabled(x):
+        x, y = autocast.widest(x, y)  # with gradient, and so before the probe
     with torch.no_grad(), autocast.uncached(x):
         mixture, remix = mixed_twice(x, y, weight)
         probe = head(mixture)

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 
 import hypothesis
+import places
 import poison
 import pytest
 import torch
-from places import FUSED, INTERPRETED, PLACES, Place
+from places import INTERPRETED, Place
 
 import iprm_kernels as ik
 
@@ -42,15 +43,26 @@ def _at(place: Place) -> Iterator[Place]:
         yield place
 
 
-@pytest.fixture(params=PLACES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for fixture in {"place", "fused", "gpu"} & set(metafunc.fixturenames):
+        metafunc.parametrize(fixture, places.of(fixture, metafunc.module.__name__), indirect=True)
+
+
+@pytest.fixture
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     """Runs the test once by every backend, in use while the test runs."""
     yield from _at(request.param)
 
 
-@pytest.fixture(params=FUSED)
+@pytest.fixture
 def fused(request: pytest.FixtureRequest) -> Iterator[Place]:
     """Runs the test once by every backend but the reference, which it is compared with."""
+    yield from _at(request.param)
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Runs the test once by every backend that has kernels for a GPU."""
     yield from _at(request.param)
 
 

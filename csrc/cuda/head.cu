@@ -94,10 +94,11 @@ void take_state(Head<T>& head, const Tensor& state, const Tensor& logits_x, cons
 
 // Dynamic shared memory above 48 KiB is a kernel's only when it has asked for it.
 template <class Kernel>
-void allow_shared(Kernel kernel, int64_t bytes, int device, int64_t classes) {
+void allow_shared(Kernel kernel, int64_t bytes, int device, int64_t classes, int64_t needed_later = 0) {
   int most = 0;
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  STD_TORCH_CHECK(bytes <= most, "the cuda backend holds no rows of ", classes, " classes: use_backend(\"triton\") does");
+  // a step that its backward pass could not follow is refused at once
+  STD_TORCH_CHECK(std::max(bytes, needed_later) <= most, "the cuda backend holds no rows of ", classes, " classes: use_backend(\"triton\") does");
   if (bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
@@ -162,7 +163,7 @@ void head_forward(
 
     const auto kernel = head_forward_kernel<T>;
     const int64_t shared = forward_shared<T>(args.head.classes);
-    allow_shared(kernel, shared, device, args.head.classes);
+    allow_shared(kernel, shared, device, args.head.classes, features_shared<T>(args.head.classes));
     int multiprocessors = 0, resident = 0;  // all blocks of a cooperative launch run at once
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared), "occupancy");

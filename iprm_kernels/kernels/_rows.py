@@ -36,6 +36,12 @@ def square_root(x):
 
 
 @triton.jit
+def quotient(x, y):
+    """x / y rounded to nearest: the plain quotient of float32 is an approximation on NVIDIA, where x / x may not be 1."""
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
+
+
+@triton.jit
 def divisor(norm, EPS: tl.constexpr):
     """max(‖x‖, eps), and NaN for a norm that is not finite, so that such a row is NaN throughout."""
     eps = tl.full(norm.shape, EPS, norm.dtype)  # a comparison with a bare constant would round it to float32
@@ -163,5 +169,5 @@ def probabilities(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum):
     """P, Q, d = log P - log Q, and whether that is so small that Q - P and P φ(d) must be had from the series."""
     a, a_rest = difference(b_p, r_p_top[:, None])
     b, b_rest = difference(b_q, r_q_top[:, None])
-    d = (a - b) + (a_rest - b_rest) - tl.log(r_p_sum / r_q_sum)[:, None]
+    d = (a - b) + (a_rest - b_rest) - tl.log(quotient(r_p_sum, r_q_sum))[:, None]
     return tl.exp(a) / r_p_sum[:, None], tl.exp(b) / r_q_sum[:, None], d, tl.abs(d) < EXCESS_SERIES_BELOW

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import torch
 from heads import LEAVES, Step
 from places import INTERPRETED
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 import iprm_kernels.head
 from iprm_kernels.backends import PROBE, REBALANCE
@@ -26,6 +28,7 @@ if INTERPRETED:
     pytest.skip("TRITON_INTERPRET is set: only Triton's kernels are tested", allow_module_level=True)
 
 needs_emulator = pytest.mark.skipif(bool(cuda_on_host.obstacle()), reason=cuda_on_host.obstacle() or "emulated")
+ROOT = Path(__file__).parents[2]
 SHAPES = [
     (1, 1, 2),  # the smallest step
     (5, 7, 6),  # less than a warp of columns, less than a tile in the last block
@@ -143,8 +146,7 @@ def test_follows_the_algorithm_as_released_for_200_steps(on_host: cuda_on_host.E
 @needs_emulator
 def test_a_missing_barrier_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulator itself: without the barrier between projections and rows some order reads what is not there."""
-    source = Path(iprm_kernels.head.__file__).parent.parent / "csrc"
-    shutil.copytree(source, tmp_path / "csrc")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     kernels = tmp_path / "csrc" / "cuda" / "head_kernels.cuh"
     text = kernels.read_text()
     barrier = "project_tile<T, S>(args, first, count);\n      __syncthreads();"
@@ -166,15 +168,22 @@ ARCHITECTURES = ("80", "90", "100")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 
+def nvcc_flags() -> list[str]:
+    """Those of setup.py."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (value,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "NVCC_FLAGS")
+    return ast.literal_eval(value)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     folder = tmp_path_factory.mktemp("nvcc")
     include = Path(torch.__file__).parent / "include"
-    source = Path(iprm_kernels.head.__file__).parent.parent / "csrc" / "cuda" / "head.cu"
+    source = ROOT / "csrc" / "cuda" / "head.cu"
 
     def report(architecture: str) -> str:
         target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        flags = ("-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xptxas", "-v", target)
+        flags = (*COMMON_NVCC_FLAGS, *nvcc_flags(), "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xptxas", "-v", target)
         command = ["nvcc", *flags, "-I", str(include), "-c", str(source), "-o", str(folder / f"sm_{architecture}.o")]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 

@@ -342,8 +342,7 @@ def test_programs_that_take_several_blocks(place: Place, monkeypatch: pytest.Mon
     assert_equal_steps(step, plain(step))
 
 
-@pytest.mark.gpu
-def test_no_host_synchronisation_and_captured_in_a_cuda_graph() -> None:
+def test_no_host_synchronisation_and_captured_in_a_cuda_graph(gpu: Place) -> None:
     inputs = heads.inputs(64, 512, 31, device="cuda")
     inputs["weight"] = torch.tensor(0.3, device="cuda")
     wanted = heads.run(inputs)
@@ -360,8 +359,7 @@ def test_no_host_synchronisation_and_captured_in_a_cuda_graph() -> None:
     assert all(torch.equal(captured.gradients[name], wanted.gradients[name]) for name in LEAVES)
 
 
-@pytest.mark.gpu
-def test_a_label_out_of_range_on_a_gpu_is_nan_and_never_read() -> None:
+def test_a_label_out_of_range_on_a_gpu_is_nan_and_never_read(gpu: Place) -> None:
     inputs = heads.inputs(64, 512, 31, device="cuda")
     inputs["target"][5] = 10**9
     step = heads.run(inputs)
@@ -416,6 +414,18 @@ def _counted(name: str, function: Callable[..., None], calls: list[str]) -> Call
         function(*arguments)
 
     return call
+
+
+def test_features_of_two_types_both_learn_under_autocast(place: Place) -> None:
+    inputs = heads.inputs(9, 31, 6, device=place.device)
+    x, y = inputs["x"].requires_grad_(), inputs["y"].bfloat16().requires_grad_()
+    own = [F.linear(inputs[m], inputs[f"weight_{m}"]) for m in "xy"]
+    with torch.autocast(place.device.type, dtype=torch.bfloat16):
+        result = ik.probe_rebalance(x, y, *own, mlp(inputs), 0.3)
+    result.logits.float().sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert y.grad.abs().sum() > 0
+    assert y.grad.dtype == torch.bfloat16
 
 
 def test_any_head_learns_from_the_rebalanced_mixture_alone(place: Place) -> None:

@@ -197,8 +197,7 @@ def test_shapes_on_the_meta_device() -> None:
     assert ik.batch_kl(x[0], x[0], reduction="none").shape == (3,)
 
 
-@pytest.mark.gpu
-def test_no_host_synchronisation() -> None:
+def test_no_host_synchronisation(gpu: Place) -> None:
     x, y = cases.feature_pairs(64, 512, torch.float32, "cuda")
     weight = torch.tensor(0.3, device="cuda")
     gradients(every_op, x, y, weight)
@@ -209,8 +208,7 @@ def test_no_host_synchronisation() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
-def test_captured_in_a_cuda_graph() -> None:
+def test_captured_in_a_cuda_graph(gpu: Place) -> None:
     x, y = cases.feature_pairs(64, 512, torch.float32, "cuda")
     weight = torch.tensor(0.3, device="cuda")
     wanted = gradients(every_op, x, y, weight)

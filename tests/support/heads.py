@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -81,8 +82,10 @@ def run(
         name: t.detach().requires_grad_(name in needed) if name in LEAVES and t is not None else t
         for name, t in arguments.items()
     }
-    result = call(leaves, **options)
-    sum(_weighed(getattr(result, name)) for name in through).backward()
+    # of the plain step both passes, whatever backend is in use
+    with ik.use_backend("reference") if call is two_pass else contextlib.nullcontext():
+        result = call(leaves, **options)
+        sum(_weighed(getattr(result, name)) for name in through).backward()
     gradients = {name: _gradient(leaves[name]) for name in LEAVES}
     outputs = {name: value.detach() for name, value in result._asdict().items()}
     return Step(arguments, {**options, "needed": needed, "through": through}, outputs, gradients)
@@ -90,12 +93,12 @@ def run(
 
 def _weighed(output: Tensor) -> Tensor:
     """A sum in which no two elements weigh the same.  (...) -> ()"""
-    return (output * weights(output.shape, output.dtype).to(output.device)).sum()
+    return (output * weights(output.shape, output.dtype, output.device)).sum()
 
 
-def weights(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Numbers from 1 to 2, by which the elements of an output enter what is differentiated."""
-    return torch.linspace(1, 2, math.prod(shape), dtype=torch.float64).to(dtype).view(shape)
+def weights(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Numbers from 1 to 2, by which the elements of an output enter what is differentiated; made on the device."""
+    return torch.linspace(1, 2, math.prod(shape), dtype=torch.float64, device=device).to(dtype).view(shape)
 
 
 def _gradient(leaf: Tensor | None) -> Tensor | None:

@@ -1,8 +1,8 @@
 """The places operator tests run at: a backend, and the device its tensors live on.
 
-A plain process tests `reference` and `cpp` on the CPU and, where there is a GPU, `triton` and `cuda` on it. A process with
-TRITON_INTERPRET=1 tests the Triton kernels on CPU tensors and nothing else; its shapes are smaller, because the interpreter
-takes tens of milliseconds a program. `make test` runs both.
+A plain process tests `reference` and `cpp` on the CPU and, where there is a GPU, `triton` on it and, the head step, `cuda`. A
+process with TRITON_INTERPRET=1 tests the Triton kernels on CPU tensors and nothing else; its shapes are smaller, because the
+interpreter takes tens of milliseconds a program. `make test` runs both.
 """
 
 from __future__ import annotations
@@ -31,5 +31,13 @@ def _place(backend: str, device: str) -> object:
 
 
 #: Where kernels are compared with the reference.
-FUSED = [_place("triton", "cpu")] if INTERPRETED else [_place("cpp", "cpu"), _place("triton", "cuda"), _place("cuda", "cuda")]
+FUSED = [_place("triton", "cpu")] if INTERPRETED else [_place("cpp", "cpu"), _place("triton", "cuda")]
 PLACES = FUSED if INTERPRETED else [_place("reference", "cpu"), *FUSED]
+#: Where the head step has kernels besides; what else there is of "cuda" are Triton's.
+HEAD = [] if INTERPRETED else [_place("cuda", "cuda")]
+
+
+def of(fixture: str, module: str) -> list[object]:
+    """The places that a fixture of conftest.py takes the tests of a module to."""
+    head = HEAD if "test_head" in module else []
+    return {"place": PLACES, "fused": FUSED, "gpu": [] if INTERPRETED else [_place("triton", "cuda")]}[fixture] + head
