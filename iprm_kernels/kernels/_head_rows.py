@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._rows import divisor, live_inverse_norm, slerp, square_root
+from ._rows import cosine, divisor, live_inverse_norm, slerp, square_root
 from ._tiles import block_rows, load_block, store_block, sum_of_parts
 from .divergence import row_kl, softmax_parts
 
@@ -36,7 +36,7 @@ def row_stats(r_xx, r_yy, r_xy, p_stats, o_rows, m_rows, n_rows, EPS: tl.constex
     """‖x‖, ‖y‖ and c from the inner products, stored as well."""
     r_x_norm = square_root(r_xx)
     r_y_norm = square_root(r_yy)
-    r_c = r_xy / (divisor(r_x_norm, EPS) * divisor(r_y_norm, EPS))
+    r_c = cosine(r_xx, r_yy, r_xy, EPS)
     o_stats = n_rows.to(tl.int64)
     tl.store(p_stats + o_rows, r_x_norm, mask=m_rows)
     tl.store(p_stats + o_stats + o_rows, r_y_norm, mask=m_rows)

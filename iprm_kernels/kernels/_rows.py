@@ -49,6 +49,14 @@ def divisor(norm, EPS: tl.constexpr):
 
 
 @triton.jit
+def cosine(r_xx, r_yy, r_xy, EPS: tl.constexpr):
+    """⟨x̂, ŷ⟩ from the inner products, in float64: roundings of both norms would be two of its ulps, which near the antipode
+    gradients multiply by ten; and of equal rows it is 1."""
+    lengths = divisor(tl.sqrt(r_xx.to(tl.float64)), EPS) * divisor(tl.sqrt(r_yy.to(tl.float64)), EPS)
+    return (r_xy.to(tl.float64) / lengths).to(r_xy.dtype)
+
+
+@triton.jit
 def live_inverse_norm(norm, EPS: tl.constexpr):
     """1 / ‖x‖ as the gradient uses it: zero for a dead row, ‖x‖ <= eps."""
     return tl.where(norm <= tl.full(norm.shape, EPS, norm.dtype), 0.0, 1 / divisor(norm, EPS))

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import NEAR_ANTIPODE, divisor, live_inverse_norm, no_longer_than_one, scale_rows, slerp, square_root
+from ._rows import NEAR_ANTIPODE, cosine, divisor, live_inverse_norm, no_longer_than_one, scale_rows, slerp, square_root
 from ._tiles import block_rows, load_block, on_device_of, store_block, tiling
 
 # eps is a constant of the kernels: a float argument would arrive as float32, in a float64 kernel too.
@@ -149,7 +149,7 @@ def geodesic_mixup_forward_kernel(
         r_x_norm = square_root(r_xx)
         r_y_norm = square_root(r_yy)
         r_x_divisor, r_y_divisor = divisor(r_x_norm, EPS), divisor(r_y_norm, EPS)
-        r_c = r_xy / (r_x_divisor * r_y_divisor)
+        r_c = cosine(r_xx, r_yy, r_xy, EPS)
         tl.store(p_stats + o_rows, r_x_norm, mask=m_rows)
         tl.store(p_stats + o_stats + o_rows, r_y_norm, mask=m_rows)
         tl.store(p_stats + 2 * o_stats + o_rows, r_c, mask=m_rows)
