@@ -130,6 +130,13 @@ IPRM_INLINE V inverse_norm(V norm, T eps) {
   return nothing == T(0) ? T(1) / (norm > eps ? norm : V{} + eps) : nothing;
 }
 
+// <x^, y^> of one row from its inner products, in double: rounded norms would cost two ulps of it, which near the antipode the
+// gradients multiply by ten; and of equal rows it is 1.
+template <class T>
+IPRM_INLINE T cosine(T xx, T yy, T xy, T eps) {
+  return T(double(xy) * inverse_norm(::sqrt(double(xx)), double(eps)) * inverse_norm(::sqrt(double(yy)), double(eps)));
+}
+
 // Below this c the two terms of z are over twice as long as z, which their rounding may then make longer than 1: rows there are
 // measured, and shortened to it.
 template <class T>

@@ -55,12 +55,9 @@ IPRM_INLINE void dot_both(const T* g, const T* x, const T* y, int64_t columns, t
 // ||x||, ||y|| and c of rows from their products, into (3, rows) statistics
 template <class S>
 IPRM_INLINE void write_stats(S* stats, int64_t rows, int64_t row, const S* xx, const S* yy, const S* xy, int64_t count, S eps) {
-  using V = typename Lanes<S>::Vec;
-  const V x_norm = square_root(load_rows(xx, count)), y_norm = square_root(load_rows(yy, count));
-  const V c = load_rows(xy, count) * inverse_norm(x_norm, eps) * inverse_norm(y_norm, eps);
-  store_rows(stats + row, x_norm, count);
-  store_rows(stats + rows + row, y_norm, count);
-  store_rows(stats + 2 * rows + row, c, count);
+  store_rows(stats + row, square_root(load_rows(xx, count)), count);
+  store_rows(stats + rows + row, square_root(load_rows(yy, count)), count);
+  for (int64_t i = 0; i < count; ++i) stats[2 * rows + row + i] = cosine(xx[i], yy[i], xy[i], eps);
 }
 
 // What the mixtures of rows are made of, from (3, rows) statistics, into from_x and from_y: whole vectors

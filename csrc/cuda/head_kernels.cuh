@@ -262,12 +262,13 @@ __device__ __forceinline__ void project_tile(const Forward<T>& args, int64_t fir
       yy += y * y;
       xy += x * y;
     }
-    const S x_norm = square_root(warp_sum(xx)), y_norm = square_root(warp_sum(yy));
-    const S c = warp_sum(xy) * inverse_norm(x_norm, S(kHeadEps)) * inverse_norm(y_norm, S(kHeadEps));
+    xx = warp_sum(xx);
+    yy = warp_sum(yy);
+    xy = warp_sum(xy);
     if (lane == 0) {
-      head.stats[first + r] = x_norm;
-      head.stats[head.rows + first + r] = y_norm;
-      head.stats[2 * head.rows + first + r] = c;
+      head.stats[first + r] = square_root(xx);
+      head.stats[head.rows + first + r] = square_root(yy);
+      head.stats[2 * head.rows + first + r] = cosine(xx, yy, xy, S(kHeadEps));
     }
   }
 }
