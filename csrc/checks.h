@@ -1,4 +1,5 @@
-// A kernel reads and writes through bare pointers: whatever it is given is checked before it runs.
+// What the host code of every device shares: a kernel reads and writes through bare pointers, so whatever it is given is checked
+// before it runs.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -46,28 +47,21 @@ inline void check_output(const Tensor& tensor, const char* name, int64_t count, 
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous vector");
 }
 
-// The tensors that both passes of the linear head step share: see HeadState of either device for what `state` holds.
-inline void check_step(
-    const Tensor& x,
-    const Tensor& y,
-    std::initializer_list<const Tensor*> weights,
-    std::initializer_list<const std::optional<Tensor>*> biases,
-    const Tensor& target,
-    const Tensor& state,
-    std::initializer_list<const Tensor*> logits,
-    const Tensor& strength,
-    bool on_gpu = false) {
-  const int64_t rows = x.size(0), columns = x.size(1), classes = (*weights.begin())->size(0);
-  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
-  check_matrix(x, "x", rows, columns, dtype, on_gpu);
-  check_matrix(y, "y", rows, columns, dtype, on_gpu);
-  for (const Tensor* weight : weights) check_matrix(*weight, "weight of a head", classes, columns, dtype, on_gpu);
-  for (const auto* bias : biases)
-    if (*bias) check_vector(**bias, "bias of a head", classes, dtype, on_gpu);
-  check_vector(target, "target", rows, ScalarType::Long, on_gpu);
-  check_output(state, "state", rows * (3 + (dtype == arithmetic ? 2 : 4) * classes) + 1, arithmetic, on_gpu);
-  for (const Tensor* of : logits) check_output(*of, "logits", rows, classes, dtype, on_gpu);
-  check_output(strength, "strength", 2, arithmetic, on_gpu);
+// Calls work.template operator()<T>() with the storage type of `dtype`; of 16-bit types each device has its own.
+template <class BFloat16, class Half, class Work>
+void dispatch_type(ScalarType dtype, const Work& work) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return work.template operator()<float>();
+    case ScalarType::Double:
+      return work.template operator()<double>();
+    case ScalarType::BFloat16:
+      return work.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return work.template operator()<Half>();
+    default:
+      STD_TORCH_CHECK(false, "expected float16, bfloat16, float32 or float64");
+  }
 }
 
 }  // namespace iprm

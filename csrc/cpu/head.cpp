@@ -7,6 +7,7 @@
 
 #include "../core/label.h"
 #include "../core/strength.h"
+#include "../head_step.h"
 #include "rows.h"
 
 namespace iprm {
@@ -120,26 +121,6 @@ int64_t counted_rows(const VectorView<int64_t>& target, int64_t rows, int64_t ig
   return count;
 }
 
-// What a step keeps for its backward pass, in one tensor: ||x||, ||y||, c (3, B); A, V (B, C); where the logits that were
-// returned are narrower, the unimodal logits (B, C) in the arithmetic type; and how many rows count in the losses.
-template <class S>
-struct HeadState {
-  S *stats, *a, *v, *u_x, *u_y, *counted;
-
-  HeadState(const Tensor& state, const Tensor& logits_x, const Tensor& logits_y) {
-    const int64_t rows = logits_x.size(0), classes = logits_x.size(1);
-    const bool narrow = logits_x.scalar_type() != state.scalar_type();
-    stats = static_cast<S*>(state.mutable_data_ptr());
-    a = stats + 3 * rows;
-    v = a + rows * classes;
-    u_x = narrow ? v + rows * classes : static_cast<S*>(logits_x.mutable_data_ptr());
-    u_y = narrow ? u_x + rows * classes : static_cast<S*>(logits_y.mutable_data_ptr());
-    counted = stats + state.numel() - 1;
-  }
-};
-
-constexpr int64_t kProbe = 1, kRebalance = 2;
-
 void head_forward(
     const Tensor& x,
     const Tensor& y,
@@ -241,19 +222,11 @@ void head_backward(
     const std::optional<Tensor>& grad_weight_mix,
     const std::optional<Tensor>& grad_bias_mix) {
   const int64_t rows = x.size(0), columns = x.size(1), classes = weight_mix.size(0);
-  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
-  for (const auto* grad : {&grad_mix, &grad_logits_x, &grad_logits_y})
-    if (*grad) check_matrix(**grad, "gradient of logits", rows, classes, dtype);
-  if (grad_loss) check_scalar(*grad_loss, "grad_loss", arithmetic);
-  if (grad_losses) check_vector(*grad_losses, "grad_losses", 3, arithmetic);
+  check_step_backward(
+      x, classes, grad_loss, grad_losses, {&grad_mix, &grad_logits_x, &grad_logits_y}, {&grad_x, &grad_y},
+      {&grad_weight_x, &grad_weight_y, &grad_weight_mix}, {&grad_bias_x, &grad_bias_y, &grad_bias_mix});
   check_step(
       x, y, {&weight_x, &weight_y, &weight_mix}, {&bias_mix}, target, state, {&logits_x, &logits_y}, strength);
-  for (const auto* grad : {&grad_x, &grad_y})
-    if (*grad) check_output(**grad, "gradient of features", rows, columns, dtype);
-  for (const auto* grad : {&grad_weight_x, &grad_weight_y, &grad_weight_mix})
-    if (*grad) check_output(**grad, "gradient of a weight", classes, columns, dtype);
-  for (const auto* grad : {&grad_bias_x, &grad_bias_y, &grad_bias_mix})
-    if (*grad) check_output(**grad, "gradient of a bias", classes, dtype);
   dispatch_type(x.scalar_type(), [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
     ArithmeticInputs<S> input;

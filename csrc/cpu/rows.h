@@ -96,21 +96,9 @@ class RowReader {
   std::vector<T> copies_;
 };
 
-// Calls work.template operator()<T>() with the storage type of `dtype`.
 template <class Work>
 void dispatch_type(ScalarType dtype, const Work& work) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return work.template operator()<float>();
-    case ScalarType::Double:
-      return work.template operator()<double>();
-    case ScalarType::BFloat16:
-      return work.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return work.template operator()<Half>();
-    default:
-      STD_TORCH_CHECK(false, "expected float16, bfloat16, float32 or float64");
-  }
+  dispatch_type<BFloat16, Half>(dtype, work);
 }
 
 // Work smaller than this many elements is not worth a thread: a fork and join costs some 5 us, 32,768 elements as much.

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../checks.h"
+#include "../head_step.h"
 #include "head_kernels.cuh"
 
 namespace iprm::device {
@@ -25,21 +25,9 @@ cudaStream_t stream_of(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Calls work.template operator()<T>() with the storage type of `dtype`.
 template <class Work>
 void dispatch_type(ScalarType dtype, const Work& work) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return work.template operator()<float>();
-    case ScalarType::Double:
-      return work.template operator()<double>();
-    case ScalarType::BFloat16:
-      return work.template operator()<__nv_bfloat16>();
-    case ScalarType::Half:
-      return work.template operator()<__half>();
-    default:
-      STD_TORCH_CHECK(false, "expected float16, bfloat16, float32 or float64");
-  }
+  iprm::dispatch_type<__nv_bfloat16, __half>(dtype, work);
 }
 
 // Keeps contiguous copies alive until the launch, and hands out pointers; of a tensor that is contiguous, its own.
@@ -74,22 +62,14 @@ T* out(const std::optional<Tensor>& tensor) {
   return tensor ? out<T>(*tensor) : nullptr;
 }
 
-// What a step keeps for its backward pass, in one tensor: ||x||, ||y||, c (3, B); A, V (B, C); where the logits that were
-// returned are narrower, the unimodal logits (B, C) in the arithmetic type; and how many rows count in the losses.
 template <class T, class S = typename Arithmetic<T>::Type>
-void take_state(Head<T>& head, const Tensor& state, const Tensor& logits_x, const Tensor& logits_y) {
-  const int64_t size = head.rows * head.classes;
-  head.stats = out<S>(state);
-  head.projected[0] = head.stats + 3 * head.rows;
-  head.projected[1] = head.projected[0] + size;
-  if constexpr (std::is_same_v<T, S>) {
-    head.own[0] = out<S>(logits_x);
-    head.own[1] = out<S>(logits_y);
-  } else {
-    head.own[0] = head.projected[1] + size;
-    head.own[1] = head.own[0] + size;
-  }
-  head.counted = head.stats + state.numel() - 1;
+void take_state(Head<T>& head, const HeadState<S>& of) {
+  head.stats = of.stats;
+  head.projected[0] = of.a;
+  head.projected[1] = of.v;
+  head.own[0] = of.u_x;
+  head.own[1] = of.u_y;
+  head.counted = of.counted;
 }
 
 // Dynamic shared memory above 48 KiB is a kernel's only when it has asked for it.
@@ -102,8 +82,6 @@ void allow_shared(Kernel kernel, int64_t bytes, int device, int64_t classes, int
   if (bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
-
-constexpr int64_t kProbe = 1, kRebalance = 2;
 
 void head_forward(
     const Tensor& x,
@@ -147,7 +125,7 @@ void head_forward(
         {input.operator()<T>(bias_mix), input.operator()<T>(bias_x), input.operator()<T>(bias_y)},
         static_cast<const int64_t*>(target.const_data_ptr()), target.stride(0), nullptr, {}, {}, nullptr,
         x.size(0), x.size(1), weight_mix.size(0), label_smoothing, ignore_index};
-    take_state(args.head, state, logits_x, logits_y);
+    take_state(args.head, HeadState<S>(state, logits_x, logits_y));
     args.weight = static_cast<const S*>(weight.const_data_ptr());
     args.logits_mix = out<T>(logits_mix);
     if constexpr (!std::is_same_v<T, S>) {
@@ -208,18 +186,11 @@ void head_backward(
     const std::optional<Tensor>& grad_bias_mix) {
   const int64_t rows = x.size(0), columns = x.size(1), classes = weight_mix.size(0);
   const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
-  for (const auto* grad : {&grad_mix, &grad_logits_x, &grad_logits_y})
-    if (*grad) check_matrix(**grad, "gradient of logits", rows, classes, dtype, true);
-  if (grad_loss) check_scalar(*grad_loss, "grad_loss", arithmetic, true);
-  if (grad_losses) check_vector(*grad_losses, "grad_losses", 3, arithmetic, true);
+  check_step_backward(
+      x, classes, grad_loss, grad_losses, {&grad_mix, &grad_logits_x, &grad_logits_y}, {&grad_x, &grad_y},
+      {&grad_weight_x, &grad_weight_y, &grad_weight_mix}, {&grad_bias_x, &grad_bias_y, &grad_bias_mix}, true);
   check_step(
       x, y, {&weight_x, &weight_y, &weight_mix}, {&bias_mix}, target, state, {&logits_x, &logits_y}, strength, true);
-  for (const auto* grad : {&grad_x, &grad_y})
-    if (*grad) check_output(**grad, "gradient of features", rows, columns, dtype, true);
-  for (const auto* grad : {&grad_weight_x, &grad_weight_y, &grad_weight_mix})
-    if (*grad) check_output(**grad, "gradient of a weight", classes, columns, dtype, true);
-  for (const auto* grad : {&grad_bias_x, &grad_bias_y, &grad_bias_mix})
-    if (*grad) check_output(**grad, "gradient of a bias", classes, dtype, true);
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   dispatch_type(dtype, [&]<class T>() {
@@ -232,7 +203,7 @@ void head_backward(
         {input.operator()<T>(bias_mix), nullptr, nullptr},
         static_cast<const int64_t*>(target.const_data_ptr()), target.stride(0), nullptr, {}, {}, nullptr,
         rows, columns, classes, label_smoothing, ignore_index};
-    take_state(args.head, state, logits_x, logits_y);
+    take_state(args.head, HeadState<S>(state, logits_x, logits_y));
     args.grad_loss = input.operator()<S>(grad_loss);
     args.grad_losses = input.operator()<S>(grad_losses);
     args.strength = static_cast<const S*>(strength.const_data_ptr());
