@@ -56,6 +56,11 @@ def row_tile(classes: int, itemsize: int) -> tuple[int, int, int]:
     return min(max(ROW_TILE[itemsize] // block, 1), TILE_ROWS), block, min(max(block // 256, 4), 16)
 
 
+def part_programs(rows: int, block: int) -> int:
+    """Programs of a kernel that leaves parts of a sum over blocks of rows; one for no rows, whose sum is zero."""
+    return max(1, min(triton.cdiv(rows, block), MOST_PARTS))
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launches go to the current device; this makes it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ._rows import excess, probabilities
 from ._tiles import (
-    MOST_PARTS,
     TILE,
     TILE_ROWS,
     block_rows,
     load_block,
     on_device_of,
+    part_programs,
     row_tile,
     store_block,
     sum_of_parts,
@@ -320,14 +320,15 @@ def batch_kl_pair(p_logits: Tensor, other_logits: Tensor, q_logits: Tensor, kl: 
             batch_kl(logits, q_logits, "sum", value, torch.empty((5, n_rows), dtype=kl.dtype, device=kl.device))
         return
     rows, block, num_warps = row_tile(n_cols, kl.dtype.itemsize)
-    programs = max(1, min(triton.cdiv(n_rows, rows), MOST_PARTS))
-    parts = torch.empty((programs, 2), dtype=kl.dtype, device=kl.device)
+    programs = part_programs(n_rows, rows)
+    parts = torch.empty((programs, 2), dtype=kl.dtype, device=kl.device) if programs > 1 else kl
     strides = (*p_logits.stride(), *other_logits.stride(), *q_logits.stride())
     with on_device_of(kl):
         batch_kl_pair_kernel[(programs,)](
             p_logits, other_logits, q_logits, parts, *strides, n_rows, n_cols, BLOCK_B=rows, BLOCK_D=block, num_warps=num_warps
         )
-        kl_sums_kernel[(1,)](parts, kl, programs, num_warps=4)
+        if programs > 1:
+            kl_sums_kernel[(1,)](parts, kl, programs, num_warps=4)
 
 
 def strength_weights(kl: Tensor, strength: Tensor) -> None:

@@ -21,7 +21,7 @@ from ..backends import PROBE, REBALANCE
 from ..reference.head import EPS, State
 from ._head_products import head_features_kernel, head_gradients_kernel, head_project_kernel, head_reduce_kernel
 from ._head_rows import head_coefficients_kernel, head_losses_kernel, head_probe_kernel, head_rebalance_kernel
-from ._tiles import MOST_PARTS, TILE, on_device_of, row_tile
+from ._tiles import TILE, on_device_of, part_programs, row_tile
 from .divergence import kl_sums_kernel
 
 #: The most classes for which the kernels multiply themselves, by the type of the features: twice as many spill.
@@ -90,17 +90,6 @@ def precision(x: Tensor) -> str:
     return "tf32" if one else "tf32x3"
 
 
-class Grid(NamedTuple):
-    """Blocks of rows, and how many programs share them."""
-
-    block: int
-    programs: int
-
-    @staticmethod
-    def of(rows: int, block: int) -> Grid:
-        return Grid(block, max(1, min(triton.cdiv(rows, block), MOST_PARTS)))
-
-
 def dense(tensor: Any) -> Any:
     return tensor if tensor is None else tensor.contiguous()
 
@@ -155,7 +144,7 @@ def _probe(
     widened = logits_x.dtype != of.a.dtype
     strides = (*x.stride(), *y.stride(), batch, width, classes)
     rows, block_c, num_warps = row_tile(classes, itemsize)
-    grid = Grid.of(batch, rows)
+    programs = part_programs(batch, rows)
     features: tuple[Any, ...] = (x, y, bias_x, bias_y)
     if multiplies_itself(x, classes):
         features = (None,) * 4
@@ -170,11 +159,11 @@ def _probe(
         with below(AUTOCAST):
             for out, matrix, head in products:
                 multiply(matrix, head.T, out)
-    kl_parts = scratch(of.a, grid.programs, 2)
+    kl_parts = scratch(of.a, programs, 2)
     copies = (logits_x, logits_y) if widened else (None, None)
-    head_probe_kernel[(grid.programs,)](
+    head_probe_kernel[(programs,)](
         *features, bias_mix, weight, of.stats, of.a, of.v, of.u_x, of.u_y, *copies, kl_parts, *strides, EPS=EPS,
-        BLOCK_B=grid.block, BLOCK_C=block_c, BLOCK_D=max(16, TILE[itemsize] // grid.block), num_warps=num_warps,
+        BLOCK_B=rows, BLOCK_C=block_c, BLOCK_D=max(16, TILE[itemsize] // rows), num_warps=num_warps,
     )  # fmt: skip
     return kl_parts
 
@@ -204,16 +193,16 @@ def _rebalance(
 ) -> None:
     batch, classes = of.a.shape
     rows, block_c, num_warps = row_tile(classes, of.a.element_size())
-    grid = Grid.of(batch, rows)
-    loss_parts = scratch(of.a, grid.programs, 4) if grid.programs > 1 else None
-    head_rebalance_kernel[(grid.programs,)](
+    programs = part_programs(batch, rows)
+    loss_parts = scratch(of.a, programs, 4) if programs > 1 else None
+    head_rebalance_kernel[(programs,)](
         of.a, of.v, of.u_x, of.u_y, of.stats, dense(bias_mix), target, kl_parts,
         kl, strength, logits_mix, loss_parts, loss, losses, of.counted,
-        *target.stride(), batch, classes, len(kl_parts), ignore_index, SMOOTHING=label_smoothing, EPS=EPS, BLOCK_B=grid.block,
+        *target.stride(), batch, classes, len(kl_parts), ignore_index, SMOOTHING=label_smoothing, EPS=EPS, BLOCK_B=rows,
         BLOCK_C=block_c, num_warps=num_warps,
     )  # fmt: skip
     if loss_parts is not None:
-        head_losses_kernel[(1,)](loss_parts, loss, losses, of.counted, grid.programs, num_warps=4)
+        head_losses_kernel[(1,)](loss_parts, loss, losses, of.counted, programs, num_warps=4)
 
 
 def head_backward(

@@ -335,7 +335,7 @@ def test_programs_that_take_several_blocks(place: Place, monkeypatch: pytest.Mon
     inputs = heads.inputs(129, 20, 6, device=place.device)
     whole = heads.run(inputs)
     monkeypatch.setattr(_tiles, "ROW_TILE", {4: 64})
-    monkeypatch.setattr(head, "MOST_PARTS", 3)
+    monkeypatch.setattr(_tiles, "MOST_PARTS", 3)
     monkeypatch.setattr(head, "GRADIENT_PROGRAMS", 2)
     step = heads.run(inputs)
     assert_equal_steps(step, whole)
