@@ -11,13 +11,15 @@ import iprm_kernels as ik
 
 
 def step(batch: int, width: int, classes: int, dtype: torch.dtype) -> None:
-    """One step forward and backward, and one mixture and KL."""
-    x, y = (torch.randn(batch, width, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
-    heads = [torch.nn.Linear(width, classes, device="cuda", dtype=dtype) for _ in range(3)]
+    """One step forward and backward of two modalities, one of three, and one mixture and KL."""
+    x, y, z = (torch.randn(batch, width, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+    modules = [torch.nn.Linear(width, classes, device="cuda", dtype=dtype) for _ in range(6)]
+    heads = [(module.weight, module.bias) for module in modules]
     target = torch.arange(batch, device="cuda") % classes
-    result = ik.linear_probe_rebalance(x, y, *((head.weight, head.bias) for head in heads), target, 0.5)
+    result = ik.linear_probe_rebalance(x, y, *heads[:3], target, 0.5)
+    three = ik.linear_probe_rebalance_pairs([x, y, z], heads[:3], heads[3:], target, 0.5)
     mixed = ik.geodesic_mixup(x, y, result.strength[0])
-    (result.loss + mixed.float().square().sum() + ik.batch_kl(result.logits_x, result.logits_mix)).backward()
+    (result.loss + three.loss + mixed.float().square().sum() + ik.batch_kl(result.logits_x, result.logits_mix)).backward()
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 // What the host code of the linear head step shares between devices: what is asked of a call, what is checked, what is kept.
 #pragma once
 
+#include <vector>
+
 #include "checks.h"
 
 namespace iprm {
@@ -8,71 +10,121 @@ namespace iprm {
 // The parts of a forward pass, as iprm_kernels/backends.py names them.
 constexpr int64_t kProbe = 1, kRebalance = 2;
 
-// What a step keeps for its backward pass, in one tensor: ||x||, ||y||, c (3, B); A, V (B, C); where the logits that were
-// returned are narrower, the unimodal logits (B, C) in the arithmetic type; and how many rows count in the losses.
+// A pair of modalities that are mixed, by their places among the features.
+struct Pair {
+  int64_t x, y;
+};
+
+inline std::vector<Pair> pairs_of(const std::vector<int64_t>& flat, int64_t modalities) {
+  STD_TORCH_CHECK(!flat.empty() && flat.size() % 2 == 0, "pairs: expected two places for each pair");
+  std::vector<Pair> pairs;
+  for (size_t k = 0; k < flat.size(); k += 2) {
+    pairs.push_back({flat[k], flat[k + 1]});
+    for (int64_t place : {flat[k], flat[k + 1]}) STD_TORCH_CHECK(place >= 0 && place < modalities, "pairs: no modality ", place);
+    STD_TORCH_CHECK(flat[k] != flat[k + 1], "pairs: expected two modalities, got ", flat[k], " twice");
+  }
+  return pairs;
+}
+
+// What a step keeps for its backward pass, in one tensor, of P pairs and M modalities: ||x||, ||y||, c (P, 3, B); projections of
+// x and y on the head of their mixture (P, 2, B, C); where the logits that were returned are narrower, the unimodal logits
+// (M, B, C) in the arithmetic type; and how many rows count in the losses.
 template <class S>
 struct HeadState {
-  S *stats, *a, *v, *u_x, *u_y, *counted;
+  S *stats, *projected, *own, *counted;
 
-  HeadState(const Tensor& state, const Tensor& logits_x, const Tensor& logits_y) {
-    const int64_t rows = logits_x.size(0), classes = logits_x.size(1);
-    const bool narrow = logits_x.scalar_type() != state.scalar_type();
+  HeadState(const Tensor& state, const Tensor& logits, int64_t pairs) {
+    const int64_t rows = logits.size(1), classes = logits.size(2);
     stats = static_cast<S*>(state.mutable_data_ptr());
-    a = stats + 3 * rows;
-    v = a + rows * classes;
-    u_x = narrow ? v + rows * classes : static_cast<S*>(logits_x.mutable_data_ptr());
-    u_y = narrow ? u_x + rows * classes : static_cast<S*>(logits_y.mutable_data_ptr());
+    projected = stats + 3 * pairs * rows;
+    own = logits.scalar_type() != state.scalar_type()
+        ? projected + 2 * pairs * rows * classes
+        : static_cast<S*>(logits.mutable_data_ptr()) + pairs * rows * classes;
     counted = stats + state.numel() - 1;
   }
 };
 
-// The tensors that both passes of the linear head step share: see HeadState for what `state` holds.
+// The tensors that both passes of the linear head step share: see HeadState for what `state` holds. Heads and logits come
+// mixtures first.
 inline void check_step(
-    const Tensor& x,
-    const Tensor& y,
-    std::initializer_list<const Tensor*> weights,
-    std::initializer_list<const std::optional<Tensor>*> biases,
+    const std::vector<Tensor>& features,
+    const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& biases,
+    int64_t pairs,
     const Tensor& target,
     const Tensor& state,
-    std::initializer_list<const Tensor*> logits,
+    const Tensor& logits,
     const Tensor& strength,
     bool on_gpu = false) {
-  const int64_t rows = x.size(0), columns = x.size(1), classes = (*weights.begin())->size(0);
-  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
-  check_matrix(x, "x", rows, columns, dtype, on_gpu);
-  check_matrix(y, "y", rows, columns, dtype, on_gpu);
-  for (const Tensor* weight : weights) check_matrix(*weight, "weight of a head", classes, columns, dtype, on_gpu);
-  for (const auto* bias : biases)
-    if (*bias) check_vector(**bias, "bias of a head", classes, dtype, on_gpu);
+  const int64_t modalities = features.size(), heads = weights.size();
+  STD_TORCH_CHECK(modalities > 1 && heads == pairs + modalities, "expected a head for each pair and each modality");
+  const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
+  const ScalarType dtype = features[0].scalar_type(), arithmetic = arithmetic_type(dtype);
+  for (const Tensor& x : features) check_matrix(x, "features", rows, columns, dtype, on_gpu);
+  for (const Tensor& weight : weights) check_matrix(weight, "weight of a head", classes, columns, dtype, on_gpu);
+  for (const auto& bias : biases)
+    if (bias) check_vector(*bias, "bias of a head", classes, dtype, on_gpu);
   check_vector(target, "target", rows, ScalarType::Long, on_gpu);
-  check_output(state, "state", rows * (3 + (dtype == arithmetic ? 2 : 4) * classes) + 1, arithmetic, on_gpu);
-  for (const Tensor* of : logits) check_output(*of, "logits", rows, classes, dtype, on_gpu);
-  check_output(strength, "strength", 2, arithmetic, on_gpu);
+  const int64_t matrices = 2 * pairs + (dtype == arithmetic ? 0 : modalities);
+  check_output(state, "state", rows * (3 * pairs + matrices * classes) + 1, arithmetic, on_gpu);
+  check_output(logits, "logits", heads, rows, classes, dtype, on_gpu);
+  check_output(strength, "strength", 2 * pairs, arithmetic, on_gpu);
+}
+
+// What the forward pass has besides.
+inline void check_step_forward(
+    const Tensor& state,
+    int64_t heads,
+    int64_t pairs,
+    size_t biases,
+    const Tensor& probing,
+    const Tensor& kl,
+    const Tensor& loss,
+    const Tensor& losses,
+    bool on_gpu = false) {
+  const ScalarType arithmetic = state.scalar_type();
+  STD_TORCH_CHECK(int64_t(biases) == heads, "expected a bias or none for each head");
+  STD_TORCH_CHECK(
+      probing.is_cpu() != on_gpu && probing.scalar_type() == arithmetic && probing.numel() == pairs && probing.is_contiguous(),
+      "probing: expected a weight for each pair");
+  check_output(kl, "kl", 2 * pairs, arithmetic, on_gpu);
+  check_scalar(loss, "loss", arithmetic, on_gpu);
+  check_output(losses, "losses", heads, arithmetic, on_gpu);
 }
 
 // What the backward pass has besides: upstream gradients, and the outputs that are wanted.
 inline void check_step_backward(
-    const Tensor& x,
-    int64_t classes,
+    const std::vector<Tensor>& features,
+    const std::vector<Tensor>& weights,
+    size_t biases,
+    int64_t pairs,
     const std::optional<Tensor>& grad_loss,
     const std::optional<Tensor>& grad_losses,
-    std::initializer_list<const std::optional<Tensor>*> of_logits,
-    std::initializer_list<const std::optional<Tensor>*> of_features,
-    std::initializer_list<const std::optional<Tensor>*> of_weights,
-    std::initializer_list<const std::optional<Tensor>*> of_biases,
+    const std::optional<Tensor>& grad_logits,
+    const std::vector<std::optional<Tensor>>& grad_features,
+    const std::vector<std::optional<Tensor>>& grad_weights,
+    const std::vector<std::optional<Tensor>>& grad_biases,
     bool on_gpu = false) {
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
+  const int64_t heads = weights.size();
+  STD_TORCH_CHECK(int64_t(biases) >= pairs, "expected a bias or none for each mixture");
+  STD_TORCH_CHECK(
+      grad_features.size() == features.size() && grad_weights.size() == weights.size() && grad_biases.size() == weights.size(),
+      "expected a gradient or none for each of features and heads");
+  const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
+  const ScalarType dtype = features[0].scalar_type(), arithmetic = arithmetic_type(dtype);
   if (grad_loss) check_scalar(*grad_loss, "grad_loss", arithmetic, on_gpu);
-  if (grad_losses) check_vector(*grad_losses, "grad_losses", 3, arithmetic, on_gpu);
-  for (const auto* grad : of_logits)
-    if (*grad) check_matrix(**grad, "gradient of logits", rows, classes, dtype, on_gpu);
-  for (const auto* grad : of_features)
-    if (*grad) check_output(**grad, "gradient of features", rows, columns, dtype, on_gpu);
-  for (const auto* grad : of_weights)
-    if (*grad) check_output(**grad, "gradient of a weight", classes, columns, dtype, on_gpu);
-  for (const auto* grad : of_biases)
-    if (*grad) check_output(**grad, "gradient of a bias", classes, dtype, on_gpu);
+  if (grad_losses) check_vector(*grad_losses, "grad_losses", heads, arithmetic, on_gpu);
+  if (grad_logits)
+    STD_TORCH_CHECK(
+        grad_logits->dim() == 3 && grad_logits->size(0) == heads && grad_logits->size(1) == rows &&
+            grad_logits->size(2) == classes && grad_logits->is_cpu() != on_gpu && grad_logits->scalar_type() == dtype,
+        "gradient of logits: expected the shape, type and device of the logits");
+  for (const auto& grad : grad_features)
+    if (grad) check_output(*grad, "gradient of features", rows, columns, dtype, on_gpu);
+  for (const auto& grad : grad_weights)
+    if (grad) check_output(*grad, "gradient of a weight", classes, columns, dtype, on_gpu);
+  for (const auto& grad : grad_biases)
+    if (grad) check_output(*grad, "gradient of a bias", classes, dtype, on_gpu);
 }
 
 }  // namespace iprm

@@ -3,13 +3,14 @@
 from .backends import BackendStatus, BackendUnavailableError, backends, build_info, use_backend
 from .divergence import batch_kl, strength_weights
 from .geodesic import geodesic_mixup, normalize
-from .head import ProbeResult, StepResult, linear_probe_rebalance, probe_rebalance
+from .head import PairsResult, ProbeResult, StepResult, linear_probe_rebalance, linear_probe_rebalance_pairs, probe_rebalance
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
+    "PairsResult",
     "ProbeResult",
     "StepResult",
     "backends",
@@ -17,6 +18,7 @@ __all__ = [
     "build_info",
     "geodesic_mixup",
     "linear_probe_rebalance",
+    "linear_probe_rebalance_pairs",
     "normalize",
     "probe_rebalance",
     "strength_weights",

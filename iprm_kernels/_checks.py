@@ -83,6 +83,24 @@ def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
 # the head step
 
 
+def sequence(name: str, value: Any, wanted: str) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: expected a list or tuple of {wanted}, got {type(value).__name__}")
+
+
+def pairs(value: Any, modalities: int) -> list[int]:
+    """Pairs of two different modalities each, as one list."""
+    sequence("pairs", value, "pairs of modalities")
+    if not value:
+        raise ValueError("pairs: expected at least one pair of modalities, got none")
+    for k, pair in enumerate(value):
+        sequence(f"pairs[{k}]", pair, "two places in features")
+        whole = all(isinstance(place, int) and not isinstance(place, bool) for place in pair)
+        if len(pair) != 2 or not whole or pair[0] == pair[1] or not all(0 <= place < modalities for place in pair):
+            raise ValueError(f"pairs[{k}]: expected two different places in features, 0 to {modalities - 1}, got {tuple(pair)}")
+    return [place for pair in value for place in pair]
+
+
 def linear_heads(heads: dict[str, Any], x: Tensor, autocast: bool) -> None:
     """Each head is (weight (C, D), bias (C,) or None), all of the same C, for the features."""
     classes = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def below(keys: DispatchKeySet) -> Any:
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
-def unobserved(arguments: tuple[Any, ...]) -> bool:
+def unobserved(arguments: Sequence[Any]) -> bool:
     """Whether nothing but autograd wants to see a call: no tracing or compiling, no mode, transform, profiler or subclass."""
     if torch.compiler.is_compiling():  # first, as torch.compile cannot trace the others
         return False
@@ -44,13 +44,31 @@ def unobserved(arguments: tuple[Any, ...]) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return False
+    return _all_plain(arguments)
+
+
+def _all_plain(arguments: Sequence[Any]) -> bool:
     for argument in arguments:
         if type(argument) in PLAIN:
             if argument.is_meta:
                 return False
+        elif type(argument) is list:
+            if not _all_plain(argument):
+                return False
         elif isinstance(argument, torch.Tensor):
             return False
     return True
+
+
+def flattened(arguments: tuple[Any, ...]) -> list[Any]:
+    """Arguments with the elements of lists in the place of these: autograd sees no tensor inside a list."""
+    flat = []
+    for argument in arguments:
+        if type(argument) is list:
+            flat += argument
+        else:
+            flat.append(argument)
+    return flat
 
 
 def register(
@@ -64,7 +82,8 @@ def register(
     """Defines `iprm::<schema>` and returns the function that calls it.
 
     `kernel` runs below autograd, on every device; it selects the backend itself. `setup_context(ctx, inputs,
-    outputs)` saves tensors, which come to `backward(ctx, saved, *grads)` unpacked. An operator without a `backward` (every
+    outputs)` saves tensors, which come to `backward(ctx, saved, *grads)` unpacked; of an operator that takes lists, gradients
+    and `ctx.needs_input_grad` are in the order of the tensors, list after list. An operator without a `backward` (every
     `*_backward` operator) refuses to be differentiated, and all refuse forward mode and torch.func's transforms, rather than
     returning silently wrong derivatives.
 
@@ -83,14 +102,16 @@ def register(
         with below(AUTOGRAD):
             return overload(*arguments)
 
-    registered = _function(name, through_dispatcher, setup_context, backward)
-    direct = _function(name, kernel, setup_context, backward)
+    lists = "[]" in schema.split("->")[0]
+    registered = _function(name, through_dispatcher, setup_context, backward, lists)
+    direct = _function(name, kernel, setup_context, backward, lists)
 
     def autograd(*arguments: Any) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             registered.jvp()
-        if _differentiated(arguments) or forward_ad._current_level >= 0:
-            return registered.apply(*arguments)
+        flat = flattened(arguments) if lists else arguments
+        if _differentiated(flat) or forward_ad._current_level >= 0:
+            return registered.apply(*flat, arguments) if lists else registered.apply(*flat)
         return through_dispatcher(*arguments)
 
     LIBRARY.impl(name, autograd, "Autograd")
@@ -98,12 +119,17 @@ def register(
     def call(*arguments: Any) -> Any:
         if not unobserved(arguments):
             return overload(*arguments)
-        return direct.apply(*arguments) if _differentiated(arguments) else kernel(*arguments)
+        if not torch.is_grad_enabled():
+            return kernel(*arguments)
+        flat = flattened(arguments) if lists else arguments
+        if not _differentiated(flat):
+            return kernel(*arguments)
+        return direct.apply(*flat, arguments) if lists else direct.apply(*flat)
 
     return call
 
 
-def _differentiated(arguments: tuple[Any, ...]) -> bool:
+def _differentiated(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
@@ -112,8 +138,9 @@ def _function(
     run: Callable[..., Any],
     setup_context: Callable[..., None] | None,
     backward: Callable[..., Any] | None,
+    lists: bool,
 ) -> Any:
-    """The operator as autograd sees it.
+    """The operator as autograd sees it; where it takes lists, its arguments as `flattened` left them, and last as they were.
 
     This is `torch.library.register_autograd`'s without its bookkeeping for keyword-only and default arguments, which no
     schema here has: geodesic_mixup forward and backward at (64, 512) take 178 µs with that, of which 26 in kernels, and 101 µs
@@ -121,10 +148,12 @@ def _function(
     """
 
     def forward(ctx: Any, *arguments: Any) -> Any:
+        if lists:
+            arguments = arguments[-1]
         output = run(*arguments)
         if setup_context is not None:
             setup_context(ctx, arguments, output)
-        return output
+        return tuple(output) if type(output) is list else output
 
     def run_backward(ctx: Any, *grads: Any) -> Any:
         if backward is None:
@@ -133,7 +162,8 @@ def _function(
                 "create_graph, or differentiate the formula in plain torch"
             )
         # activation checkpointing computes the saved tensors again here: with autograd, and so before any guard
-        return backward(ctx, ctx.saved_tensors, *grads)
+        found = backward(ctx, ctx.saved_tensors, *grads)
+        return (*found, None) if lists else found
 
     def refuse_forward_mode(*_: Any) -> Any:
         raise RuntimeError(

@@ -13,16 +13,18 @@ the operator has allocated (None for a gradient that nobody asked for)::
     batch_kl_pair(p_logits, other_logits, q_logits, kl)
     strength_weights(kl, strength)
     strength_weights_backward(grad, kl, grad_kl)
-    head_forward(x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, target, weight, label_smoothing, ignore_index,
-                 parts, state, logits_mix, logits_x, logits_y, kl, strength, loss, losses)
-    head_backward(grad_loss, grad_losses, grad_mix, grad_logits_x, grad_logits_y, x, y, weight_x, weight_y, weight_mix,
-                  bias_mix, target, state, logits_x, logits_y, strength, label_smoothing, ignore_index, grad_x, grad_y,
-                  grad_weight_x, grad_bias_x, grad_weight_y, grad_bias_y, grad_weight_mix, grad_bias_mix)
+    head_forward(features, weights, biases, pairs, target, probing, label_smoothing, ignore_index, parts,
+                 state, logits, kl, strength, loss, losses)
+    head_backward(grad_loss, grad_losses, grad_logits, features, weights, biases, pairs, target, state, logits, strength,
+                  label_smoothing, ignore_index, grad_features, grad_weights, grad_biases)
 
 Features and logits are 2-D with any strides, outputs contiguous; weight is (B,), of stride 0 where one value serves all rows;
-the gradient of batch_kl is () or (B,), as its value was. stats and state of one backend serve the backward of another. parts
-says what of a head step to do: PROBE, up to the KL sums, REBALANCE, from there on, or both; between the two, the sums may be
-added over processes. On the CPU a label out of range is refused by an error before anything else.
+the gradient of batch_kl is () or (B,), as its value was. stats and state of one backend serve the backward of another.
+
+A head step has M features and P pairs of them, the latter in one list; its heads, their losses, logits (P + M, B, C) and
+gradients come mixtures first; λ is (P,), of one pair () too, kl and strength (2P,); only the biases of the mixtures matter to
+the backward pass. parts says what of the step to do: PROBE, up to the KL sums, REBALANCE, from there on, or both; between the
+two, the sums may be added over processes. On the CPU a label out of range is refused by an error before anything else.
 """
 
 from __future__ import annotations
@@ -137,10 +139,10 @@ def _load_triton() -> _Loaded:
     assert composed is not None
 
     def head_forward(*arguments: Any) -> None:
-        (own if module.serves(*arguments[0:3:2]) else composed).head_forward(*arguments)
+        (own if module.serves(*arguments[:2]) else composed).head_forward(*arguments)
 
     def head_backward(*arguments: Any) -> None:
-        (own if module.serves(*arguments[5:8:2]) else composed).head_backward(*arguments)
+        (own if module.serves(*arguments[3:5]) else composed).head_backward(*arguments)
 
     return _Loaded(
         SimpleNamespace(**{**vars(own), "head_forward": head_forward, "head_backward": head_backward}), devices, reason
@@ -148,7 +150,7 @@ def _load_triton() -> _Loaded:
 
 
 def _load_cuda() -> _Loaded:
-    """The head step in CUDA C++; what else there is by Triton's kernels, or else the reference."""
+    """The head step of two modalities in CUDA C++; what else there is by Triton's kernels, or else the reference."""
     built = build_info()
     if built["extension"] != "cuda":
         found = "holds no CUDA kernels" if built["extension"] == "cpu" else f"is not there ({built['reason']})"
@@ -156,7 +158,16 @@ def _load_cuda() -> _Loaded:
     if not torch.cuda.is_available() or torch.version.hip:
         return _Loaded(None, (), "no NVIDIA GPU is visible")
     others = _load("triton").kernels or _load("reference").kernels
-    head = {name: getattr(torch.ops.iprm_cpp, name).default for name in ("head_forward", "head_backward")}
+    assert others is not None
+    ops = torch.ops.iprm_cpp
+
+    def head_forward(*arguments: Any) -> None:  # features come first
+        (ops.head_forward.default if len(arguments[0]) == 2 else others.head_forward)(*arguments)
+
+    def head_backward(*arguments: Any) -> None:  # and here behind three upstream gradients
+        (ops.head_backward.default if len(arguments[3]) == 2 else others.head_backward)(*arguments)
+
+    head = {"head_forward": head_forward, "head_backward": head_backward}
     return _Loaded(SimpleNamespace(**{**vars(others), **head}), ("cuda",), "not yet verified on a GPU")
 
 

@@ -14,63 +14,65 @@ namespace iprm {
 
 constexpr double kHeadEps = 1e-12;  // the smallest length divided by, as in `normalize`
 
+// A step of P pairs among M modalities. Heads, logits and losses come mixtures first; whatever is of all pairs, sides or
+// modalities lies in one piece of memory, as HeadState says.
+struct HeadStep {
+  std::vector<MatrixView> features;
+  std::vector<Pair> pairs;
+  std::vector<const void*> weights, biases;  // (C, D) contiguous, (C,) or null, in the arithmetic type
+  void *stats, *projected, *own;
+  const void* strength;
+  VectorView<int64_t> target;
+  double label_smoothing;
+  int64_t ignore_index, rows, columns, classes;
+
+  int64_t modalities() const { return features.size(); }
+  int64_t mixtures() const { return pairs.size(); }
+  int64_t heads() const { return weights.size(); }
+};
+
 struct HeadProbeArgs {
-  MatrixView x, y;
-  const void *weight_x, *weight_y, *weight_mix;  // (C, D) contiguous, in the arithmetic type
-  const void *bias_x, *bias_y, *bias_mix;        // (C,) or null
-  const void* weight;                            // () lambda
-  void *a, *v, *u_x, *u_y, *stats;               // (B, C) x4, (3, B)
-  void *logits_x, *logits_y;                     // (B, C), null where u_x and u_y are the logits
-  void* kl_rows;                                 // (2, B)
-  int64_t rows, columns, classes;
+  const HeadStep& step;
+  const void* probing;  // (P,) lambda
+  void* logits;         // (M, B, C), null where `own` holds the logits
+  void* kl_rows;        // (2P, B)
 };
 
 struct HeadRebalanceArgs {
-  const void *a, *v, *u_x, *u_y, *stats, *bias_mix, *strength;
-  VectorView<int64_t> target;
-  double label_smoothing;
-  int64_t ignore_index;
-  void *logits_mix, *loss_rows;  // (B, C), (3, B)
-  int64_t rows, classes;
+  const HeadStep& step;
+  void *logits, *loss_rows;  // (P, B, C), (P + M, B)
 };
 
 struct HeadCoefficientArgs {
-  const void *a, *v, *u_x, *u_y, *stats, *bias_mix, *strength;
-  VectorView<int64_t> target;
-  double label_smoothing;
-  int64_t ignore_index;
-  const void* scales;       // (3,) of the losses, over the rows that count
-  const void* upstream[3];  // (B, C) to the logits of the mixture, x, y, or null
+  const HeadStep& step;
+  const void *scales, *upstream;  // (P + M,) of the losses, over the rows that count; (P + M, B, C) to the logits, or null
   void* coefficients;
-  int64_t rows, classes;
 };
 
 struct HeadGradientArgs {
-  MatrixView x, y;
-  const void *weight_x, *weight_y, *weight_mix;  // (C, D) contiguous, in the arithmetic type
+  const HeadStep& step;
   void* coefficients;
-  void *grad_x, *grad_y, *grad_weight_x, *grad_weight_y, *grad_weight_mix;  // null: not wanted
-  int64_t rows, columns, classes;
+  std::vector<void*> grad_features, grad_weights;  // null: not wanted
 };
 
 // What the gradients are made of, in one piece of memory.
 template <class S>
 struct HeadCoefficients {
-  S *mix, *own[2];                      // (B, C) dZ, dU_x and dU_y
-  S* z_from[2];                         // (B,) p / ||x|| and q / ||y||: the mixture from x and y, and their gradients from dZ W
-  S *from_x[2], *from_y[2];             // (B,) of the gradient of either side what comes of x, and of y
-  bool* dead[2];                        // (B,) to such a row nothing comes but from its own head
+  S* of_logits;  // (P + M, B, C) dZ and dU
+  S* z_from;     // (P, 2, B) p / ||x|| and q / ||y||: the mixture from x and y, and their gradients from dZ W
+  S* from;       // (P, 2, 2, B) of the gradient of either side what comes of x, and of y
+  bool* dead;    // (P, 2, B) to such a row nothing comes but from its own head
 
-  HeadCoefficients(void* memory, int64_t rows, int64_t classes) {
-    S* at = static_cast<S*>(memory);
-    for (S** matrix : {&mix, &own[0], &own[1]}) *matrix = std::exchange(at, at + rows * classes);
-    for (S** column : {&z_from[0], &z_from[1], &from_x[0], &from_x[1], &from_y[0], &from_y[1]})
-      *column = std::exchange(at, at + rows);
-    dead[0] = reinterpret_cast<bool*>(at);
-    dead[1] = dead[0] + rows;
+  HeadCoefficients(void* memory, const HeadStep& step) {
+    of_logits = static_cast<S*>(memory);
+    z_from = of_logits + step.heads() * step.rows * step.classes;
+    from = z_from + 2 * step.mixtures() * step.rows;
+    dead = reinterpret_cast<bool*>(from + 4 * step.mixtures() * step.rows);
   }
 
-  static int64_t bytes(int64_t rows, int64_t classes) { return rows * ((3 * classes + 6) * int64_t(sizeof(S)) + 2); }
+  static int64_t bytes(const HeadStep& step) {
+    return step.rows * ((step.heads() * step.classes + 6 * step.mixtures()) * int64_t(sizeof(S)) + 2 * step.mixtures());
+  }
 };
 
 }  // namespace iprm
@@ -121,73 +123,83 @@ int64_t counted_rows(const VectorView<int64_t>& target, int64_t rows, int64_t ig
   return count;
 }
 
-void head_forward(
-    const Tensor& x,
-    const Tensor& y,
-    const Tensor& weight_x,
-    const std::optional<Tensor>& bias_x,
-    const Tensor& weight_y,
-    const std::optional<Tensor>& bias_y,
-    const Tensor& weight_mix,
-    const std::optional<Tensor>& bias_mix,
+// The step as the kernels see it; `input` keeps alive what had to be converted.
+template <class S>
+HeadStep step_of(
+    ArithmeticInputs<S>& input,
+    const std::vector<Tensor>& features,
+    const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& biases,
+    std::vector<Pair> pairs,
     const Tensor& target,
-    const Tensor& weight,
+    const HeadState<S>& of,
+    const Tensor& strength,
+    double label_smoothing,
+    int64_t ignore_index) {
+  HeadStep step{
+      {}, std::move(pairs), {}, {}, of.stats, of.projected, of.own, strength.const_data_ptr(), VectorView<int64_t>(target),
+      label_smoothing, ignore_index, features[0].size(0), features[0].size(1), weights[0].size(0)};
+  for (const Tensor& x : features) step.features.emplace_back(x);
+  for (const Tensor& weight : weights) step.weights.push_back(input(weight));
+  for (const auto& bias : biases) step.biases.push_back(input(bias));
+  return step;
+}
+
+void head_forward(
+    const std::vector<Tensor>& features,
+    const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& biases,
+    const std::vector<int64_t>& flat_pairs,
+    const Tensor& target,
+    const Tensor& probing,
     double label_smoothing,
     int64_t ignore_index,
     int64_t parts,
     const Tensor& state,
-    const Tensor& logits_mix,
-    const Tensor& logits_x,
-    const Tensor& logits_y,
+    const Tensor& logits,
     const Tensor& kl,
     const Tensor& strength,
     const Tensor& loss,
     const Tensor& losses) {
-  const int64_t rows = x.size(0), columns = x.size(1), classes = weight_mix.size(0);
-  const ScalarType arithmetic = arithmetic_type(x.scalar_type());
-  check_step(
-      x, y, {&weight_x, &weight_y, &weight_mix}, {&bias_x, &bias_y, &bias_mix}, target, state,
-      {&logits_mix, &logits_x, &logits_y}, strength);
-  check_scalar(weight, "weight", arithmetic);
-  check_output(kl, "kl", 2, arithmetic);
-  check_scalar(loss, "loss", arithmetic);
-  check_output(losses, "losses", 3, arithmetic);
+  const std::vector<Pair> pairs = pairs_of(flat_pairs, features.size());
+  const int64_t mixtures = pairs.size(), heads = weights.size();
+  check_step(features, weights, biases, mixtures, target, state, logits, strength);
+  check_step_forward(state, heads, mixtures, biases.size(), probing, kl, loss, losses);
+  const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
   const VectorView<int64_t> labels(target);
   for (int64_t row = 0; row < rows; ++row)
     STD_TORCH_CHECK(
         !Label(labels[row], classes, ignore_index).wrong, "target: label ", labels[row], " of row ", row, " is out of range");
-  dispatch_type(x.scalar_type(), [&]<class T>() {
+  dispatch_type(features[0].scalar_type(), [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
     constexpr bool kNarrow = !std::is_same_v<T, S>;
-    const HeadState<S> of(state, logits_x, logits_y);
+    const HeadState<S> of(state, logits, mixtures);
     ArithmeticInputs<S> input;
-    const void* mix_bias = input(bias_mix);
-    const auto row_values = std::make_unique_for_overwrite<S[]>(3 * rows);
+    const HeadStep step =
+        step_of(input, features, weights, biases, pairs, target, of, strength, label_smoothing, ignore_index);
+    const auto row_values = std::make_unique_for_overwrite<S[]>(std::max(heads, 2 * mixtures) * rows);
     if (parts & kProbe) {
       const HeadProbeArgs args{
-          MatrixView(x), MatrixView(y), input(weight_x), input(weight_y), input(weight_mix), input(bias_x), input(bias_y),
-          mix_bias, weight.const_data_ptr(), of.a, of.v, of.u_x, of.u_y, of.stats,
-          kNarrow ? output<void>(logits_x) : nullptr, kNarrow ? output<void>(logits_y) : nullptr, row_values.get(), rows,
-          columns, classes};
+          step, probing.const_data_ptr(), kNarrow ? output<T>(logits) + mixtures * rows * classes : nullptr, row_values.get()};
       const auto kernel = IPRM_BEST(head_probe_rows<T>);
-      parallel(rows, 4 * classes * columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-      for (int side = 0; side < 2; ++side) output<S>(kl)[side] = S(ordered_sum(row_values.get() + side * rows, rows));
+      const int64_t products = (step.modalities() + 2 * mixtures) * classes * columns;
+      parallel(rows, products, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+      for (int64_t k = 0; k < 2 * mixtures; ++k) output<S>(kl)[k] = S(ordered_sum(row_values.get() + k * rows, rows));
     }
     if (parts & kRebalance) {
-      strength_weights_of(VectorView<S>(kl), 2, output<S>(strength));
-      const HeadRebalanceArgs args{
-          of.a, of.v, of.u_x, of.u_y, of.stats, mix_bias, strength.const_data_ptr(), labels, label_smoothing,
-          ignore_index, output<void>(logits_mix), row_values.get(), rows, classes};
+      for (int64_t k = 0; k < mixtures; ++k)
+        strength_weights_of(output<S>(kl) + 2 * k, 2, output<S>(strength) + 2 * k);
+      const HeadRebalanceArgs args{step, output<void>(logits), row_values.get()};
       const auto kernel = IPRM_BEST(head_rebalance_rows<T>);
       parallel_rows(
-          rows, kRowCost + kExpCost * classes, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-      const double counted = double(counted_rows(args.target, rows, ignore_index));
+          rows, mixtures * (kRowCost + kExpCost * classes), [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+      const double counted = double(counted_rows(labels, rows, ignore_index));
       *of.counted = S(counted);
       double total = 0;
-      for (int k = 0; k < 3; ++k) {
+      for (int64_t k = 0; k < heads; ++k) {
         const double mean = ordered_sum(row_values.get() + k * rows, rows) / counted;
         output<S>(losses)[k] = S(mean);
-        total += mean;
+        total += k < mixtures ? mean / double(mixtures) : mean;
       }
       *output<S>(loss) = S(total);
     }
@@ -197,72 +209,60 @@ void head_forward(
 void head_backward(
     const std::optional<Tensor>& grad_loss,
     const std::optional<Tensor>& grad_losses,
-    const std::optional<Tensor>& grad_mix,
-    const std::optional<Tensor>& grad_logits_x,
-    const std::optional<Tensor>& grad_logits_y,
-    const Tensor& x,
-    const Tensor& y,
-    const Tensor& weight_x,
-    const Tensor& weight_y,
-    const Tensor& weight_mix,
-    const std::optional<Tensor>& bias_mix,
+    const std::optional<Tensor>& grad_logits,
+    const std::vector<Tensor>& features,
+    const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& biases,
+    const std::vector<int64_t>& flat_pairs,
     const Tensor& target,
     const Tensor& state,
-    const Tensor& logits_x,
-    const Tensor& logits_y,
+    const Tensor& logits,
     const Tensor& strength,
     double label_smoothing,
     int64_t ignore_index,
-    const std::optional<Tensor>& grad_x,
-    const std::optional<Tensor>& grad_y,
-    const std::optional<Tensor>& grad_weight_x,
-    const std::optional<Tensor>& grad_bias_x,
-    const std::optional<Tensor>& grad_weight_y,
-    const std::optional<Tensor>& grad_bias_y,
-    const std::optional<Tensor>& grad_weight_mix,
-    const std::optional<Tensor>& grad_bias_mix) {
-  const int64_t rows = x.size(0), columns = x.size(1), classes = weight_mix.size(0);
+    const std::vector<std::optional<Tensor>>& grad_features,
+    const std::vector<std::optional<Tensor>>& grad_weights,
+    const std::vector<std::optional<Tensor>>& grad_biases) {
+  const std::vector<Pair> pairs = pairs_of(flat_pairs, features.size());
+  const int64_t mixtures = pairs.size(), heads = weights.size();
+  check_step(features, weights, biases, mixtures, target, state, logits, strength);
   check_step_backward(
-      x, classes, grad_loss, grad_losses, {&grad_mix, &grad_logits_x, &grad_logits_y}, {&grad_x, &grad_y},
-      {&grad_weight_x, &grad_weight_y, &grad_weight_mix}, {&grad_bias_x, &grad_bias_y, &grad_bias_mix});
-  check_step(
-      x, y, {&weight_x, &weight_y, &weight_mix}, {&bias_mix}, target, state, {&logits_x, &logits_y}, strength);
-  dispatch_type(x.scalar_type(), [&]<class T>() {
+      features, weights, biases.size(), mixtures, grad_loss, grad_losses, grad_logits, grad_features, grad_weights, grad_biases);
+  const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
+  dispatch_type(features[0].scalar_type(), [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
     ArithmeticInputs<S> input;
-    const HeadState<S> of(state, logits_x, logits_y);
-    const VectorView<int64_t> labels(target);
-    S scales[3];
+    const HeadState<S> of(state, logits, mixtures);
+    const HeadStep step =
+        step_of(input, features, weights, biases, pairs, target, of, strength, label_smoothing, ignore_index);
+    std::vector<S> scales(heads);
     const S* to_loss = static_cast<const S*>(input(grad_loss));
     const S* to_losses = static_cast<const S*>(input(grad_losses));
-    for (int k = 0; k < 3; ++k) scales[k] = ((to_loss ? *to_loss : S(0)) + (to_losses ? to_losses[k] : S(0))) / *of.counted;
+    for (int64_t k = 0; k < heads; ++k) {
+      const S share = to_loss ? (k < mixtures ? *to_loss / S(mixtures) : *to_loss) : S(0);
+      scales[k] = (share + (to_losses ? to_losses[k] : S(0))) / *of.counted;
+    }
 
-    const auto memory = std::make_unique_for_overwrite<char[]>(HeadCoefficients<S>::bytes(rows, classes));
-    std::vector<Tensor> kept;
-    const auto stored = [&](const std::optional<Tensor>& grad) -> const void* {
-      return grad ? kept.emplace_back(torch::stable::contiguous(*grad)).const_data_ptr() : nullptr;
-    };
+    const auto memory = std::make_unique_for_overwrite<char[]>(HeadCoefficients<S>::bytes(step));
+    const std::optional<Tensor> upstream = grad_logits ? torch::stable::contiguous(*grad_logits) : grad_logits;
     const HeadCoefficientArgs coefficient_args{
-        of.a, of.v, of.u_x, of.u_y, of.stats, input(bias_mix), strength.const_data_ptr(), labels, label_smoothing, ignore_index,
-        scales, {stored(grad_mix), stored(grad_logits_x), stored(grad_logits_y)}, memory.get(), rows, classes};
+        step, scales.data(), upstream ? upstream->const_data_ptr() : nullptr, memory.get()};
     const auto coefficient_kernel = IPRM_BEST(head_coefficient_rows<T>);
     parallel_rows(
-        rows, kRowCost + kExpCost * classes,
+        rows, mixtures * (kRowCost + kExpCost * classes),
         [&](int64_t begin, int64_t end) { coefficient_kernel(coefficient_args, begin, end); });
-    const HeadCoefficients<S> to(memory.get(), rows, classes);
+    const HeadCoefficients<S> to(memory.get(), step);
     const auto write_column_sums = IPRM_BEST(write_column_sums<T>);
-    if (grad_bias_mix) write_column_sums(to.mix, rows, classes, output<T>(*grad_bias_mix));
-    if (grad_bias_x) write_column_sums(to.own[0], rows, classes, output<T>(*grad_bias_x));
-    if (grad_bias_y) write_column_sums(to.own[1], rows, classes, output<T>(*grad_bias_y));
+    for (int64_t k = 0; k < heads; ++k)
+      if (grad_biases[k]) write_column_sums(to.of_logits + k * rows * classes, rows, classes, output<T>(*grad_biases[k]));
 
-    const HeadGradientArgs args{
-        MatrixView(x), MatrixView(y), input(weight_x), input(weight_y), input(weight_mix), memory.get(),
-        output<void>(grad_x), output<void>(grad_y), output<void>(grad_weight_x), output<void>(grad_weight_y),
-        output<void>(grad_weight_mix), rows, columns, classes};
-    for (void* out : {args.grad_x, args.grad_y}) prefer_huge_pages(out, rows * columns * sizeof(T));
+    HeadGradientArgs args{step, memory.get(), {}, {}};
+    for (const auto& grad : grad_features) args.grad_features.push_back(output<void>(grad));
+    for (const auto& grad : grad_weights) args.grad_weights.push_back(output<void>(grad));
+    for (void* out : args.grad_features) prefer_huge_pages(out, rows * columns * sizeof(T));
     const auto kernel = IPRM_BEST(head_gradient_panels<T>);
     const int64_t width = IPRM_BEST(panel_width<S>)(), panels = (columns + width - 1) / width;
-    parallel(panels, 6 * classes * width * rows, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    parallel(panels, 2 * heads * classes * width * rows, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
 }
 

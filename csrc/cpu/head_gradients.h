@@ -59,54 +59,69 @@ void mix_panel(S* out, Panel<S> x, Panel<S> y, const S* from_x, const S* from_y,
       store(out + r * kWidth + i, load(x.data + r * x.step + i) * from_x[r] + load(y.data + r * y.step + i) * from_y[r]);
 }
 
-// Rows `row` and on of the gradients of both sides' features: g by a factor of the row, where g = dZ W_mix is the same for both,
-// and both features by factors of theirs, unless the row is dead; and dU W_own.
+// Rows `row` and on of the gradients of all features: of each dU W_own; and of each of its mixtures, unless the row is dead,
+// g by a factor of the row, where g = dZ W_mix is the same for both sides, and the features of both by factors of theirs.
 template <class T, class S>
 void write_feature_gradients(
-    T* const* out,
+    const std::vector<T*>& out,
     int64_t out_step,
     int64_t columns,
+    const HeadStep& step,
     const HeadCoefficients<S>& of,
-    const Panel<S>* weights,  // of the mixture, of x, of y
-    const Panel<S>* features,
+    const std::vector<Panel<S>>& weights,
+    const std::vector<Panel<S>>& features,
+    std::vector<S>& products,  // room for kTileRows of each mixture
     int64_t row,
     int64_t rows,
-    int64_t classes,
     bool stream) {
   using V = typename Lanes<S>::Vec;
   constexpr int64_t kCount = Lanes<S>::kCount, kWidth = kTileVectors * kCount;
+  const int64_t classes = step.classes, mixtures = step.mixtures();
   stream = stream && columns == kWidth;
   for (int64_t first = 0; first < rows; first += kTileRows) {
     const int valid = int(std::min<int64_t>(kTileRows, rows - first));
-    const auto product = [&](const S* gradients, const Panel<S>& weight, V(&sums)[kTileRows][kTileVectors]) {
+    const auto product = [&](int64_t head, V(&sums)[kTileRows][kTileVectors]) {
+      const S* gradients = of.of_logits + head * step.rows * classes;
       const S* at[kTileRows];
       for (int r = 0; r < kTileRows; ++r) at[r] = gradients + (row + first + std::min(r, valid - 1)) * classes;
-      outer_tile<S, V>(sums, at, 1, weight.data, weight.step, classes);
+      outer_tile<S, V>(sums, at, 1, weights[head].data, weights[head].step, classes);
     };
-    alignas(64) S g[kTileRows][kWidth];
-    {
-      V sums[kTileRows][kTileVectors] = {};
-      product(of.mix, weights[0], sums);
+    const auto store_tile = [&](const V(&sums)[kTileRows][kTileVectors], S* to) {
       for (int r = 0; r < kTileRows; ++r)
-        for (int q = 0; q < kTileVectors; ++q) store(&g[r][q * kCount], sums[r][q]);
-    }
-    for (int side = 0; side < 2; ++side) {
-      if (out[side] == nullptr) continue;
+        for (int q = 0; q < kTileVectors; ++q) store(to + r * kWidth + q * kCount, sums[r][q]);
+    };
+    for (int64_t k = 0; k < mixtures; ++k) {
+      if (!out[step.pairs[k].x] && !out[step.pairs[k].y]) continue;
       V sums[kTileRows][kTileVectors] = {};
-      product(of.own[side], weights[1 + side], sums);
+      product(k, sums);
+      store_tile(sums, &products[k * kTileRows * kWidth]);
+    }
+    for (int64_t m = 0; m < step.modalities(); ++m) {
+      if (out[m] == nullptr) continue;
+      V sums[kTileRows][kTileVectors] = {};
+      product(mixtures + m, sums);
       for (int r = 0; r < valid; ++r) {
         const int64_t at = row + first + r;
-        const bool dead = of.dead[side][at];
+        V value[kTileVectors];
+        for (int q = 0; q < kTileVectors; ++q) value[q] = sums[r][q];
+        for (int64_t k = 0; k < mixtures; ++k) {
+          const Pair pair = step.pairs[k];
+          if (pair.x != m && pair.y != m) continue;
+          const int64_t side = 2 * k + (pair.y == m);
+          if (of.dead[side * step.rows + at]) continue;
+          const S by_g = of.z_from[side * step.rows + at];
+          const S by_x = of.from[2 * side * step.rows + at], by_y = of.from[(2 * side + 1) * step.rows + at];
+          const S* g = &products[(k * kTileRows + r) * kWidth];
+          const S* x = features[pair.x].data + (first + r) * features[pair.x].step;
+          const S* y = features[pair.y].data + (first + r) * features[pair.y].step;
+          for (int q = 0; q < kTileVectors; ++q)
+            value[q] += load(g + q * kCount) * by_g + load(x + q * kCount) * by_x + load(y + q * kCount) * by_y;
+        }
         alignas(64) T line[kWidth];
-        T* to = out[side] + (first + r) * out_step;
+        T* to = out[m] + (first + r) * out_step;
         for (int q = 0; q < kTileVectors; ++q) {
-          const V x = load(features[0].data + (first + r) * features[0].step + q * kCount);
-          const V y = load(features[1].data + (first + r) * features[1].step + q * kCount);
-          V value = sums[r][q];
-          if (!dead)
-            value += load(&g[r][q * kCount]) * of.z_from[side][at] + x * of.from_x[side][at] + y * of.from_y[side][at];
-          if (stream) store_past_caches(to + q * kCount, value);
-          else store((columns == kWidth ? to : line) + q * kCount, value);
+          if (stream) store_past_caches(to + q * kCount, value[q]);
+          else store((columns == kWidth ? to : line) + q * kCount, value[q]);
         }
         if (columns < kWidth) std::memcpy(to, line, columns * sizeof(T));
       }
@@ -118,51 +133,57 @@ template <class T>
 void head_gradient_panels(const HeadGradientArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
   constexpr int64_t kWidth = kTileVectors * Lanes<S>::kCount;
-  const int64_t classes = args.classes, columns = args.columns;
-  const HeadCoefficients<S> to(args.coefficients, args.rows, classes);
-  const MatrixView heads[3] = {
-      {args.weight_mix, columns, 1}, {args.weight_x, columns, 1}, {args.weight_y, columns, 1}};
-  const bool stream = (!args.grad_x || past_caches(args.grad_x, args.rows, columns * sizeof(T))) &&
-      (!args.grad_y || past_caches(args.grad_y, args.rows, columns * sizeof(T)));
-  std::vector<S> sums(kGroupPanels * 3 * classes * kWidth), copies(3 * kChunkRows * kWidth), head_copies(3 * classes * kWidth);
+  const HeadStep& step = args.step;
+  const int64_t classes = step.classes, columns = step.columns, matrix = step.rows * classes;
+  const int64_t modalities = step.modalities(), mixtures = step.mixtures(), heads = step.heads();
+  const HeadCoefficients<S> to(args.coefficients, step);
+  bool any = false, stream = true;
+  for (void* out : args.grad_features) {
+    any = any || out;
+    stream = stream && (!out || past_caches(out, step.rows, columns * sizeof(T)));
+  }
+  const int64_t head_size = classes * kWidth;
+  std::vector<S> sums(kGroupPanels * heads * head_size), copies((modalities + 1) * kChunkRows * kWidth);
+  std::vector<S> head_copies(heads * head_size), products(mixtures * kTileRows * kWidth);
+  std::vector<Panel<S>> features(modalities), w(heads);
+  std::vector<T*> out(modalities);
   for (int64_t group = begin; group < end; group += kGroupPanels) {
     const int64_t group_end = std::min(end, group + kGroupPanels);
     std::fill(sums.begin(), sums.end(), S(0));
-    for (int64_t row = 0; row < args.rows; row += kChunkRows) {
-      const int64_t rows = std::min(kChunkRows, args.rows - row);
+    for (int64_t row = 0; row < step.rows; row += kChunkRows) {
+      const int64_t rows = std::min(kChunkRows, step.rows - row);
       for (int64_t panel = group; panel < group_end; ++panel) {
         const int64_t column = panel * kWidth, valid = std::min(kWidth, columns - column);
-        S* copy = copies.data();
-        const auto features_of = [&](const MatrixView& view) {
-          return panel_of<T, S>(view, row, rows, column, valid, kWidth, std::exchange(copy, copy + kChunkRows * kWidth));
-        };
-        const Panel<S> features[2] = {features_of(args.x), features_of(args.y)};
-        S* of_mix = &sums[(panel - group) * 3 * classes * kWidth];
-        S *of_x = of_mix + classes * kWidth, *of_y = of_x + classes * kWidth;
-        if (args.grad_weight_mix) {
-          mix_panel<S>(copy, features[0], features[1], to.z_from[0] + row, to.z_from[1] + row, rows);
-          add_head_gradient<S>(of_mix, classes, to.mix + row * classes, {copy, kWidth}, rows);
+        for (int64_t m = 0; m < modalities; ++m)
+          features[m] =
+              panel_of<T, S>(step.features[m], row, rows, column, valid, kWidth, &copies[(m + 1) * kChunkRows * kWidth]);
+        S* panel_sums = &sums[(panel - group) * heads * head_size];
+        for (int64_t k = 0; k < heads; ++k) {
+          if (args.grad_weights[k] == nullptr) continue;
+          Panel<S> of = k < mixtures ? Panel<S>{copies.data(), kWidth} : features[k - mixtures];
+          if (k < mixtures) {
+            const S* z_from = to.z_from + 2 * k * step.rows + row;
+            mix_panel<S>(copies.data(), features[step.pairs[k].x], features[step.pairs[k].y], z_from, z_from + step.rows, rows);
+          }
+          add_head_gradient<S>(panel_sums + k * head_size, classes, to.of_logits + k * matrix + row * classes, of, rows);
         }
-        if (args.grad_weight_x) add_head_gradient(of_x, classes, to.own[0] + row * classes, features[0], rows);
-        if (args.grad_weight_y) add_head_gradient(of_y, classes, to.own[1] + row * classes, features[1], rows);
-        if (!args.grad_x && !args.grad_y) continue;
-        Panel<S> w[3];
-        for (int k = 0; k < 3; ++k)
-          w[k] = panel_of<S, S>(heads[k], 0, classes, column, valid, kWidth, &head_copies[k * classes * kWidth]);
-        T* out[2] = {static_cast<T*>(args.grad_x), static_cast<T*>(args.grad_y)};
-        for (T*& to_side : out)
-          if (to_side) to_side += row * columns + column;
-        write_feature_gradients<T, S>(out, columns, valid, to, w, features, row, rows, classes, stream);
+        if (!any) continue;
+        for (int64_t k = 0; k < heads; ++k)
+          w[k] = panel_of<S, S>(
+              {step.weights[k], columns, 1}, 0, classes, column, valid, kWidth, &head_copies[k * head_size]);
+        for (int64_t m = 0; m < modalities; ++m) {
+          T* whole = static_cast<T*>(args.grad_features[m]);
+          out[m] = whole ? whole + row * columns + column : nullptr;
+        }
+        write_feature_gradients<T, S>(out, columns, valid, step, to, w, features, products, row, rows, stream);
       }
     }
-    T* outputs[3] = {
-        static_cast<T*>(args.grad_weight_mix), static_cast<T*>(args.grad_weight_x), static_cast<T*>(args.grad_weight_y)};
     for (int64_t panel = group; panel < group_end; ++panel)
-      for (int k = 0; k < 3; ++k)
-        for (int64_t n = 0; outputs[k] && n < classes; ++n)
+      for (int64_t k = 0; k < heads; ++k)
+        for (int64_t n = 0; args.grad_weights[k] && n < classes; ++n)
           write_row(
-              outputs[k] + n * columns + panel * kWidth, &sums[(((panel - group) * 3 + k) * classes + n) * kWidth],
-              std::min(kWidth, columns - panel * kWidth));
+              static_cast<T*>(args.grad_weights[k]) + n * columns + panel * kWidth,
+              &sums[((panel - group) * heads + k) * head_size + n * kWidth], std::min(kWidth, columns - panel * kWidth));
   }
   if (stream) settle_stores();
 }

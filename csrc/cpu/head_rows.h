@@ -64,62 +64,87 @@ void write_row(T* to, const S* from, int64_t columns) {
   if (tail) Tail<T>(columns).write(to, tail.values(from));
 }
 
-// Projections of x and y on their two heads, their norms and c; then the probe with the weight lambda, and KL of either
-// modality's prediction from it.
+// The sides of a pair by the rows of one matrix: its projections, its stats.
+template <class S>
+struct PairRows {
+  const S *x_norm, *y_norm, *c, *a, *v;
+
+  PairRows(const HeadStep& step, int64_t pair) {
+    x_norm = static_cast<const S*>(step.stats) + 3 * pair * step.rows;
+    y_norm = x_norm + step.rows;
+    c = y_norm + step.rows;
+    a = static_cast<const S*>(step.projected) + 2 * pair * step.rows * step.classes;
+    v = a + step.rows * step.classes;
+  }
+};
+
+// Projections of each modality on its own head and those of its mixtures, norms and c; then the probes with the weights lambda,
+// and KL of either modality's prediction from each.
 template <class T>
 void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
+  using V = typename Lanes<S>::Vec;
   constexpr int64_t kCount = Lanes<S>::kCount;
-  const int64_t classes = args.classes, columns = args.columns, padded = std::max(classes, Lanes<S>::kCount);
-  const S* heads[3] = {
-      static_cast<const S*>(args.weight_mix), static_cast<const S*>(args.weight_x), static_cast<const S*>(args.weight_y)};
-  std::vector<const S*> w[2];  // of x, of y: the rows of the mixture's head, then of their own
-  for (int side = 0; side < 2; ++side)
-    for (const S* head : {heads[0], heads[1 + side]})
-      for (int64_t k = 0; k < classes; ++k) w[side].push_back(head + k * columns);
-  ArithmeticRows<T> features[2] = {{args.x, columns, kTileRows}, {args.y, columns, kTileRows}};
-  std::vector<S> tile(2 * kTileRows * 2 * classes), scratch(3 * padded);
+  const HeadStep& step = args.step;
+  const int64_t classes = step.classes, columns = step.columns, padded = std::max(classes, Lanes<S>::kCount);
+  const int64_t modalities = step.modalities(), mixtures = step.mixtures(), matrix = step.rows * classes;
+  std::vector<std::vector<const S*>> w(modalities);  // of each: the rows of its mixtures' heads, then of its own
+  std::vector<std::vector<S*>> to(modalities);       // where these projections go, (B, C) a head
+  const auto add = [&](int64_t side, int64_t head, S* projections) {
+    for (int64_t k = 0; k < classes; ++k) w[side].push_back(static_cast<const S*>(step.weights[head]) + k * columns);
+    to[side].push_back(projections);
+  };
+  for (int64_t k = 0; k < mixtures; ++k) {
+    add(step.pairs[k].x, k, static_cast<S*>(step.projected) + 2 * k * matrix);
+    add(step.pairs[k].y, k, static_cast<S*>(step.projected) + (2 * k + 1) * matrix);
+  }
+  for (int64_t m = 0; m < modalities; ++m) add(m, mixtures + m, static_cast<S*>(step.own) + m * matrix);
+  std::vector<ArithmeticRows<T>> features;
+  for (const MatrixView& view : step.features) features.emplace_back(view, columns, kTileRows);
+  std::vector<S> tile(kTileRows * (mixtures + 1) * classes), scratch(3 * padded);
   S *z = scratch.data(), *exps = z + padded, *z_exps = exps + padded;
-  S* projected[2] = {static_cast<S*>(args.a), static_cast<S*>(args.v)};
-  S* own[2] = {static_cast<S*>(args.u_x), static_cast<S*>(args.u_y)};
-  T* logits[2] = {static_cast<T*>(args.logits_x), static_cast<T*>(args.logits_y)};
-  const S* bias[3] = {
-      static_cast<const S*>(args.bias_x), static_cast<const S*>(args.bias_y), static_cast<const S*>(args.bias_mix)};
-  S *stats = static_cast<S*>(args.stats), *kl = static_cast<S*>(args.kl_rows);
-  const S eps = S(kHeadEps);
-  const auto weight = typename Lanes<S>::Vec{} + *static_cast<const S*>(args.weight);
+  S *stats = static_cast<S*>(step.stats), *kl = static_cast<S*>(args.kl_rows);
+  const S *probing = static_cast<const S*>(args.probing), eps = S(kHeadEps);
   const Tail<S> tail(classes);
   static_assert(kTileRows <= kCount);
+  std::vector<std::array<const S*, kTileRows>> rows(modalities);
   for (int64_t first = begin; first < end; first += kTileRows) {
     const int count = int(std::min<int64_t>(kTileRows, end - first));
-    const S* rows[2][kTileRows];
-    for (int side = 0; side < 2; ++side) {
-      for (int r = 0; r < kTileRows; ++r) rows[side][r] = r < count ? features[side](first + r) : rows[side][count - 1];
-      project_tile<S>(
-          rows[side], count, w[side].data(), 2 * classes, columns, &tile[side * kTileRows * 2 * classes], 2 * classes);
-    }
-    alignas(64) S products[3][kCount] = {}, from_x[kCount], from_y[kCount];
-    for (int r = 0; r < count; ++r) {
-      S row[3];
-      gram(rows[0][r], rows[1][r], columns, row);
-      for (int k = 0; k < 3; ++k) products[k][r] = row[k];
-    }
-    write_stats(stats, args.rows, first, products[0], products[1], products[2], count, eps);
-    mix_coefficients(from_x, from_y, weight, stats, args.rows, first, count, eps);
-    for (int r = 0; r < count; ++r) {
-      const int64_t row = first + r;
-      for (int side = 0; side < 2; ++side) {
-        const S* from = &tile[(side * kTileRows + r) * 2 * classes];
-        std::copy_n(from, classes, projected[side] + row * classes);
-        biased(own[side] + row * classes, from + classes, bias[side], tail);
-        if (logits[side]) write_row(logits[side] + row * classes, own[side] + row * classes, classes);
+    for (int64_t m = 0; m < modalities; ++m) {
+      for (int r = 0; r < kTileRows; ++r) rows[m][r] = r < count ? features[m](first + r) : rows[m][count - 1];
+      const int64_t width = w[m].size();
+      project_tile<S>(rows[m].data(), count, w[m].data(), width, columns, tile.data(), width);
+      for (int r = 0; r < count; ++r) {
+        const int64_t row = (first + r) * classes;
+        const S* from = &tile[r * width];
+        for (size_t k = 0; k + 1 < to[m].size(); ++k) std::copy_n(from + k * classes, classes, to[m][k] + row);
+        S* own = to[m].back() + row;
+        biased(own, from + width - classes, static_cast<const S*>(step.biases[mixtures + m]), tail);
+        if (args.logits) write_row(static_cast<T*>(args.logits) + m * matrix + row, own, classes);
       }
-      mixed_logits(z, projected[0] + row * classes, projected[1] + row * classes, from_x[r], from_y[r], bias[2], tail);
-      const Softmax<S> of_z = softmax_of(z, tail, z_exps);
-      for (int side = 0; side < 2; ++side) {
-        const S* u = own[side] + row * classes;
-        const Softmax<S> of_u = softmax_of(u, tail, exps);
-        kl[side * args.rows + row] = kl_sum(u, z, tail, exps, z_exps, of_u, of_z, std::log(of_u.sum / of_z.sum));
+    }
+    for (int64_t k = 0; k < mixtures; ++k) {
+      const Pair pair = step.pairs[k];
+      const PairRows<S> of(step, k);
+      alignas(64) S products[3][kCount] = {}, from_x[kCount], from_y[kCount];
+      for (int r = 0; r < count; ++r) {
+        S row[3];
+        gram(rows[pair.x][r], rows[pair.y][r], columns, row);
+        for (int i = 0; i < 3; ++i) products[i][r] = row[i];
+      }
+      S* pair_stats = stats + 3 * k * step.rows;
+      write_stats(pair_stats, step.rows, first, products[0], products[1], products[2], count, eps);
+      mix_coefficients(from_x, from_y, V{} + probing[k], pair_stats, step.rows, first, count, eps);
+      const S* bias = static_cast<const S*>(step.biases[k]);
+      for (int r = 0; r < count; ++r) {
+        const int64_t row = first + r;
+        mixed_logits(z, of.a + row * classes, of.v + row * classes, from_x[r], from_y[r], bias, tail);
+        const Softmax<S> of_z = softmax_of(z, tail, z_exps);
+        for (int side = 0; side < 2; ++side) {
+          const S* u = static_cast<const S*>(step.own) + (side ? pair.y : pair.x) * matrix + row * classes;
+          const Softmax<S> of_u = softmax_of(u, tail, exps);
+          kl[(2 * k + side) * step.rows + row] = kl_sum(u, z, tail, exps, z_exps, of_u, of_z, std::log(of_u.sum / of_z.sum));
+        }
       }
     }
   }
@@ -139,31 +164,40 @@ S cross_entropy(const S* logits, const Tail<S>& tail, const Label& label, S smoo
   return (S(1) - smoothing) * sharp + smoothing * (mean / S(tail.columns) + log_sum);
 }
 
-// The mixture with the weight just measured, and the cross entropies of it, x and y.
+// The mixtures with the weights just measured, and the cross entropies of all heads.
 template <class T>
 void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
-  const int64_t classes = args.classes, padded = std::max(classes, Lanes<S>::kCount);
+  using V = typename Lanes<S>::Vec;
+  const HeadStep& step = args.step;
+  const int64_t classes = step.classes, padded = std::max(classes, Lanes<S>::kCount), mixtures = step.mixtures();
+  const int64_t matrix = step.rows * classes;
   std::vector<S> scratch(2 * padded);
   S *z = scratch.data(), *exps = z + padded, *losses = static_cast<S*>(args.loss_rows);
-  const S *stats = static_cast<const S*>(args.stats), *bias = static_cast<const S*>(args.bias_mix);
-  const auto weight = typename Lanes<S>::Vec{} + *static_cast<const S*>(args.strength);
+  const S *strength = static_cast<const S*>(step.strength), smoothing = S(step.label_smoothing);
   const Tail<S> tail(classes);
   constexpr int64_t kCount = Lanes<S>::kCount;
   for (int64_t first = begin; first < end; first += kCount) {
     const int64_t count = std::min(kCount, end - first);
-    alignas(64) S from_x[kCount], from_y[kCount];
-    mix_coefficients(from_x, from_y, weight, stats, args.rows, first, count, S(kHeadEps));
-    for (int64_t row = first; row < first + count; ++row) {
-      const int64_t offset = row * classes;
-      const S *a = static_cast<const S*>(args.a) + offset, *v = static_cast<const S*>(args.v) + offset;
-      mixed_logits(z, a, v, from_x[row - first], from_y[row - first], bias, tail);
-      write_row(static_cast<T*>(args.logits_mix) + offset, z, classes);
-      const Label label(args.target[row], classes, args.ignore_index);
-      const S* heads[3] = {z, static_cast<const S*>(args.u_x) + offset, static_cast<const S*>(args.u_y) + offset};
-      for (int k = 0; k < 3; ++k)
-        losses[k * args.rows + row] = cross_entropy(heads[k], tail, label, S(args.label_smoothing), exps);
+    for (int64_t k = 0; k < mixtures; ++k) {
+      const PairRows<S> of(step, k);
+      const S* bias = static_cast<const S*>(step.biases[k]);
+      alignas(64) S from_x[kCount], from_y[kCount];
+      mix_coefficients(from_x, from_y, V{} + strength[2 * k], of.x_norm, step.rows, first, count, S(kHeadEps));
+      for (int64_t row = first; row < first + count; ++row) {
+        const int64_t offset = row * classes;
+        mixed_logits(z, of.a + offset, of.v + offset, from_x[row - first], from_y[row - first], bias, tail);
+        write_row(static_cast<T*>(args.logits) + k * matrix + offset, z, classes);
+        const Label label(step.target[row], classes, step.ignore_index);
+        losses[k * step.rows + row] = cross_entropy(z, tail, label, smoothing, exps);
+      }
     }
+    for (int64_t m = 0; m < step.modalities(); ++m)
+      for (int64_t row = first; row < first + count; ++row) {
+        const Label label(step.target[row], classes, step.ignore_index);
+        const S* own = static_cast<const S*>(step.own) + m * matrix + row * classes;
+        losses[(mixtures + m) * step.rows + row] = cross_entropy(own, tail, label, smoothing, exps);
+      }
   }
 }
 
@@ -195,53 +229,58 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
   using S = typename Lanes<T>::Scalar;
   using V = typename Lanes<S>::Vec;
   constexpr int64_t kCount = Lanes<S>::kCount;
-  const int64_t classes = args.classes, padded = std::max(classes, Lanes<S>::kCount);
+  const HeadStep& step = args.step;
+  const int64_t classes = step.classes, padded = std::max(classes, Lanes<S>::kCount), rows = step.rows;
+  const int64_t mixtures = step.mixtures(), matrix = rows * classes;
   std::vector<S> scratch(2 * padded);
   S *z = scratch.data(), *out = z + padded;
-  const HeadCoefficients<S> to(args.coefficients, args.rows, classes);
-  const S *stats = static_cast<const S*>(args.stats), *bias = static_cast<const S*>(args.bias_mix);
-  const S *scales = static_cast<const S*>(args.scales), smoothing = S(args.label_smoothing);
-  const V weight = V{} + *static_cast<const S*>(args.strength);
+  const HeadCoefficients<S> to(args.coefficients, step);
+  const S *scales = static_cast<const S*>(args.scales), smoothing = S(step.label_smoothing);
   const Tail<S> tail(classes);
-  const auto upstream = [&](int k, int64_t row) {
-    return args.upstream[k] == nullptr ? nullptr : static_cast<const T*>(args.upstream[k]) + row * classes;
+  const auto gradient = [&](int64_t head, int64_t row, const S* logits) {  // left in `out` too
+    const int64_t offset = head * matrix + row * classes;
+    const T* upstream = args.upstream ? static_cast<const T*>(args.upstream) + offset : nullptr;
+    const Label label(step.target[row], classes, step.ignore_index);
+    logit_gradient<T>(out, logits, tail, label, scales[head], smoothing, upstream);
+    std::copy_n(out, classes, to.of_logits + offset);
   };
   for (int64_t first = begin; first < end; first += kCount) {
     const int64_t count = std::min(kCount, end - first);
-    const V x_norm = load_rows(stats + first, count), y_norm = load_rows(stats + args.rows + first, count);
-    const V c = load_rows(stats + 2 * args.rows + first, count);
-    const MixRow<S, V> row_mix(weight, x_norm, y_norm, c, S(kHeadEps));
-    alignas(64) S from_x[kCount], from_y[kCount], g_x[kCount] = {}, g_y[kCount] = {};
-    store(from_x, row_mix.from_x());
-    store(from_y, row_mix.from_y());
-    for (int64_t row = first; row < first + count; ++row) {
-      const int64_t at = row - first;
-      const S *a = static_cast<const S*>(args.a) + row * classes, *v = static_cast<const S*>(args.v) + row * classes;
-      mixed_logits(z, a, v, from_x[at], from_y[at], bias, tail);
-      const Label label(args.target[row], classes, args.ignore_index);
-      logit_gradient<T>(out, z, tail, label, scales[0], smoothing, upstream(0, row));
-      S products[2];
-      dot_both(out, a, v, classes, products);
-      g_x[at] = products[0];
-      g_y[at] = products[1];
-      std::copy_n(out, classes, to.mix + row * classes);
-      const S* own[2] = {static_cast<const S*>(args.u_x) + row * classes, static_cast<const S*>(args.u_y) + row * classes};
-      for (int side = 0; side < 2; ++side) {
-        logit_gradient<T>(out, own[side], tail, label, scales[1 + side], smoothing, upstream(1 + side, row));
-        std::copy_n(out, classes, to.own[side] + row * classes);
+    for (int64_t k = 0; k < mixtures; ++k) {
+      const PairRows<S> of(step, k);
+      const S* bias = static_cast<const S*>(step.biases[k]);
+      const V x_norm = load_rows(of.x_norm + first, count), y_norm = load_rows(of.y_norm + first, count);
+      const V c = load_rows(of.c + first, count);
+      const MixRow<S, V> row_mix(V{} + static_cast<const S*>(step.strength)[2 * k], x_norm, y_norm, c, S(kHeadEps));
+      alignas(64) S from_x[kCount], from_y[kCount], g_x[kCount] = {}, g_y[kCount] = {};
+      store(from_x, row_mix.from_x());
+      store(from_y, row_mix.from_y());
+      for (int64_t row = first; row < first + count; ++row) {
+        const int64_t at = row - first;
+        const S *a = of.a + row * classes, *v = of.v + row * classes;
+        mixed_logits(z, a, v, from_x[at], from_y[at], bias, tail);
+        gradient(k, row, z);
+        S products[2];
+        dot_both(out, a, v, classes, products);
+        g_x[at] = products[0];
+        g_y[at] = products[1];
+      }
+      const MixGradient<S, V> mix(row_mix, c, load(g_x), load(g_y));
+      S *z_from = to.z_from + 2 * k * rows + first, *from = to.from + 4 * k * rows + first;
+      store_rows(z_from, mix.x_from_g, count);
+      store_rows(z_from + rows, mix.y_from_g, count);
+      store_rows(from, mix.x_from_x, count);
+      store_rows(from + rows, mix.x_from_y, count);
+      store_rows(from + 2 * rows, mix.y_from_x, count);
+      store_rows(from + 3 * rows, mix.y_from_y, count);
+      for (int64_t row = first; row < first + count; ++row) {
+        to.dead[2 * k * rows + row] = of.x_norm[row] <= S(kHeadEps);
+        to.dead[(2 * k + 1) * rows + row] = of.y_norm[row] <= S(kHeadEps);
       }
     }
-    const MixGradient<S, V> mix(row_mix, c, load(g_x), load(g_y));
-    store_rows(to.z_from[0] + first, mix.x_from_g, count);
-    store_rows(to.z_from[1] + first, mix.y_from_g, count);
-    store_rows(to.from_x[0] + first, mix.x_from_x, count);
-    store_rows(to.from_y[0] + first, mix.x_from_y, count);
-    store_rows(to.from_x[1] + first, mix.y_from_x, count);
-    store_rows(to.from_y[1] + first, mix.y_from_y, count);
-    for (int64_t row = first; row < first + count; ++row) {
-      to.dead[0][row] = stats[row] <= S(kHeadEps);
-      to.dead[1][row] = stats[args.rows + row] <= S(kHeadEps);
-    }
+    for (int64_t m = 0; m < step.modalities(); ++m)
+      for (int64_t row = first; row < first + count; ++row)
+        gradient(mixtures + m, row, static_cast<const S*>(step.own) + m * matrix + row * classes);
   }
 }
 

@@ -1,18 +1,19 @@
 """Kernels of the head step that multiply features and heads, for heads of few classes: all of a row's logits fit in one tile.
 
-Each tile of X and Y is read once in either direction. Forward it goes into its projections on two heads and the row statistics;
-backward into the gradients of all heads, while those of the features leave from the same tile. Sums over the batch run along
-chunks of rows, whose results head_reduce_kernel adds up in their order.
+Each tile of the features is read once in either direction. Forward it goes into its projections on its own head and those of
+its mixtures and into the row statistics; backward into the gradients of all heads, while those of the features leave from the
+same tile. Sums over the batch run along chunks of rows, whose results head_reduce_kernel adds up in their order.
 """
 
-# mypy: allow-untyped-defs
+# mypy: ignore-errors
+# a tuple of tiles grows in a loop that the compiler unrolls, which no type says
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ._head_rows import load_bias, load_stats, row_stats
+from ._head_rows import load_bias, matrix_of, pair_stats, row_stats
 from ._tiles import INTERPRETED, block_rows, load_block, nearest_bfloat16, store_block
 
 
@@ -43,70 +44,81 @@ def narrowed(b, STORED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_rows"])
 def head_project_kernel(
-    p_x,  # (B, D)
-    p_y,  # (B, D)
-    p_weight_x,  # (C, D)
-    p_bias_x,  # (C,) or None
-    p_weight_y,
-    p_bias_y,
-    p_weight_mix,
-    p_stats,  # (3, B)
-    p_a,  # (B, C) X W_mᵀ
-    p_v,  # (B, C) Y W_mᵀ
-    p_u_x,  # (B, C) X W_xᵀ + b_x, or None where the logits are that
-    p_u_y,
-    p_logits_x,  # (B, C)
-    p_logits_y,
-    x_row,
-    x_col,
-    y_row,
-    y_col,
+    p_features,  # M of (B, D)
+    p_weights,  # P + M of (C, D)
+    p_biases,  # P + M of (C,) or None
+    p_stats,  # (P, 3, B)
+    p_projected,  # (P, 2, B, C) X W_mᵀ and Y W_mᵀ
+    p_unimodal,  # (M, B, C) X W_xᵀ + b_x, or None where the logits are that
+    p_logits,  # (M, B, C)
+    row_strides,
+    col_strides,
     n_rows,
     n_cols,
     n_classes,
+    MODALITIES: tl.constexpr,
+    PAIRS: tl.constexpr,
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Projections on both heads of a modality, row statistics and unimodal logits."""
+    """Projections on all heads of a modality, row statistics and unimodal logits."""
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
-    STORED: tl.constexpr = p_x.dtype.element_ty
+    STORED: tl.constexpr = p_features[0].dtype.element_ty
+    P: tl.constexpr = len(PAIRS)
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
-    o_cols = tl.arange(0, BLOCK_D)
     o_classes = tl.arange(0, BLOCK_C)
-    r_xx = tl.zeros((BLOCK_B,), DTYPE)
-    r_yy = tl.zeros((BLOCK_B,), DTYPE)
-    r_xy = tl.zeros((BLOCK_B,), DTYPE)
-    b_a = tl.zeros((BLOCK_B, BLOCK_C), DTYPE)
-    b_v = tl.zeros((BLOCK_B, BLOCK_C), DTYPE)
-    b_u_x = tl.zeros((BLOCK_B, BLOCK_C), DTYPE)
-    b_u_y = tl.zeros((BLOCK_B, BLOCK_C), DTYPE)
+    b_projected = ()
+    r_products = ()
+    for _ in tl.static_range(P):
+        b_projected = b_projected + (tl.zeros((BLOCK_B, BLOCK_C), DTYPE), tl.zeros((BLOCK_B, BLOCK_C), DTYPE))
+        r_products = r_products + (tl.zeros((BLOCK_B,), DTYPE),)
+    b_own = ()
+    r_squares = ()
+    for _ in tl.static_range(MODALITIES):
+        b_own = b_own + (tl.zeros((BLOCK_B, BLOCK_C), DTYPE),)
+        r_squares = r_squares + (tl.zeros((BLOCK_B,), DTYPE),)
     for i_col in range(0, n_cols, BLOCK_D):
-        b_x = factor(load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, STORED))
-        b_y = factor(load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, STORED))
-        b_mix = tl.trans(factor(load_head(p_weight_mix, o_classes, n_classes, i_col + o_cols, n_cols)))
-        b_a = tl.dot(b_x, b_mix, b_a, input_precision=PRECISION)
-        b_v = tl.dot(b_y, b_mix, b_v, input_precision=PRECISION)
-        b_own = tl.trans(factor(load_head(p_weight_x, o_classes, n_classes, i_col + o_cols, n_cols)))
-        b_u_x = tl.dot(b_x, b_own, b_u_x, input_precision=PRECISION)
-        b_own = tl.trans(factor(load_head(p_weight_y, o_classes, n_classes, i_col + o_cols, n_cols)))
-        b_u_y = tl.dot(b_y, b_own, b_u_y, input_precision=PRECISION)
-        b_x, b_y = b_x.to(DTYPE), b_y.to(DTYPE)
-        r_xx += tl.sum(b_x * b_x, axis=1)
-        r_yy += tl.sum(b_y * b_y, axis=1)
-        r_xy += tl.sum(b_x * b_y, axis=1)
-    row_stats(r_xx, r_yy, r_xy, p_stats, o_rows, m_rows, n_rows, EPS)
-    store_block(p_a, b_a, o_rows, m_rows, o_classes, n_classes)
-    store_block(p_v, b_v, o_rows, m_rows, o_classes, n_classes)
-    b_u_x += load_bias(p_bias_x, o_classes, n_classes, DTYPE)[None, :]
-    b_u_y += load_bias(p_bias_y, o_classes, n_classes, DTYPE)[None, :]
-    store_block(p_logits_x, b_u_x, o_rows, m_rows, o_classes, n_classes)
-    store_block(p_logits_y, b_u_y, o_rows, m_rows, o_classes, n_classes)
-    if p_u_x is not None:
-        store_block(p_u_x, b_u_x, o_rows, m_rows, o_classes, n_classes)
-        store_block(p_u_y, b_u_y, o_rows, m_rows, o_classes, n_classes)
+        o_cols = i_col + tl.arange(0, BLOCK_D)
+        b_features = ()
+        for m in tl.static_range(MODALITIES):
+            b_x = factor(load_block(p_features[m], row_strides[m], col_strides[m], o_rows, m_rows, o_cols, n_cols, STORED))
+            b_features = b_features + (b_x,)
+        b_next = ()
+        for k in tl.static_range(P):
+            b_head = tl.trans(factor(load_head(p_weights[k], o_classes, n_classes, o_cols, n_cols)))
+            for side in tl.static_range(2):
+                b = tl.dot(b_features[PAIRS[k][side]], b_head, b_projected[2 * k + side], input_precision=PRECISION)
+                b_next = b_next + (b,)
+        b_projected = b_next
+        b_next = ()
+        for m in tl.static_range(MODALITIES):
+            b_head = tl.trans(factor(load_head(p_weights[P + m], o_classes, n_classes, o_cols, n_cols)))
+            b_next = b_next + (tl.dot(b_features[m], b_head, b_own[m], input_precision=PRECISION),)
+        b_own = b_next
+        r_next = ()
+        for m in tl.static_range(MODALITIES):
+            b_x = b_features[m].to(DTYPE)
+            r_next = r_next + (r_squares[m] + tl.sum(b_x * b_x, axis=1),)
+        r_squares = r_next
+        r_next = ()
+        for k in tl.static_range(P):
+            b_xy = b_features[PAIRS[k][0]].to(DTYPE) * b_features[PAIRS[k][1]].to(DTYPE)
+            r_next = r_next + (r_products[k] + tl.sum(b_xy, axis=1),)
+        r_products = r_next
+    for k in tl.static_range(P):
+        p_pair = pair_stats(p_stats, n_rows, k)
+        row_stats(r_squares[PAIRS[k][0]], r_squares[PAIRS[k][1]], r_products[k], p_pair, o_rows, m_rows, n_rows, EPS)
+        for side in tl.static_range(2):
+            p_side = matrix_of(p_projected, n_rows, n_classes, 2 * k + side)
+            store_block(p_side, b_projected[2 * k + side], o_rows, m_rows, o_classes, n_classes)
+    for m in tl.static_range(MODALITIES):
+        b_u = b_own[m] + load_bias(p_biases[P + m], o_classes, n_classes, DTYPE)[None, :]
+        store_block(matrix_of(p_logits, n_rows, n_classes, m), b_u, o_rows, m_rows, o_classes, n_classes)
+        if p_unimodal is not None:
+            store_block(matrix_of(p_unimodal, n_rows, n_classes, m), b_u, o_rows, m_rows, o_classes, n_classes)
 
 
 @triton.jit
@@ -124,53 +136,44 @@ def store_part(p, value, i_chunk, o_classes, n_classes, o_cols, n_cols):
 
 
 @triton.jit
-def store_bias_part(p, value, i_chunk, o_classes, n_classes):
+def store_bias_part(p, value, i_chunk, o_classes, n_classes, wanted):
     if INTERPRETED and p.dtype.element_ty == tl.bfloat16:
         value = nearest_bfloat16(value)
-    tl.store(p + i_chunk * n_classes + o_classes, value.to(p.dtype.element_ty), mask=o_classes < n_classes)
+    tl.store(p + i_chunk * n_classes + o_classes, value.to(p.dtype.element_ty), mask=wanted & (o_classes < n_classes))
 
 
 @triton.jit
-def feature_gradient(b_g, b_x, b_y, p_rows, SIDE: tl.constexpr, r_norm, o_rows, m_rows, n_rows, EPS: tl.constexpr):
-    """What comes to the features of a side through the mixture, g = dZ W_m and both features by a factor each; nothing to a
-    dead row."""
+def feature_gradient(b_g, b_x, b_y, p_rows, SIDE: tl.constexpr, o_rows, m_rows, n_rows):
+    """What comes to the features of a side through a mixture: g = dZ W_m and both features by a factor each, all of them zero
+    for a dead row."""
     o_stats = n_rows.to(tl.int64)
-    r_g = tl.load(p_rows + SIDE * o_stats + o_rows, mask=m_rows, other=0.0)
-    r_x = tl.load(p_rows + (2 + 2 * SIDE) * o_stats + o_rows, mask=m_rows, other=0.0)
-    r_y = tl.load(p_rows + (3 + 2 * SIDE) * o_stats + o_rows, mask=m_rows, other=0.0)
-    dead = r_norm <= tl.full(r_norm.shape, EPS, r_norm.dtype)
-    return tl.where(dead[:, None], 0.0, r_g[:, None] * b_g + r_x[:, None] * b_x + r_y[:, None] * b_y)
+    r_x = tl.load(p_rows + (4 + 2 * SIDE) * o_stats + o_rows, mask=m_rows, other=0.0)
+    r_y = tl.load(p_rows + (5 + 2 * SIDE) * o_stats + o_rows, mask=m_rows, other=0.0)
+    if b_g is None:
+        b = r_x[:, None] * b_x + r_y[:, None] * b_y
+    else:
+        r_g = tl.load(p_rows + (2 + SIDE) * o_stats + o_rows, mask=m_rows, other=0.0)
+        b = r_g[:, None] * b_g + r_x[:, None] * b_x + r_y[:, None] * b_y
+    return b
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_chunks"])
 def head_gradients_kernel(
-    p_x,  # (B, D)
-    p_y,  # (B, D)
-    p_weight_x,  # (C, D), as the two below
-    p_weight_y,
-    p_weight_mix,
-    p_stats,  # (3, B)
-    p_rows,  # (6, B), as head_coefficients_kernel left them
-    p_dz,  # (B, C), as the two below
-    p_du_x,
-    p_du_y,
-    p_grad_x,  # (B, D) or None
-    p_grad_y,
-    p_grad_weight_x,  # (n_chunks, C, D) or None, as all weights below
-    p_grad_bias_x,  # (n_chunks, C) or None, as all biases below
-    p_grad_weight_y,
-    p_grad_bias_y,
-    p_grad_weight_mix,
-    p_grad_bias_mix,
-    x_row,
-    x_col,
-    y_row,
-    y_col,
+    p_features,  # M of (B, D)
+    p_weights,  # P + M of (C, D)
+    p_rows,  # (P, 8, B), as head_coefficients_kernel left them
+    p_of_logits,  # (P + M, B, C)
+    p_grad_features,  # M of (B, D) or None
+    p_grad_weights,  # P + M of (n_chunks, C, D) or None
+    p_grad_biases,  # P + M of (n_chunks, C) or None
+    row_strides,
+    col_strides,
     n_rows,
     n_cols,
     n_classes,
     n_chunks,
-    EPS: tl.constexpr,
+    MODALITIES: tl.constexpr,
+    PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -178,65 +181,78 @@ def head_gradients_kernel(
 ):
     """Gradients of features and heads for a panel of columns, along one chunk of the rows."""
     DTYPE: tl.constexpr = p_rows.dtype.element_ty
-    STORED: tl.constexpr = p_x.dtype.element_ty
+    STORED: tl.constexpr = p_features[0].dtype.element_ty
+    P: tl.constexpr = len(PAIRS)
     n_panels = tl.cdiv(n_cols, BLOCK_D)
     i_panel = tl.program_id(0) % n_panels
     i_chunk = tl.program_id(0) // n_panels
     o_cols = i_panel * BLOCK_D + tl.arange(0, BLOCK_D)
     o_classes = tl.arange(0, BLOCK_C)
-    b_mix = narrowed(load_head(p_weight_mix, o_classes, n_classes, o_cols, n_cols).to(DTYPE), STORED)
-    b_own_x = narrowed(load_head(p_weight_x, o_classes, n_classes, o_cols, n_cols).to(DTYPE), STORED)
-    b_own_y = narrowed(load_head(p_weight_y, o_classes, n_classes, o_cols, n_cols).to(DTYPE), STORED)
-    b_grad_mix = tl.zeros((BLOCK_C, BLOCK_D), DTYPE)
-    b_grad_x = tl.zeros((BLOCK_C, BLOCK_D), DTYPE)
-    b_grad_y = tl.zeros((BLOCK_C, BLOCK_D), DTYPE)
-    r_bias_mix = tl.zeros((BLOCK_C,), DTYPE)
-    r_bias_x = tl.zeros((BLOCK_C,), DTYPE)
-    r_bias_y = tl.zeros((BLOCK_C,), DTYPE)
+    b_heads = ()
+    b_grads = ()
+    r_biases = ()
+    for head in tl.static_range(P + MODALITIES):
+        b_weight = load_head(p_weights[head], o_classes, n_classes, o_cols, n_cols)
+        b_heads = b_heads + (narrowed(b_weight.to(DTYPE), STORED),)
+        b_grads = b_grads + (tl.zeros((BLOCK_C, BLOCK_D), DTYPE),)
+        r_biases = r_biases + (tl.zeros((BLOCK_C,), DTYPE),)
     o_stats = n_rows.to(tl.int64)
     for i_rows in range(i_chunk, tl.cdiv(n_rows, BLOCK_B), n_chunks):
         o_rows, m_rows = block_rows(n_rows, i_rows, BLOCK_B)
-        b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
-        b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
-        b_dz = load_block(p_dz, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        b_du_x = load_block(p_du_x, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        b_du_y = load_block(p_du_y, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        r_z_x = tl.load(p_rows + o_rows, mask=m_rows, other=0.0)
-        r_z_y = tl.load(p_rows + o_stats + o_rows, mask=m_rows, other=0.0)
-        if p_grad_weight_mix is not None:
-            b_z = r_z_x[:, None] * b_x + r_z_y[:, None] * b_y
-            b_grad_mix = add_product(b_grad_mix, b_dz, b_z, STORED, PRECISION)
-        if p_grad_weight_x is not None:
-            b_grad_x = add_product(b_grad_x, b_du_x, b_x, STORED, PRECISION)
-        if p_grad_weight_y is not None:
-            b_grad_y = add_product(b_grad_y, b_du_y, b_y, STORED, PRECISION)
-        r_bias_mix += tl.sum(b_dz, axis=0)
-        r_bias_x += tl.sum(b_du_x, axis=0)
-        r_bias_y += tl.sum(b_du_y, axis=0)
-        if (p_grad_x is not None) or (p_grad_y is not None):
-            b_g = tl.dot(narrowed(b_dz, STORED), b_mix, input_precision=PRECISION)
-            r_x_norm, r_y_norm, _ = load_stats(p_stats, o_rows, m_rows, n_rows)
-        if p_grad_x is not None:
-            b = feature_gradient(b_g, b_x, b_y, p_rows, 0, r_x_norm, o_rows, m_rows, n_rows, EPS)
-            b = tl.dot(narrowed(b_du_x, STORED), b_own_x, b, input_precision=PRECISION)
-            store_block(p_grad_x, b, o_rows, m_rows, o_cols, n_cols)
-        if p_grad_y is not None:
-            b = feature_gradient(b_g, b_x, b_y, p_rows, 1, r_y_norm, o_rows, m_rows, n_rows, EPS)
-            b = tl.dot(narrowed(b_du_y, STORED), b_own_y, b, input_precision=PRECISION)
-            store_block(p_grad_y, b, o_rows, m_rows, o_cols, n_cols)
-    if p_grad_weight_mix is not None:
-        store_part(p_grad_weight_mix, b_grad_mix, i_chunk, o_classes, n_classes, o_cols, n_cols)
-    if p_grad_weight_x is not None:
-        store_part(p_grad_weight_x, b_grad_x, i_chunk, o_classes, n_classes, o_cols, n_cols)
-    if p_grad_weight_y is not None:
-        store_part(p_grad_weight_y, b_grad_y, i_chunk, o_classes, n_classes, o_cols, n_cols)
-    if i_panel == 0:
-        if p_grad_bias_mix is not None:
-            store_bias_part(p_grad_bias_mix, r_bias_mix, i_chunk, o_classes, n_classes)
-        if p_grad_bias_x is not None:
-            store_bias_part(p_grad_bias_x, r_bias_x, i_chunk, o_classes, n_classes)
-        if p_grad_bias_y is not None:
-            store_bias_part(p_grad_bias_y, r_bias_y, i_chunk, o_classes, n_classes)
+        b_features = ()
+        for m in tl.static_range(MODALITIES):
+            b_x = load_block(p_features[m], row_strides[m], col_strides[m], o_rows, m_rows, o_cols, n_cols, DTYPE)
+            b_features = b_features + (b_x,)
+        b_of_logits = ()
+        for head in tl.static_range(P + MODALITIES):
+            p_gradient = matrix_of(p_of_logits, n_rows, n_classes, head)
+            b_of_logits = b_of_logits + (load_block(p_gradient, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE),)
+        b_next = ()
+        for head in tl.static_range(P + MODALITIES):
+            b_grad = b_grads[head]
+            if p_grad_weights[head] is not None:
+                if head < P:
+                    p_factors = p_rows + 8 * head * o_stats
+                    r_z_x = tl.load(p_factors + o_rows, mask=m_rows, other=0.0)
+                    r_z_y = tl.load(p_factors + o_stats + o_rows, mask=m_rows, other=0.0)
+                    b_z = r_z_x[:, None] * b_features[PAIRS[head][0]] + r_z_y[:, None] * b_features[PAIRS[head][1]]
+                else:
+                    b_z = b_features[head - P]
+                b_grad = add_product(b_grad, b_of_logits[head], b_z, STORED, PRECISION)
+            b_next = b_next + (b_grad,)
+        b_grads = b_next
+        r_next = ()
+        for head in tl.static_range(P + MODALITIES):
+            r_next = r_next + (r_biases[head] + tl.sum(b_of_logits[head], axis=0),)
+        r_biases = r_next
+        b_through = ()
+        for k in tl.static_range(P):
+            b_g = b_features[PAIRS[k][0]]  # in place of a product that nobody reads
+            if (p_grad_features[PAIRS[k][0]] is not None) or (p_grad_features[PAIRS[k][1]] is not None):
+                b_g = tl.dot(narrowed(b_of_logits[k], STORED), b_heads[k], input_precision=PRECISION)
+            b_through = b_through + (b_g,)
+        for m in tl.static_range(MODALITIES):
+            if p_grad_features[m] is not None:
+                b = None
+                for k in tl.static_range(P):
+                    for side in tl.static_range(2):
+                        if PAIRS[k][side] == m:
+                            b_x, b_y = b_features[PAIRS[k][0]], b_features[PAIRS[k][1]]
+                            p_factors = p_rows + 8 * k * o_stats
+                            b_of_pair = feature_gradient(b_through[k], b_x, b_y, p_factors, side, o_rows, m_rows, n_rows)
+                            if b is None:
+                                b = b_of_pair
+                            else:
+                                b += b_of_pair
+                if b is None:  # in no pair
+                    b = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+                b = tl.dot(narrowed(b_of_logits[P + m], STORED), b_heads[P + m], b, input_precision=PRECISION)
+                store_block(p_grad_features[m], b, o_rows, m_rows, o_cols, n_cols)
+    for head in tl.static_range(P + MODALITIES):
+        if p_grad_weights[head] is not None:
+            store_part(p_grad_weights[head], b_grads[head], i_chunk, o_classes, n_classes, o_cols, n_cols)
+        if p_grad_biases[head] is not None:
+            store_bias_part(p_grad_biases[head], r_biases[head], i_chunk, o_classes, n_classes, i_panel == 0)
 
 
 @triton.jit
@@ -252,18 +268,10 @@ def reduce_part(p_parts, p_out, n_chunks, o, n):
 
 @triton.jit(do_not_specialize=["n_chunks"])
 def head_reduce_kernel(
-    p_weight_x_parts,  # (n_chunks, C, D), as all parts of weights; None where its output is
-    p_bias_x_parts,  # (n_chunks, C), as all parts of biases
-    p_weight_y_parts,
-    p_bias_y_parts,
-    p_weight_mix_parts,
-    p_bias_mix_parts,
-    p_grad_weight_x,  # (C, D) or None
-    p_grad_bias_x,  # (C,) or None
-    p_grad_weight_y,
-    p_grad_bias_y,
-    p_grad_weight_mix,
-    p_grad_bias_mix,
+    p_weight_parts,  # P + M of (n_chunks, C, D); None where its output is
+    p_bias_parts,  # P + M of (n_chunks, C)
+    p_grad_weights,  # P + M of (C, D) or None
+    p_grad_biases,  # P + M of (C,) or None
     n_weights,
     n_biases,
     n_chunks,
@@ -273,59 +281,55 @@ def head_reduce_kernel(
     n_blocks = tl.cdiv(n_weights, BLOCK)
     i_head = tl.program_id(0) // n_blocks
     o = (tl.program_id(0) % n_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # the first n_biases of them are biases too
-    if i_head == 0:
-        if p_grad_weight_x is not None:
-            reduce_part(p_weight_x_parts, p_grad_weight_x, n_chunks, o, n_weights)
-        if p_grad_bias_x is not None:
-            reduce_part(p_bias_x_parts, p_grad_bias_x, n_chunks, o, n_biases)
-    elif i_head == 1:
-        if p_grad_weight_y is not None:
-            reduce_part(p_weight_y_parts, p_grad_weight_y, n_chunks, o, n_weights)
-        if p_grad_bias_y is not None:
-            reduce_part(p_bias_y_parts, p_grad_bias_y, n_chunks, o, n_biases)
-    else:
-        if p_grad_weight_mix is not None:
-            reduce_part(p_weight_mix_parts, p_grad_weight_mix, n_chunks, o, n_weights)
-        if p_grad_bias_mix is not None:
-            reduce_part(p_bias_mix_parts, p_grad_bias_mix, n_chunks, o, n_biases)
+    for head in tl.static_range(len(p_grad_weights)):
+        if i_head == head:
+            if p_grad_weights[head] is not None:
+                reduce_part(p_weight_parts[head], p_grad_weights[head], n_chunks, o, n_weights)
+            if p_grad_biases[head] is not None:
+                reduce_part(p_bias_parts[head], p_grad_biases[head], n_chunks, o, n_biases)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def head_features_kernel(
-    p_g,  # (B, D) dZ W_m, or None: then the mixture itself is made, as grad_x
+    p_g,  # (B, D) dZ W_m, or None: then it is left out
     p_x,  # (B, D)
     p_y,  # (B, D)
-    p_stats,  # (3, B)
-    p_rows,  # (6, B)
+    p_rows,  # (8, B) of the pair
     p_grad_x,  # (B, D), or None
     p_grad_y,  # (B, D), or None; either may be g itself
+    p_mixture,  # (B, D), or None: then the mixture itself is not made
     x_row,
     x_col,
     y_row,
     y_col,
     n_rows,
     n_cols,
-    EPS: tl.constexpr,
+    ADD_X: tl.constexpr,
+    ADD_Y: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """What comes to the features through the mixture, where a library makes the products."""
+    """What comes to the features through a mixture, where a library makes the products; added to what came before, or not."""
     DTYPE: tl.constexpr = p_rows.dtype.element_ty
     n_panels = tl.cdiv(n_cols, BLOCK_D)
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0) // n_panels, BLOCK_B)
     o_cols = (tl.program_id(0) % n_panels) * BLOCK_D + tl.arange(0, BLOCK_D)
     b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
     b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
-    if p_g is None:
+    if p_mixture is not None:
         r_x = tl.load(p_rows + o_rows, mask=m_rows, other=0.0)
         r_y = tl.load(p_rows + n_rows.to(tl.int64) + o_rows, mask=m_rows, other=0.0)
-        store_block(p_grad_x, r_x[:, None] * b_x + r_y[:, None] * b_y, o_rows, m_rows, o_cols, n_cols)
-    else:
+        store_block(p_mixture, r_x[:, None] * b_x + r_y[:, None] * b_y, o_rows, m_rows, o_cols, n_cols)
+    b_g = None
+    if p_g is not None:
         b_g = load_block(p_g, n_cols, 1, o_rows, m_rows, o_cols, n_cols, DTYPE)
-        r_x_norm, r_y_norm, _ = load_stats(p_stats, o_rows, m_rows, n_rows)
-        if p_grad_x is not None:
-            b = feature_gradient(b_g, b_x, b_y, p_rows, 0, r_x_norm, o_rows, m_rows, n_rows, EPS)
-            store_block(p_grad_x, b, o_rows, m_rows, o_cols, n_cols)
-        if p_grad_y is not None:
-            b = feature_gradient(b_g, b_x, b_y, p_rows, 1, r_y_norm, o_rows, m_rows, n_rows, EPS)
-            store_block(p_grad_y, b, o_rows, m_rows, o_cols, n_cols)
+    if p_grad_x is not None:
+        b = feature_gradient(b_g, b_x, b_y, p_rows, 0, o_rows, m_rows, n_rows)
+        if ADD_X:
+            b += load_block(p_grad_x, n_cols, 1, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        store_block(p_grad_x, b, o_rows, m_rows, o_cols, n_cols)
+    if p_grad_y is not None:
+        b = feature_gradient(b_g, b_x, b_y, p_rows, 1, o_rows, m_rows, n_rows)
+        if ADD_Y:
+            b += load_block(p_grad_y, n_cols, 1, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        store_block(p_grad_y, b, o_rows, m_rows, o_cols, n_cols)

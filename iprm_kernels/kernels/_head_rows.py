@@ -1,6 +1,7 @@
 """Kernels of the head step that work on rows of C numbers: probe, rebalance, losses, gradients of the logits."""
 
-# mypy: allow-untyped-defs
+# mypy: ignore-errors
+# a tuple of tiles grows in a loop that the compiler unrolls, which no type says
 
 from __future__ import annotations
 
@@ -20,6 +21,18 @@ def load_bias(p_bias, o_cols, n_cols, DTYPE: tl.constexpr):
     else:
         b_bias = tl.load(p_bias + o_cols, mask=o_cols < n_cols, other=0.0).to(DTYPE)
     return b_bias
+
+
+@triton.jit
+def pair_stats(p_stats, n_rows, PAIR: tl.constexpr):
+    """The (3, B) statistics of a pair in (P, 3, B)."""
+    return p_stats + 3 * PAIR * n_rows.to(tl.int64)
+
+
+@triton.jit
+def matrix_of(p_matrices, n_rows, n_classes, INDEX: tl.constexpr):
+    """One matrix of (..., B, C)."""
+    return p_matrices + INDEX * n_rows.to(tl.int64) * n_classes
 
 
 @triton.jit
@@ -92,191 +105,241 @@ def logit_gradient(b, o_cols, m_cols, n_cols, r_target, counted, r_poison, scale
 
 
 @triton.jit
-def add_bias(p_bias, p_u, p_logits, b_u, o_rows, m_rows, o_classes, n_classes):
-    """A product of the library completed to logits, in place and, where they are narrower, beside it."""
-    b_u += load_bias(p_bias, o_classes, n_classes, b_u.dtype)[None, :]
-    store_block(p_u, b_u, o_rows, m_rows, o_classes, n_classes)
-    if p_logits is not None:
-        store_block(p_logits, b_u, o_rows, m_rows, o_classes, n_classes)
+def load_logits(p_unimodal, p_bias, p_logits, o_rows, m_rows, o_classes, n_classes, PRODUCT: tl.constexpr):
+    """Unimodal logits; from a product of the library completed, in place and, where they are narrower, beside it."""
+    b_u = load_block(p_unimodal, n_classes, 1, o_rows, m_rows, o_classes, n_classes, p_unimodal.dtype.element_ty)
+    if PRODUCT:
+        b_u += load_bias(p_bias, o_classes, n_classes, b_u.dtype)[None, :]
+        store_block(p_unimodal, b_u, o_rows, m_rows, o_classes, n_classes)
+        if p_logits is not None:
+            store_block(p_logits, b_u, o_rows, m_rows, o_classes, n_classes)
     return b_u
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def head_probe_kernel(
-    p_x,  # (B, D), or None, as y: then row statistics are there, and u_x and u_y have their bias
-    p_y,
-    p_bias_x,  # (C,) or None, as the two below
-    p_bias_y,
-    p_bias_mix,
-    p_weight,  # () λ
-    p_stats,  # (3, B)
-    p_a,  # (B, C) X W_mᵀ
-    p_v,  # (B, C) Y W_mᵀ
-    p_u_x,  # (B, C) X W_xᵀ
-    p_u_y,
-    p_logits_x,  # (B, C) or None: a narrower copy, as the one below
-    p_logits_y,
-    p_kl_parts,  # (programs, 2)
-    x_row,
-    x_col,
-    y_row,
-    y_col,
+    p_features,  # M of (B, D), or none: then row statistics are there, and the unimodal logits have their bias
+    p_biases,  # P + M of (C,) or None
+    p_probing,  # (P,) λ
+    p_stats,  # (P, 3, B)
+    p_projected,  # (P, 2, B, C) X W_mᵀ and Y W_mᵀ
+    p_unimodal,  # (M, B, C) X W_xᵀ
+    p_logits,  # (M, B, C) or None: a narrower copy
+    p_kl_parts,  # (programs, 2P)
+    row_strides,
+    col_strides,
     n_rows,
     n_cols,
     n_classes,
+    MODALITIES: tl.constexpr,
+    PAIRS: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """KL of either modality from the mixture probed with λ; before that, where a library made the projections, the rest."""
+    """KL of either modality of each pair from the mixture probed with λ; before that, where a library made the projections,
+    the rest."""
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
+    P: tl.constexpr = len(PAIRS)
+    PRODUCT: tl.constexpr = len(p_features) > 0
     o_classes = tl.arange(0, BLOCK_C)
     m_classes = o_classes < n_classes
-    weight = tl.load(p_weight)
-    r_kl_x = tl.zeros((BLOCK_B,), DTYPE)
-    r_kl_y = tl.zeros((BLOCK_B,), DTYPE)
+    r_kl = ()
+    for _ in tl.static_range(2 * P):
+        r_kl = r_kl + (tl.zeros((BLOCK_B,), DTYPE),)
     for i_rows in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_B), tl.num_programs(0)):
         o_rows, m_rows = block_rows(n_rows, i_rows, BLOCK_B)
-        if p_x is None:
-            r_x_norm, r_y_norm, r_c = load_stats(p_stats, o_rows, m_rows, n_rows)
-        else:
-            o_cols = tl.arange(0, BLOCK_D)
-            b_xx = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
-            b_yy = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
-            b_xy = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        if PRODUCT:
+            b_squares = ()
+            for _ in tl.static_range(MODALITIES):
+                b_squares = b_squares + (tl.zeros((BLOCK_B, BLOCK_D), DTYPE),)
+            b_products = ()
+            for _ in tl.static_range(P):
+                b_products = b_products + (tl.zeros((BLOCK_B, BLOCK_D), DTYPE),)
             for i_col in range(0, n_cols, BLOCK_D):
-                b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
-                b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
-                b_xx += b_x * b_x
-                b_yy += b_y * b_y
-                b_xy += b_x * b_y
-            r_xx, r_yy, r_xy = tl.sum(b_xx, axis=1), tl.sum(b_yy, axis=1), tl.sum(b_xy, axis=1)
-            r_x_norm, r_y_norm, r_c = row_stats(r_xx, r_yy, r_xy, p_stats, o_rows, m_rows, n_rows, EPS)
-        b_a = load_block(p_a, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        b_v = load_block(p_v, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        b_bias = load_bias(p_bias_mix, o_classes, n_classes, DTYPE)
-        b_z = mixed_logits(b_a, b_v, b_bias, r_x_norm, r_y_norm, r_c, weight, m_classes, EPS)
-        r_z_top, r_z_sum = softmax_parts(b_z)
-        b_u = load_block(p_u_x, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        if p_x is not None:
-            b_u = add_bias(p_bias_x, p_u_x, p_logits_x, b_u, o_rows, m_rows, o_classes, n_classes)
-        r_kl_x += tl.where(m_rows, row_kl(b_u, b_z, m_classes, r_z_top, r_z_sum), 0.0)
-        b_u = load_block(p_u_y, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        if p_x is not None:
-            b_u = add_bias(p_bias_y, p_u_y, p_logits_y, b_u, o_rows, m_rows, o_classes, n_classes)
-        r_kl_y += tl.where(m_rows, row_kl(b_u, b_z, m_classes, r_z_top, r_z_sum), 0.0)
-    tl.store(p_kl_parts + 2 * tl.program_id(0), tl.sum(r_kl_x, axis=0))
-    tl.store(p_kl_parts + 2 * tl.program_id(0) + 1, tl.sum(r_kl_y, axis=0))
+                o_cols = i_col + tl.arange(0, BLOCK_D)
+                b_features = ()
+                b_next = ()
+                for m in tl.static_range(MODALITIES):
+                    b_x = load_block(p_features[m], row_strides[m], col_strides[m], o_rows, m_rows, o_cols, n_cols, DTYPE)
+                    b_features = b_features + (b_x,)
+                    b_next = b_next + (b_squares[m] + b_x * b_x,)
+                b_squares = b_next
+                b_next = ()
+                for k in tl.static_range(P):
+                    b_next = b_next + (b_products[k] + b_features[PAIRS[k][0]] * b_features[PAIRS[k][1]],)
+                b_products = b_next
+        b_logits = ()
+        for m in tl.static_range(MODALITIES):
+            p_own = matrix_of(p_unimodal, n_rows, n_classes, m)
+            p_narrow = p_logits
+            if p_logits is not None:
+                p_narrow = matrix_of(p_logits, n_rows, n_classes, m)
+            b_u = load_logits(p_own, p_biases[P + m], p_narrow, o_rows, m_rows, o_classes, n_classes, PRODUCT)
+            b_logits = b_logits + (b_u,)
+        r_next = ()
+        for k in tl.static_range(P):
+            p_pair = pair_stats(p_stats, n_rows, k)
+            if PRODUCT:
+                r_xx = tl.sum(b_squares[PAIRS[k][0]], axis=1)
+                r_yy = tl.sum(b_squares[PAIRS[k][1]], axis=1)
+                r_xy = tl.sum(b_products[k], axis=1)
+                r_x_norm, r_y_norm, r_c = row_stats(r_xx, r_yy, r_xy, p_pair, o_rows, m_rows, n_rows, EPS)
+            else:
+                r_x_norm, r_y_norm, r_c = load_stats(p_pair, o_rows, m_rows, n_rows)
+            p_a = matrix_of(p_projected, n_rows, n_classes, 2 * k)
+            p_v = matrix_of(p_projected, n_rows, n_classes, 2 * k + 1)
+            b_a = load_block(p_a, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+            b_v = load_block(p_v, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+            b_bias = load_bias(p_biases[k], o_classes, n_classes, DTYPE)
+            weight = tl.load(p_probing + k)
+            b_z = mixed_logits(b_a, b_v, b_bias, r_x_norm, r_y_norm, r_c, weight, m_classes, EPS)
+            r_z_top, r_z_sum = softmax_parts(b_z)
+            for side in tl.static_range(2):
+                r_row = row_kl(b_logits[PAIRS[k][side]], b_z, m_classes, r_z_top, r_z_sum)
+                r_next = r_next + (r_kl[2 * k + side] + tl.where(m_rows, r_row, 0.0),)
+        r_kl = r_next
+    for column in tl.static_range(2 * P):
+        tl.store(p_kl_parts + 2 * P * tl.program_id(0) + column, tl.sum(r_kl[column], axis=0))
 
 
 @triton.jit
-def store_losses(p_loss, p_losses, p_counted, mix, x, y, counted):
-    mix, x, y = mix / counted, x / counted, y / counted
-    tl.store(p_losses, mix)
-    tl.store(p_losses + 1, x)
-    tl.store(p_losses + 2, y)
-    tl.store(p_loss, mix + x + y)
+def store_losses(p_loss, p_losses, p_counted, sums, counted, PAIRS: tl.constexpr):
+    """Means of the cross entropies of all heads, and the loss: the mean of the mixtures' and the sum of the modalities'."""
+    P: tl.constexpr = len(PAIRS)
+    loss = tl.zeros((), counted.dtype)
+    for head in tl.static_range(len(sums)):
+        mean = sums[head] / counted
+        tl.store(p_losses + head, mean)
+        if head < P:
+            loss += mean / P
+        else:
+            loss += mean
+    tl.store(p_loss, loss)
     tl.store(p_counted, counted)
+
+
+@triton.jit
+def measured_weights(p_kl_parts, n_parts, COLUMNS: tl.constexpr, PAIR: tl.constexpr):
+    """The KL sums of a pair and its ω, as in strength_weights: zeros share everything, an infinite KL gets nothing, two
+    infinite are equal, a NaN spreads."""
+    kl_x = sum_of_parts(p_kl_parts, n_parts, COLUMNS, 2 * PAIR)
+    kl_y = sum_of_parts(p_kl_parts, n_parts, COLUMNS, 2 * PAIR + 1)
+    smallest = tl.where(kl_y < kl_x, kl_y, kl_x)
+    share_x = tl.where(kl_x == smallest, 1.0, smallest / kl_x)
+    share_y = tl.where(kl_y == smallest, 1.0, smallest / kl_y)
+    return kl_x, kl_y, share_x / (share_x + share_y), share_y / (share_x + share_y)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_parts", "ignore_index"])
 def head_rebalance_kernel(
-    p_a,  # (B, C)
-    p_v,  # (B, C)
-    p_u_x,  # (B, C)
-    p_u_y,  # (B, C)
-    p_stats,  # (3, B)
-    p_bias_mix,  # (C,) or None
+    p_projected,  # (P, 2, B, C)
+    p_unimodal,  # (M, B, C)
+    p_stats,  # (P, 3, B)
+    p_biases,  # P of (C,) or None
     p_target,  # (B,)
-    p_kl_parts,  # (n_parts, 2)
-    p_kl,  # (2,) or None where it is what p_kl_parts holds
-    p_strength,  # (2,)
-    p_logits_mix,  # (B, C)
-    p_loss_parts,  # (programs, 4) or None for a single program, which stores the losses themselves
+    p_kl_parts,  # (n_parts, 2P)
+    p_kl,  # (2P,) or None where it is what p_kl_parts holds
+    p_strength,  # (2P,)
+    p_logits,  # (P, B, C)
+    p_loss_parts,  # (programs, P + M + 1) or None for a single program, which stores the losses themselves
     p_loss,  # ()
-    p_losses,  # (3,)
+    p_losses,  # (P + M,)
     p_counted,  # ()
     target_row,
     n_rows,
     n_classes,
     n_parts,
     ignore_index,
+    MODALITIES: tl.constexpr,
+    PAIRS: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """ω from the KL sums, the logits of the mixture with it, and the cross entropies of mixture, x and y."""
+    """ω from the KL sums, the logits of the mixtures with it, and the cross entropies of all heads."""
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
+    P: tl.constexpr = len(PAIRS)
     o_classes = tl.arange(0, BLOCK_C)
     m_classes = o_classes < n_classes
-    kl_x = sum_of_parts(p_kl_parts, n_parts, 2, 0)
-    kl_y = sum_of_parts(p_kl_parts, n_parts, 2, 1)
-    # as in strength_weights: zeros share everything, an infinite KL gets nothing, two infinite are equal, a NaN spreads
-    smallest = tl.where(kl_y < kl_x, kl_y, kl_x)
-    share_x = tl.where(kl_x == smallest, 1.0, smallest / kl_x)
-    share_y = tl.where(kl_y == smallest, 1.0, smallest / kl_y)
-    weight = share_x / (share_x + share_y)
-    if tl.program_id(0) == 0:
-        tl.store(p_strength, weight)
-        tl.store(p_strength + 1, share_y / (share_x + share_y))
-        if p_kl is not None:
-            tl.store(p_kl, kl_x)
-            tl.store(p_kl + 1, kl_y)
-    r_mix = tl.zeros((BLOCK_B,), DTYPE)
-    r_x = tl.zeros((BLOCK_B,), DTYPE)
-    r_y = tl.zeros((BLOCK_B,), DTYPE)
+    weights = ()
+    for k in tl.static_range(P):
+        kl_x, kl_y, weight_x, weight_y = measured_weights(p_kl_parts, n_parts, 2 * P, k)
+        weights = weights + (weight_x,)
+        if tl.program_id(0) == 0:
+            tl.store(p_strength + 2 * k, weight_x)
+            tl.store(p_strength + 2 * k + 1, weight_y)
+            if p_kl is not None:
+                tl.store(p_kl + 2 * k, kl_x)
+                tl.store(p_kl + 2 * k + 1, kl_y)
+    r_losses = ()
+    for _ in tl.static_range(P + MODALITIES):
+        r_losses = r_losses + (tl.zeros((BLOCK_B,), DTYPE),)
     r_counted = tl.zeros((BLOCK_B,), DTYPE)
     for i_rows in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_B), tl.num_programs(0)):
         o_rows, m_rows = block_rows(n_rows, i_rows, BLOCK_B)
         r_target, counted, r_poison = load_labels(p_target, target_row, o_rows, m_rows, n_classes, ignore_index)
         r_poison = r_poison.to(DTYPE)
-        r_x_norm, r_y_norm, r_c = load_stats(p_stats, o_rows, m_rows, n_rows)
-        b_a = load_block(p_a, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        b_v = load_block(p_v, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        b_bias = load_bias(p_bias_mix, o_classes, n_classes, DTYPE)
-        b_z = mixed_logits(b_a, b_v, b_bias, r_x_norm, r_y_norm, r_c, weight, m_classes, EPS)
-        store_block(p_logits_mix, b_z, o_rows, m_rows, o_classes, n_classes)
-        r_mix += cross_entropy(b_z, o_classes, m_classes, n_classes, r_target, counted, r_poison, SMOOTHING)
-        b_u = load_block(p_u_x, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        r_x += cross_entropy(b_u, o_classes, m_classes, n_classes, r_target, counted, r_poison, SMOOTHING)
-        b_u = load_block(p_u_y, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        r_y += cross_entropy(b_u, o_classes, m_classes, n_classes, r_target, counted, r_poison, SMOOTHING)
+        r_next = ()
+        for head in tl.static_range(P + MODALITIES):
+            if head < P:
+                r_x_norm, r_y_norm, r_c = load_stats(pair_stats(p_stats, n_rows, head), o_rows, m_rows, n_rows)
+                p_a = matrix_of(p_projected, n_rows, n_classes, 2 * head)
+                p_v = matrix_of(p_projected, n_rows, n_classes, 2 * head + 1)
+                b_a = load_block(p_a, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+                b_v = load_block(p_v, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+                b_bias = load_bias(p_biases[head], o_classes, n_classes, DTYPE)
+                b = mixed_logits(b_a, b_v, b_bias, r_x_norm, r_y_norm, r_c, weights[head], m_classes, EPS)
+                store_block(matrix_of(p_logits, n_rows, n_classes, head), b, o_rows, m_rows, o_classes, n_classes)
+            else:
+                p_own = matrix_of(p_unimodal, n_rows, n_classes, head - P)
+                b = load_block(p_own, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+            r_loss = cross_entropy(b, o_classes, m_classes, n_classes, r_target, counted, r_poison, SMOOTHING)
+            r_next = r_next + (r_losses[head] + r_loss,)
+        r_losses = r_next
         r_counted += counted.to(DTYPE)
-    mix, x, y = tl.sum(r_mix, axis=0), tl.sum(r_x, axis=0), tl.sum(r_y, axis=0)
+    sums = ()
+    for head in tl.static_range(P + MODALITIES):
+        sums = sums + (tl.sum(r_losses[head], axis=0),)
     counted_here = tl.sum(r_counted, axis=0)
     if p_loss_parts is None:
-        store_losses(p_loss, p_losses, p_counted, mix, x, y, counted_here)
+        store_losses(p_loss, p_losses, p_counted, sums, counted_here, PAIRS)
     else:
-        p_parts = p_loss_parts + 4 * tl.program_id(0)
-        tl.store(p_parts, mix)
-        tl.store(p_parts + 1, x)
-        tl.store(p_parts + 2, y)
-        tl.store(p_parts + 3, counted_here)
+        p_parts = p_loss_parts + (P + MODALITIES + 1) * tl.program_id(0)
+        for head in tl.static_range(P + MODALITIES):
+            tl.store(p_parts + head, sums[head])
+        tl.store(p_parts + P + MODALITIES, counted_here)
 
 
 @triton.jit(do_not_specialize=["n_parts"])
 def head_losses_kernel(
-    p_loss_parts,  # (n_parts, 4)
+    p_loss_parts,  # (n_parts, P + M + 1)
     p_loss,  # ()
-    p_losses,  # (3,)
+    p_losses,  # (P + M,)
     p_counted,  # ()
     n_parts,
+    MODALITIES: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    mix = sum_of_parts(p_loss_parts, n_parts, 4, 0)
-    x = sum_of_parts(p_loss_parts, n_parts, 4, 1)
-    y = sum_of_parts(p_loss_parts, n_parts, 4, 2)
-    store_losses(p_loss, p_losses, p_counted, mix, x, y, sum_of_parts(p_loss_parts, n_parts, 4, 3))
+    HEADS: tl.constexpr = len(PAIRS) + MODALITIES
+    sums = ()
+    for head in tl.static_range(HEADS):
+        sums = sums + (sum_of_parts(p_loss_parts, n_parts, HEADS + 1, head),)
+    store_losses(p_loss, p_losses, p_counted, sums, sum_of_parts(p_loss_parts, n_parts, HEADS + 1, HEADS), PAIRS)
 
 
 @triton.jit
-def load_scale(p_grad_loss, p_grad_losses, p_counted, HEAD: tl.constexpr):
+def load_scale(p_grad_loss, p_grad_losses, p_counted, HEAD: tl.constexpr, MIXTURES: tl.constexpr):
     """What came to the mean cross entropy of a head, over the rows that count."""
     counted = tl.load(p_counted)
     scale = tl.zeros((), counted.dtype)
     if p_grad_loss is not None:
-        scale += tl.load(p_grad_loss)
+        if HEAD < MIXTURES:
+            scale += tl.load(p_grad_loss) / MIXTURES
+        else:
+            scale += tl.load(p_grad_loss)
     if p_grad_losses is not None:
         scale += tl.load(p_grad_losses + HEAD)
     return scale / counted
@@ -285,27 +348,23 @@ def load_scale(p_grad_loss, p_grad_losses, p_counted, HEAD: tl.constexpr):
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
 def head_coefficients_kernel(
     p_grad_loss,  # () or None
-    p_grad_losses,  # (3,) or None
-    p_grad_mix,  # (B, C) or None, as the two below
-    p_grad_logits_x,
-    p_grad_logits_y,
-    p_a,  # (B, C)
-    p_v,  # (B, C)
-    p_u_x,  # (B, C)
-    p_u_y,  # (B, C)
-    p_stats,  # (3, B)
-    p_bias_mix,  # (C,) or None
+    p_grad_losses,  # (P + M,) or None
+    p_grad_logits,  # (P + M, B, C) or None
+    p_projected,  # (P, 2, B, C)
+    p_unimodal,  # (M, B, C)
+    p_stats,  # (P, 3, B)
+    p_biases,  # P of (C,) or None
     p_target,  # (B,)
-    p_strength,  # (2,)
+    p_strength,  # (2P,)
     p_counted,  # ()
-    p_dz,  # (B, C), as the two below
-    p_du_x,
-    p_du_y,
-    p_rows,  # (6, B) z from x and y; of the gradient of x what comes of x and of y; of that of y of x and of y
+    p_of_logits,  # (P + M, B, C) dZ and dU
+    p_rows,  # (P, 8, B) z from x and y; the gradients of x and y from dZ W; that of x from x and y, that of y from x and y
     target_row,
     n_rows,
     n_classes,
     ignore_index,
+    MODALITIES: tl.constexpr,
+    PAIRS: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -313,49 +372,49 @@ def head_coefficients_kernel(
 ):
     """Gradients of all logits, and the row factors of the gradients of the features."""
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
+    P: tl.constexpr = len(PAIRS)
     o_classes = tl.arange(0, BLOCK_C)
     m_classes = o_classes < n_classes
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
     r_target, counted, r_poison = load_labels(p_target, target_row, o_rows, m_rows, n_classes, ignore_index)
     r_poison = r_poison.to(DTYPE)
-    r_x_norm, r_y_norm, r_c = load_stats(p_stats, o_rows, m_rows, n_rows)
-    r_w = tl.zeros((BLOCK_B,), DTYPE) + tl.load(p_strength)
-    r_p, _, r_p_dc = slerp(r_w, r_c)
-    r_q, _, r_q_dc = slerp(1 - r_w, r_c)
-    r_x_inverse = 1 / divisor(r_x_norm, EPS)
-    r_y_inverse = 1 / divisor(r_y_norm, EPS)
-    r_z_x, r_z_y = r_p * r_x_inverse, r_q * r_y_inverse
-    b_a = load_block(p_a, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-    b_v = load_block(p_v, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-    b_z = r_z_x[:, None] * b_a + r_z_y[:, None] * b_v + load_bias(p_bias_mix, o_classes, n_classes, DTYPE)[None, :]
-    scale = load_scale(p_grad_loss, p_grad_losses, p_counted, 0)
-    b_g = logit_gradient(b_z, o_classes, m_classes, n_classes, r_target, counted, r_poison, scale, SMOOTHING)
-    if p_grad_mix is not None:
-        b_g += load_block(p_grad_mix, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-    store_block(p_dz, b_g, o_rows, m_rows, o_classes, n_classes)
-    r_gx = tl.sum(b_g * b_a, axis=1) * r_x_inverse
-    r_gy = tl.sum(b_g * b_v, axis=1) * r_y_inverse
-    r_kappa = r_p_dc * r_gx + r_q_dc * r_gy
-    r_x_live = live_inverse_norm(r_x_norm, EPS)
-    r_y_live = live_inverse_norm(r_y_norm, EPS)
-    o_stats = n_rows.to(tl.int64)
-    tl.store(p_rows + o_rows, r_z_x, mask=m_rows)
-    tl.store(p_rows + o_stats + o_rows, r_z_y, mask=m_rows)
-    tl.store(p_rows + 2 * o_stats + o_rows, -(r_p * r_gx + r_kappa * r_c) * r_x_live * r_x_live, mask=m_rows)
-    tl.store(p_rows + 3 * o_stats + o_rows, r_kappa * r_x_live * r_y_inverse, mask=m_rows)
-    tl.store(p_rows + 4 * o_stats + o_rows, r_kappa * r_x_inverse * r_y_live, mask=m_rows)
-    tl.store(p_rows + 5 * o_stats + o_rows, -(r_q * r_gy + r_kappa * r_c) * r_y_live * r_y_live, mask=m_rows)
-
-    scale = load_scale(p_grad_loss, p_grad_losses, p_counted, 1)
-    b_u = load_block(p_u_x, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-    b_g = logit_gradient(b_u, o_classes, m_classes, n_classes, r_target, counted, r_poison, scale, SMOOTHING)
-    if p_grad_logits_x is not None:
-        b_g += load_block(p_grad_logits_x, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-    store_block(p_du_x, b_g, o_rows, m_rows, o_classes, n_classes)
-
-    scale = load_scale(p_grad_loss, p_grad_losses, p_counted, 2)
-    b_u = load_block(p_u_y, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-    b_g = logit_gradient(b_u, o_classes, m_classes, n_classes, r_target, counted, r_poison, scale, SMOOTHING)
-    if p_grad_logits_y is not None:
-        b_g += load_block(p_grad_logits_y, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-    store_block(p_du_y, b_g, o_rows, m_rows, o_classes, n_classes)
+    for head in tl.static_range(P + MODALITIES):
+        if head < P:
+            r_x_norm, r_y_norm, r_c = load_stats(pair_stats(p_stats, n_rows, head), o_rows, m_rows, n_rows)
+            r_w = tl.zeros((BLOCK_B,), DTYPE) + tl.load(p_strength + 2 * head)
+            r_p, _, r_p_dc = slerp(r_w, r_c)
+            r_q, _, r_q_dc = slerp(1 - r_w, r_c)
+            r_x_inverse = 1 / divisor(r_x_norm, EPS)
+            r_y_inverse = 1 / divisor(r_y_norm, EPS)
+            r_z_x, r_z_y = r_p * r_x_inverse, r_q * r_y_inverse
+            p_a = matrix_of(p_projected, n_rows, n_classes, 2 * head)
+            p_v = matrix_of(p_projected, n_rows, n_classes, 2 * head + 1)
+            b_a = load_block(p_a, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+            b_v = load_block(p_v, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+            b_bias = load_bias(p_biases[head], o_classes, n_classes, DTYPE)
+            b = r_z_x[:, None] * b_a + r_z_y[:, None] * b_v + b_bias[None, :]
+        else:
+            p_own = matrix_of(p_unimodal, n_rows, n_classes, head - P)
+            b = load_block(p_own, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+        scale = load_scale(p_grad_loss, p_grad_losses, p_counted, head, P)
+        b_g = logit_gradient(b, o_classes, m_classes, n_classes, r_target, counted, r_poison, scale, SMOOTHING)
+        if p_grad_logits is not None:
+            p_upstream = matrix_of(p_grad_logits, n_rows, n_classes, head)
+            b_g += load_block(p_upstream, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+        store_block(matrix_of(p_of_logits, n_rows, n_classes, head), b_g, o_rows, m_rows, o_classes, n_classes)
+        if head < P:
+            r_gx = tl.sum(b_g * b_a, axis=1) * r_x_inverse
+            r_gy = tl.sum(b_g * b_v, axis=1) * r_y_inverse
+            r_kappa = r_p_dc * r_gx + r_q_dc * r_gy
+            r_x_live = live_inverse_norm(r_x_norm, EPS)
+            r_y_live = live_inverse_norm(r_y_norm, EPS)
+            o_stats = n_rows.to(tl.int64)
+            p_factors = p_rows + 8 * head * o_stats + o_rows
+            tl.store(p_factors, r_z_x, mask=m_rows)
+            tl.store(p_factors + o_stats, r_z_y, mask=m_rows)
+            tl.store(p_factors + 2 * o_stats, r_p * r_x_live, mask=m_rows)
+            tl.store(p_factors + 3 * o_stats, r_q * r_y_live, mask=m_rows)
+            tl.store(p_factors + 4 * o_stats, -(r_p * r_gx + r_kappa * r_c) * r_x_live * r_x_live, mask=m_rows)
+            tl.store(p_factors + 5 * o_stats, r_kappa * r_x_live * r_y_inverse, mask=m_rows)
+            tl.store(p_factors + 6 * o_stats, r_kappa * r_x_inverse * r_y_live, mask=m_rows)
+            tl.store(p_factors + 7 * o_stats, -(r_q * r_gy + r_kappa * r_c) * r_y_live * r_y_live, mask=m_rows)

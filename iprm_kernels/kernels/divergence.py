@@ -189,13 +189,14 @@ def batch_kl_pair_kernel(
 
 @triton.jit(do_not_specialize=["n_parts"])
 def kl_sums_kernel(
-    p_kl_parts,  # (n_parts, 2)
-    p_kl,  # (2,)
+    p_kl_parts,  # (n_parts, COLUMNS)
+    p_kl,  # (COLUMNS,)
     n_parts,
+    COLUMNS: tl.constexpr,
 ):
-    """The KL sums of two modalities from the parts that programs left."""
-    tl.store(p_kl, sum_of_parts(p_kl_parts, n_parts, 2, 0))
-    tl.store(p_kl + 1, sum_of_parts(p_kl_parts, n_parts, 2, 1))
+    """KL sums from the parts that programs left."""
+    for column in tl.static_range(COLUMNS):
+        tl.store(p_kl + column, sum_of_parts(p_kl_parts, n_parts, COLUMNS, column))
 
 
 @triton.jit
@@ -328,7 +329,7 @@ def batch_kl_pair(p_logits: Tensor, other_logits: Tensor, q_logits: Tensor, kl: 
             p_logits, other_logits, q_logits, parts, *strides, n_rows, n_cols, BLOCK_B=rows, BLOCK_D=block, num_warps=num_warps
         )
         if programs > 1:
-            kl_sums_kernel[(1,)](parts, kl, programs, num_warps=4)
+            kl_sums_kernel[(1,)](parts, kl, programs, COLUMNS=2, num_warps=4)
 
 
 def strength_weights(kl: Tensor, strength: Tensor) -> None:

@@ -1,16 +1,20 @@
 """The linear head step in closed form: mixing commutes with a linear head, so one projection a modality is all that is wide.
 
-With x̂ = X/‖x‖, c = ⟨x̂, ŷ⟩, p = S(w, c), q = S(1-w, c) and projections A = X W_mᵀ, V = Y W_mᵀ, Â = A/‖x‖, V̂ = V/‖y‖::
+Of a pair of modalities with features X, Y, x̂ = X/‖x‖, c = ⟨x̂, ŷ⟩, p = S(w, c), q = S(1-w, c) and projections A = X W_mᵀ,
+V = Y W_mᵀ on the head of its mixture, Â = A/‖x‖, V̂ = V/‖y‖::
 
     mixed logits  Z = p Â + q V̂ + b_m          for the probe (w = λ) and, after the KL, for the step (w = ω_x)
     κ   = S'(ω,c) Σ dZ Â + S'(1-ω,c) Σ dZ V̂
-    dX  = [p/‖x‖ dZ | dU_x] [W_m ; W_x] + κ/(‖x‖‖y‖) Y - (p Σ dZ Â + κ c)/‖x‖² X        and the same for y
+    dX  = dU_x W_x + Σ over its pairs of p/‖x‖ dZ W_m + κ/(‖x‖‖y‖) Y - (p Σ dZ Â + κ c)/‖x‖² X        and the same for y
     dW_m = (p/‖x‖ dZ)ᵀ X + (q/‖y‖ dZ)ᵀ Y,   dW_x = dU_xᵀ X,   biases sum the rows
+
+Heads, their logits, losses and gradients come in one order everywhere: those of the P mixtures, then those of the M modalities.
+Two modalities are the one pair (0, 1).
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,132 +28,143 @@ EPS = 1e-12  # the smallest length divided by, as in `normalize`
 
 
 class State(NamedTuple):
-    """What a step keeps for its backward pass."""
+    """What a step keeps for its backward pass, as views of the one tensor that holds it."""
 
-    stats: Tensor  #: (3, B) holding ‖x‖, ‖y‖, c
-    a: Tensor  #: (B, C) X W_mᵀ
-    v: Tensor  #: (B, C) Y W_mᵀ
-    u_x: Tensor  #: (B, C) unimodal logits of x
-    u_y: Tensor  #: (B, C) unimodal logits of y
+    stats: Tensor  #: (P, 3, B) holding ‖x‖, ‖y‖, c of each pair
+    projected: Tensor  #: (P, 2, B, C) A = X W_mᵀ and V = Y W_mᵀ
+    unimodal: Tensor  #: (M, B, C) unimodal logits: in the state where the logits returned are narrower, else these
     counted: Tensor  #: () rows that the losses are means over
 
     @staticmethod
-    def views(state: Tensor, logits_x: Tensor, logits_y: Tensor) -> State:
-        """Of the one tensor that holds them; u_x and u_y are in it where the logits returned are narrower, else these."""
-        batch, classes = logits_x.shape
-        ends = range(3 * batch, len(state), batch * classes) if batch else [0] * 5
-        parts = [state[begin:end].view(batch, classes) for begin, end in itertools.pairwise(ends)]
-        u_x, u_y = (logits_x, logits_y) if logits_x.dtype == state.dtype else parts[2:4]
-        return State(state[: 3 * batch].view(3, batch), parts[0], parts[1], u_x, u_y, state[-1])
+    def size(batch: int, classes: int, modalities: int, pairs: int, narrow: bool) -> int:
+        """Numbers in the tensor: unimodal logits count where those returned are `narrow`."""
+        return batch * (3 * pairs + (2 * pairs + (modalities if narrow else 0)) * classes) + 1
+
+    @staticmethod
+    def views(state: Tensor, logits: Tensor, pairs: int) -> State:
+        heads, batch, classes = logits.shape
+        projected, unimodal = 3 * pairs * batch, (3 + 2 * classes) * pairs * batch
+        kept = logits[pairs:] if logits.dtype == state.dtype else state[unimodal:-1].view(heads - pairs, batch, classes)
+        return State(
+            state[:projected].view(pairs, 3, batch), state[projected:unimodal].view(pairs, 2, batch, classes), kept, state[-1]
+        )
+
+
+def pairs_of(flat: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs of modalities from the flat list that operators and kernels take."""
+    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def head_probe(
-    x: Tensor,
-    y: Tensor,
-    weight_x: Tensor,
-    bias_x: Tensor | None,
-    weight_y: Tensor,
-    bias_y: Tensor | None,
-    weight_mix: Tensor,
-    bias_mix: Tensor | None,
-    weight: Tensor,
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    pairs: Sequence[int],
+    probing: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Projections, row statistics, unimodal logits, and the KL sums of these from the mixture probed with λ.
+    """Projections, row statistics, unimodal logits, and the KL sums of these from the mixtures probed with λ.
 
-    (B, D) x2, heads (C, D) and (C,), λ () -> a, v, u_x, u_y (B, C); stats (3, B) holding ‖x‖, ‖y‖, c; kl (2,)
+    (B, D) xM, heads (C, D) and (C,), λ (P,) -> stats (P, 3, B), projected (P, 2, B, C), unimodal (M, B, C), kl (2P,)
     """
-    dtype = arithmetic_dtype(x.dtype)
-    x, y, weight_mix = x.to(dtype), y.to(dtype), weight_mix.to(dtype)
-    a, v = x @ weight_mix.T, y @ weight_mix.T
-    u_x, u_y = _biased(x @ weight_x.to(dtype).T, bias_x), _biased(y @ weight_y.to(dtype).T, bias_y)
-    x_norm, y_norm = x.norm(dim=1), y.norm(dim=1)
-    c = (x * y).sum(1) * (inverse_norm(x_norm, EPS) * inverse_norm(y_norm, EPS))
-    stats = torch.stack([x_norm, y_norm, c])
-    probe = _mixed(a, v, stats, weight, bias_mix)
-    (kl,) = batch_kl_pair(u_x, u_y, probe)
-    return a, v, u_x, u_y, stats, kl
+    count, dtype = len(pairs) // 2, arithmetic_dtype(features[0].dtype)
+    wide = [x.to(dtype) for x in features]
+    own = zip(wide, weights[count:], biases[count:], strict=True)
+    unimodal = [_biased(x @ weight.to(dtype).T, bias) for x, weight, bias in own]
+    stats, projected, sums = [], [], []
+    for k, (i, j) in enumerate(pairs_of(pairs)):
+        x, y, weight = wide[i], wide[j], weights[k].to(dtype)
+        x_norm, y_norm = x.norm(dim=1), y.norm(dim=1)
+        c = (x * y).sum(1) * (inverse_norm(x_norm, EPS) * inverse_norm(y_norm, EPS))
+        stats.append(torch.stack([x_norm, y_norm, c]))
+        projected.append(torch.stack([x @ weight.T, y @ weight.T]))
+        probe = _mixed(projected[k], stats[k], probing[k], biases[k])
+        sums.append(batch_kl_pair(unimodal[i], unimodal[j], probe)[0])
+    return torch.stack(stats), torch.stack(projected), torch.stack(unimodal), torch.cat(sums)
 
 
 def head_rebalance(
-    of: State, bias_mix: Tensor | None, kl: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
+    of: State, biases: Sequence[Tensor | None], kl: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Tensor, ...]:
-    """ω from the KL sums, the logits of the mixture with it, and the cross entropies of mixture, x and y.
+    """ω from the KL sums, the logits of the mixtures with it, and the cross entropies of all heads.
 
-    bias (C,), kl (2,), target (B,) -> strength (2,), logits_mix (B, C), loss (), losses (3,), rows that count ()
+    biases (C,), kl (2P,), target (B,) -> strength (2P,), logits (P, B, C), loss (), losses (P + M,), rows that count ()
     """
-    (strength,) = strength_weights(kl)
-    logits = _mixed(of.a, of.v, of.stats, strength[0], bias_mix)
-    labels = _Labels.of(target, logits.shape[1], ignore_index)
-    losses = torch.stack([_cross_entropy(own, labels, label_smoothing) for own in (logits, of.u_x, of.u_y)])
-    return strength, logits, losses.sum(), losses, labels.counted.sum()
+    strength = torch.cat([strength_weights(own)[0] for own in kl.view(-1, 2)])
+    mixed = _mixtures(of, strength, biases)
+    labels = _Labels.of(target, mixed[0].shape[1], ignore_index)
+    losses = torch.stack([_cross_entropy(own, labels, label_smoothing) for own in (*mixed, *of.unimodal)])
+    loss = losses[: len(mixed)].mean() + losses[len(mixed) :].sum()
+    return strength, torch.stack(mixed), loss, losses, labels.counted.sum()
 
 
 def head_backward(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
-    grad_mix: Tensor | None,
-    grad_logits_x: Tensor | None,
-    grad_logits_y: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    weight_x: Tensor,
-    weight_y: Tensor,
-    weight_mix: Tensor,
-    bias_mix: Tensor | None,
+    grad_logits: Tensor | None,
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    pairs: Sequence[int],
     target: Tensor,
     of: State,
     strength: Tensor,
     label_smoothing: float,
     ignore_index: int,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, y (B, D), then weight (C, D) and bias (C,) of the heads of x, y and the mixture, by the formulas above.
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of the features (B, D), then of all weights (C, D) and all biases (C,), by the formulas above.
 
-    The upstream gradients are those of loss (), losses (3,) and the logits (B, C) of mixture, x and y.
+    The upstream gradients are those of loss (), losses (P + M,) and logits (P + M, B, C).
     """
-    stats, a, v, u_x, u_y, counted = of
-    x_norm, y_norm, c = stats
-    x, y, weight_mix = x.to(c.dtype), y.to(c.dtype), weight_mix.to(c.dtype)
-    labels = _Labels.of(target, a.shape[1], ignore_index)
-    scales = a.new_zeros(3)
-    scales = scales if grad_loss is None else scales + grad_loss
-    scales = (scales if grad_losses is None else scales + grad_losses) / counted
-    weight = strength[0].expand_as(c)
-    logits = _mixed(a, v, stats, strength[0], bias_mix)
-    dz, du_x, du_y = (
-        _cross_entropy_backward(own, labels, label_smoothing, scale, upstream)
-        for own, scale, upstream in zip((logits, u_x, u_y), scales, (grad_mix, grad_logits_x, grad_logits_y), strict=True)
-    )
+    count, dtype = len(pairs) // 2, of.stats.dtype
+    wide = [x.to(dtype) for x in features]
+    heads = [weight.to(dtype) for weight in weights]
+    labels = _Labels.of(target, of.unimodal.shape[2], ignore_index)
+    scales = of.stats.new_zeros(len(heads))
+    if grad_loss is not None:
+        scales[:count] += grad_loss / count
+        scales[count:] += grad_loss
+    scales = (scales if grad_losses is None else scales + grad_losses) / of.counted
+    mixed = _mixtures(of, strength, biases)
+    upstream = [None] * len(heads) if grad_logits is None else grad_logits
+    of_logits = [
+        _cross_entropy_backward(own, labels, label_smoothing, scale, above)
+        for own, scale, above in zip((*mixed, *of.unimodal), scales, upstream, strict=True)
+    ]
 
-    p, q = slerp_weight(weight, c), slerp_weight(1 - weight, c)
-    inv_x, inv_y = inverse_norm(x_norm, EPS), inverse_norm(y_norm, EPS)
-    gx, gy = (dz * a).sum(1) * inv_x, (dz * v).sum(1) * inv_y
-    kappa = slerp_weight_dc(weight, c) * gx + slerp_weight_dc(1 - weight, c) * gy
-    through_x, through_y = (p * inv_x)[:, None] * dz, (q * inv_y)[:, None] * dz
-    dx = _feature_gradient(through_x @ weight_mix, x, y, kappa, p * gx + kappa * c, x_norm, inv_y)
-    dy = _feature_gradient(through_y @ weight_mix, y, x, kappa, q * gy + kappa * c, y_norm, inv_x)
-    return (
-        dx + du_x @ weight_x.to(c.dtype),
-        dy + du_y @ weight_y.to(c.dtype),
-        du_x.T @ x,
-        du_x.sum(0),
-        du_y.T @ y,
-        du_y.sum(0),
-        through_x.T @ x + through_y.T @ y,
-        dz.sum(0),
-    )
+    grad_features = [g @ weight for g, weight in zip(of_logits[count:], heads[count:], strict=True)]
+    grad_weights = [g.T @ x for g, x in zip(of_logits[count:], wide, strict=True)]
+    of_mixtures = []
+    for k, (i, j) in enumerate(pairs_of(pairs)):
+        x, y, dz, (a, v), (x_norm, y_norm, c) = wide[i], wide[j], of_logits[k], of.projected[k], of.stats[k]
+        weight = strength[2 * k].expand_as(c)
+        p, q = slerp_weight(weight, c), slerp_weight(1 - weight, c)
+        inv_x, inv_y = inverse_norm(x_norm, EPS), inverse_norm(y_norm, EPS)
+        gx, gy = (dz * a).sum(1) * inv_x, (dz * v).sum(1) * inv_y
+        kappa = slerp_weight_dc(weight, c) * gx + slerp_weight_dc(1 - weight, c) * gy
+        through_x, through_y = (p * inv_x)[:, None] * dz, (q * inv_y)[:, None] * dz
+        dx = _feature_gradient(through_x @ heads[k], x, y, kappa, p * gx + kappa * c, x_norm, inv_y)
+        dy = _feature_gradient(through_y @ heads[k], y, x, kappa, q * gy + kappa * c, y_norm, inv_x)
+        grad_features[i], grad_features[j] = grad_features[i] + dx, grad_features[j] + dy
+        of_mixtures.append(through_x.T @ x + through_y.T @ y)
+    return grad_features, of_mixtures + grad_weights, [g.sum(0) for g in of_logits]
 
 
 def _biased(logits: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits + bias.to(logits.dtype)
 
 
-def _mixed(a: Tensor, v: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """S(w,c) A/‖x‖ + S(1-w,c) V/‖y‖ + b.  (B, C) x2, (3, B), () -> (B, C)"""
-    x_norm, y_norm, c = stats
+def _mixed(projected: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """S(w,c) A/‖x‖ + S(1-w,c) V/‖y‖ + b.  (2, B, C), (3, B), () -> (B, C)"""
+    (a, v), (x_norm, y_norm, c) = projected, stats
     weight = weight.expand_as(c)
     p = slerp_weight(weight, c) * inverse_norm(x_norm, EPS)
     q = slerp_weight(1 - weight, c) * inverse_norm(y_norm, EPS)
     return _biased(p[:, None] * a + q[:, None] * v, bias)
+
+
+def _mixtures(of: State, strength: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """The mixed logits of all pairs with the ω just measured.  (2P,), (C,) -> P of (B, C)"""
+    return [_mixed(of.projected[k], of.stats[k], strength[2 * k], biases[k]) for k in range(len(of.stats))]
 
 
 class _Labels(NamedTuple):

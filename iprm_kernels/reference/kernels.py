@@ -43,65 +43,58 @@ strength_weights_backward = into(divergence.strength_weights_backward)
 
 
 def head_forward(
-    x: Tensor,
-    y: Tensor,
-    weight_x: Tensor,
-    bias_x: Tensor | None,
-    weight_y: Tensor,
-    bias_y: Tensor | None,
-    weight_mix: Tensor,
-    bias_mix: Tensor | None,
+    features: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    pairs: list[int],
     target: Tensor,
-    weight: Tensor,
+    probing: Tensor,
     label_smoothing: float,
     ignore_index: int,
     parts: int,
     state: Tensor,
-    logits_mix: Tensor,
-    logits_x: Tensor,
-    logits_y: Tensor,
+    logits: Tensor,
     kl: Tensor,
     strength: Tensor,
     loss: Tensor,
     losses: Tensor,
 ) -> None:
-    labels(target, logits_mix.shape[1], ignore_index)
-    of = head.State.views(state, logits_x, logits_y)
+    labels(target, logits.shape[2], ignore_index)
+    count = len(pairs) // 2
+    of = head.State.views(state, logits, count)
     with below(AUTOCAST):
         if parts & PROBE:
-            a, v, u_x, u_y, stats, sums = head.head_probe(
-                x, y, weight_x, bias_x, weight_y, bias_y, weight_mix, bias_mix, weight
-            )
-            fill((*of[:5], kl, logits_x, logits_y), (stats, a, v, u_x, u_y, sums, u_x, u_y))
+            found = head.head_probe(features, weights, biases, pairs, probing.view(-1))
+            fill((*of[:3], kl), found)
+            logits[count:].copy_(of.unimodal)
         if parts & REBALANCE:
-            results = head.head_rebalance(of, bias_mix, kl, target, label_smoothing, ignore_index)
-            fill((strength, logits_mix, loss, losses, of.counted), results)
+            results = head.head_rebalance(of, biases, kl, target, label_smoothing, ignore_index)
+            fill((strength, logits[:count], loss, losses, of.counted), results)
 
 
 def head_backward(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
-    grad_mix: Tensor | None,
-    grad_logits_x: Tensor | None,
-    grad_logits_y: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    weight_x: Tensor,
-    weight_y: Tensor,
-    weight_mix: Tensor,
-    bias_mix: Tensor | None,
+    grad_logits: Tensor | None,
+    features: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    pairs: list[int],
     target: Tensor,
     state: Tensor,
-    logits_x: Tensor,
-    logits_y: Tensor,
+    logits: Tensor,
     strength: Tensor,
     label_smoothing: float,
     ignore_index: int,
-    *outputs: Tensor | None,
+    grad_features: list[Tensor | None],
+    grad_weights: list[Tensor | None],
+    grad_biases: list[Tensor | None],
 ) -> None:
-    of = head.State.views(state, logits_x, logits_y)
-    grads = (grad_loss, grad_losses, grad_mix, grad_logits_x, grad_logits_y)
-    weights = (weight_x, weight_y, weight_mix)
+    of = head.State.views(state, logits, len(pairs) // 2)
+    grads = (grad_loss, grad_losses, grad_logits)
     with below(AUTOCAST):
-        found = head.head_backward(*grads, x, y, *weights, bias_mix, target, of, strength, label_smoothing, ignore_index)
-        fill(outputs, found)
+        found = head.head_backward(
+            *grads, features, weights, biases, pairs, target, of, strength, label_smoothing, ignore_index
+        )
+        for outputs, values in zip((grad_features, grad_weights, grad_biases), found, strict=True):
+            fill(tuple(outputs), tuple(values))

@@ -132,36 +132,22 @@ class ProbeRebalance(FusionModule):
         return self._step(features, target)
 
     def _fused_step(self, features: dict[str, Tensor], target: Tensor) -> FusionOutput:
-        """The training step with labels: one operator a pair, which multiplies, probes, rebalances and differentiates."""
+        """The training step with labels: one operator, which multiplies, probes, rebalances and differentiates."""
         weight = self.weight.clone()  # the buffer moves on before the backward pass reads this one
         drawn = self._draw()
-        unimodal: dict[str, Tensor] = {}
-        losses: dict[str, Tensor] = {}
-        steps = []
-        for pair in drawn:
-            a, b = self.pairs[pair]
-            modules = (self.heads[a], self.heads[b], self.mix_heads[self.mix_head_names[pair]])
-            head_a, head_b, head_mix = (_parameters(module) for module in modules)
-            probing = weight.reshape(-1)[pair] if weight.dim() else weight
-            step = ik.linear_probe_rebalance(
-                features[a], features[b], head_a, head_b, head_mix, target, probing, group=_group()
-            )
-            for name, logits, loss in ((a, step.logits_x, step.losses[1]), (b, step.logits_y, step.losses[2])):
-                unimodal.setdefault(name, logits)  # of a modality in several pairs they are the same in each
-                losses.setdefault(name, loss)
-            steps.append(step)
-        for name in (name for name in self.modalities if name not in unimodal):  # in no pair that was drawn
-            unimodal[name] = self.heads[name](features[name])
-            losses[name] = cross_entropy(unimodal[name], target)
-        self._advance(drawn, [step.strength for step in steps], len(target))
-        mixed = [step.logits_mix for step in steps]
-        logits_by = {name: unimodal[name] for name in self.modalities}
-        logits_by["mix"] = torch.stack(mixed).mean(0) if len(mixed) > 1 else mixed[0]
-        if len(steps) == 1 and len(losses) == 2:
-            loss = steps[0].loss
-        else:
-            loss = torch.stack([step.losses[0] for step in steps]).mean() + torch.stack(list(losses.values())).sum()
-        return FusionOutput(loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
+        step = ik.linear_probe_rebalance_pairs(
+            list(features.values()),
+            [_parameters(self.heads[name]) for name in features],
+            [_parameters(self.mix_heads[self.mix_head_names[pair]]) for pair in drawn],
+            target,
+            weight.view(-1)[drawn[0] : drawn[-1] + 1],  # all pairs, or the one that was drawn
+            pairs=[(self.modalities.index(a), self.modalities.index(b)) for a, b in (self.pairs[pair] for pair in drawn)],
+            group=_group(),
+        )
+        self._advance(drawn, list(step.strength), len(target))
+        logits_by = dict(zip(self.modalities, step.logits, strict=True))
+        logits_by["mix"] = step.mix_logits.mean(0) if len(drawn) > 1 else step.mix_logits[0]
+        return FusionOutput(step.loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
 
     def _step(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
         """The training step without labels, or one that is not the paper's."""

@@ -222,23 +222,19 @@ def test_gradients_that_no_cache_holds(place: Place) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck(place: Place, dtype: torch.dtype, biased: bool) -> None:
     inputs = heads.inputs(5, 7, 3, dtype, device=place.device)
-    parameters = [
-        tensor.detach().requires_grad_() if biased or "bias" not in name else None
-        for name, tensor in inputs.items()
-        if name in LEAVES
-    ]
+    features = [inputs[m].detach().requires_grad_() for m in "xy"]
+    weights = [inputs[f"weight_{m}"].detach().requires_grad_() for m in ("mix", "x", "y")]
+    biases = [inputs[f"bias_{m}"].detach().requires_grad_() if biased else None for m in ("mix", "x", "y")]
     weight = torch.tensor(0.3, dtype=inputs["x"].double().dtype if dtype == torch.float64 else torch.float32)
-    arguments = (*parameters, inputs["target"], weight.to(place.device), 0.1, -100, "")
-    torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, arguments)
-    loss, _, logits_mix, logits_x, logits_y, strength, _, state = torch.ops.iprm.linear_probe_rebalance(
-        *(t.detach() if isinstance(t, Tensor) else t for t in arguments)
-    )
-    grads = (torch.ones_like(loss), None, torch.ones_like(logits_mix), None, None)
-    saved = [t if t is None else t.detach() for t in (parameters[i] for i in (0, 1, 2, 4, 6, 7))]
-    for needed in ([True] * 8, [False, True, True, False, False, False, True, True]):
+    rest = ([0, 1], inputs["target"], weight.to(place.device), 0.1, -100, "")
+    torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, (features, weights, biases, *rest))
+    saved = [[t if t is None else t.detach() for t in tensors] for tensors in (features, weights, biases)]
+    loss, _, logits, strength, _, state = torch.ops.iprm.linear_probe_rebalance(*saved, *rest)
+    grads = (torch.ones_like(loss), None, torch.ones_like(logits))
+    for needed in ([True] * 8, [False, True, True, False, True, True, False, False]):
         torch.library.opcheck(
             torch.ops.iprm.linear_probe_rebalance_backward.default,
-            (*grads, *saved, inputs["target"], state, logits_x, logits_y, strength, 0.1, -100, needed),
+            (*grads, *saved, [0, 1], inputs["target"], state, logits, strength, 0.1, -100, needed),
         )
 
 

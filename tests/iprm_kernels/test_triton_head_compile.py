@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,33 +28,46 @@ LIBRARY = ((F32, 8192, 4096, 130), (F32, 8192, 4096, 4000), (BF16, 8192, 4096, 1
            (F64, 8192, 512, 31), (F64, 512, 512, 1000))  # fmt: skip
 
 
+#: The same of three modalities in all pairs.
+THREE = ((BF16, 64, 512, 6, 3), (BF16, 64, 512, 31, 3), (BF16, 65536, 1024, 31, 3))
+#: Their projections by the kernels, their gradients by a library; then both by it, and four modalities.
+THREE_LIBRARY = ((F32, 65536, 1024, 16, 3), (BF16, 65536, 1023, 31, 3), (F16, 65536, 1024, 31, 3), (F32, 8192, 4096, 130, 3),
+                 (BF16, 8192, 4096, 1000, 3), (F64, 512, 512, 31, 3), (F32, 512, 512, 6, 4))  # fmt: skip
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return recording(monkeypatch)
 
 
 def forward(
-    dtype: torch.dtype, batch: int, width: int, classes: int, parts: int = PROBE | REBALANCE
-) -> dict[str, torch.Tensor]:
+    dtype: torch.dtype, batch: int, width: int, classes: int, modalities: int = 2, parts: int = PROBE | REBALANCE
+) -> dict[str, Any]:
     """The launches of a forward pass; its tensors, by name."""
     arithmetic = arithmetic_dtype(dtype)
-    x = empty(batch, width, dtype=dtype)
-    heads = [empty(*shape, dtype=dtype) for _ in range(3) for shape in ((classes, width), (classes,))]
-    target, state = empty(batch, dtype=torch.int64), empty(_state_size(x, classes), dtype=arithmetic)
-    logits = [empty(batch, classes, dtype=dtype) for _ in range(3)]
-    kl, strength, losses = (empty(size, dtype=arithmetic) for size in (2, 2, 3))
-    loss = empty(dtype=arithmetic)
-    kernels.head_forward(x, x, *heads, target, loss, 0.1, -100, parts, state, *logits, kl, strength, loss, losses)
-    return {"x": x, "weight": heads[0], "bias": heads[1], "target": target, "state": state, "logits": logits[0],
-            "strength": strength, "loss": loss, "losses": losses}  # fmt: skip
+    pairs = list(itertools.chain(*itertools.combinations(range(modalities), 2)))
+    heads = modalities + len(pairs) // 2
+    features = [empty(batch, width, dtype=dtype) for _ in range(modalities)]
+    weights = [empty(classes, width, dtype=dtype) for _ in range(heads)]
+    biases = [empty(classes, dtype=dtype) for _ in range(heads)]
+    target, state = empty(batch, dtype=torch.int64), empty(_state_size(features, weights, pairs), dtype=arithmetic)
+    logits = empty(heads, batch, classes, dtype=dtype)
+    kl, strength, losses = (empty(size, dtype=arithmetic) for size in (len(pairs), len(pairs), heads))
+    loss, probing = empty(dtype=arithmetic), empty(len(pairs) // 2, dtype=arithmetic)
+    inputs = (features, weights, biases, pairs, target, probing, 0.1, -100, parts)
+    kernels.head_forward(*inputs, state, logits, kl, strength, loss, losses)
+    return {"inputs": inputs, "state": state, "logits": logits, "strength": strength, "loss": loss, "losses": losses}
 
 
-def backward(of: dict[str, torch.Tensor], needed: tuple[bool, ...] = (True,) * 8) -> None:
-    x, weight, bias, logits = of["x"], of["weight"], of["bias"], of["logits"]
-    upstream = (of["loss"], of["losses"], logits, logits, logits)
-    saved = (x, x, weight, weight, weight, bias, of["target"], of["state"], logits, logits, of["strength"], 0.1, -100)
-    outputs = [t if need else None for t, need in zip((x, x, *(weight, bias) * 3), needed, strict=True)]
-    kernels.head_backward(*upstream, *saved, *outputs)
+def backward(of: dict[str, Any], needed: Callable[[str, int], bool] = lambda what, place: True) -> None:
+    """needed: of "features", "weights" and "biases" by place."""
+    features, weights, biases, pairs, target, *_ = of["inputs"]
+    grads = [
+        [t if needed(what, place) else None for place, t in enumerate(tensors)]
+        for what, tensors in (("features", features), ("weights", weights), ("biases", biases))
+    ]
+    saved = (features, weights, biases, pairs, target, of["state"], of["logits"], of["strength"], 0.1, -100)
+    kernels.head_backward(of["loss"], of["losses"], of["logits"], *saved, *grads)
 
 
 def by_name(launches: list[Launch]) -> dict[str, Launch]:
@@ -59,7 +75,7 @@ def by_name(launches: list[Launch]) -> dict[str, Launch]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [*PRODUCTS, *LIBRARY], ids=str)
+@pytest.mark.parametrize("case", [*PRODUCTS, *LIBRARY, *THREE, *THREE_LIBRARY], ids=str)
 def test_compiles_without_spills(
     case: tuple, target: str, launches: list[Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +90,7 @@ def test_compiles_without_spills(
         assert not any(found.values()), (launch.name, found)
 
 
-@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+@pytest.mark.parametrize("case", [*PRODUCTS, *THREE], ids=str)
 def test_a_step_is_at_most_seven_launches(case: tuple, launches: list[Launch]) -> None:
     of = forward(*case)
     assert 3 <= len(launches) <= 4
@@ -84,39 +100,42 @@ def test_a_step_is_at_most_seven_launches(case: tuple, launches: list[Launch]) -
 
 
 def test_processes_add_up_between_two_halves(launches: list[Launch]) -> None:
-    forward(F32, 64, 512, 6, PROBE)
+    forward(F32, 64, 512, 6, parts=PROBE)
     assert set(by_name(launches)) == {"project", "probe", "kl_sums"}
     launches.clear()
-    forward(F32, 64, 512, 6, REBALANCE)
+    forward(F32, 64, 512, 6, parts=REBALANCE)
     assert set(by_name(launches)) == {"rebalance"}
 
 
-@pytest.mark.parametrize("case", [(BF16, 65536, 1024, 31), (F16, 65536, 1024, 6)], ids=str)
+@pytest.mark.parametrize("case", [(BF16, 65536, 1024, 31), (F16, 65536, 1024, 6), (BF16, 65536, 1024, 6, 3)], ids=str)
 def test_features_are_read_once_in_either_direction(case: tuple, launches: list[Launch]) -> None:
-    """2BD read forward; 2BD read and 2BD written backward: tiles of X and Y, told from others by their shape."""
+    """MBD read forward; MBD read and MBD written backward: tiles of the features, told from others by their shape."""
     backward(forward(*case))
     found = by_name(launches)
-    for name, writes in (("project", 0), ("gradients", 2)):
+    modalities = (*case, 2)[4]
+    for name, writes in (("project", 0), ("gradients", modalities)):
         launch = found[name]
-        tile = f"{launch.arguments['BLOCK_B']}x{launch.arguments['BLOCK_D']}"
+        rows, classes, columns = (launch.arguments[f"BLOCK_{what}"] for what in "BCD")
+        alike = 3 * (modalities - 1) if classes == rows else 0  # of three modalities six heads, whose tiles then look the same
         ir = launch.compile(TARGETS["sm_90"]).asm["ttir"]
-        assert len(re.findall(rf"tt\.load .*tensor<{tile}x!tt\.ptr", ir)) == 2
-        assert len(re.findall(rf"tt\.store .*tensor<{tile}x!tt\.ptr", ir)) == writes
+        assert len(re.findall(rf"tt\.load .*tensor<{rows}x{columns}x!tt\.ptr", ir)) == modalities + alike
+        assert len(re.findall(rf"tt\.store .*tensor<{rows}x{columns}x!tt\.ptr", ir)) == writes + (alike if writes else 0)
         assert len(re.findall("scf.for", ir)) == 1
     for name in ("probe", "rebalance", "losses", "coefficients"):
-        assert not any(t.shape == (case[1], case[2]) for t in found[name].arguments.values() if isinstance(t, torch.Tensor))
+        tensors = [t for value in found[name].arguments.values() for t in (value if isinstance(value, tuple) else (value,))]
+        assert not any(t.shape == (case[1], case[2]) for t in tensors if isinstance(t, torch.Tensor))
 
 
 def test_gradients_nobody_asked_for_are_not_computed(launches: list[Launch]) -> None:
     of = forward(BF16, 65536, 1024, 31)
     launches.clear()
-    backward(of, (True, True, *(False,) * 6))
+    backward(of, lambda what, place: what == "features")
     found = by_name(launches)
     assert "reduce" not in found
     assert "x64xf32" in (whole := found["gradients"].compile(TARGETS["sm_90"]).asm["ttir"])
     assert whole.count("tt.dot ") == 3  # dZ W_m, which both sides share, and dU W of either
     launches.clear()
-    backward(of, (False, False, True, False, False, False, False, False))
+    backward(of, lambda what, place: what == "weights" and place == 1)
     assert by_name(launches)["gradients"].compile(TARGETS["sm_90"]).asm["ttir"].count("tt.dot ") == 1
 
 

@@ -49,15 +49,23 @@ class Launch:
     def compile(self, target: GPUTarget) -> CompiledKernel:
         """As the launch would: None and 1 are constants of the kernel, multiples of 16 (aligned pointers too) known as such."""
         signature, constants, attributes = {}, {}, {}
+
+        def described(value: Any, path: tuple[int, ...], specialize: bool) -> Any:
+            if isinstance(value, tuple):
+                return tuple(described(element, (*path, k), specialize) for k, element in enumerate(value))
+            if value is None or (isinstance(value, int) and value == 1 and specialize):
+                constants[path] = value
+                return "constexpr"
+            if specialize and (isinstance(value, torch.Tensor) or value % 16 == 0):
+                attributes[path] = [["tt.divisibility", 16]]
+            return mangle_type(value)
+
         for index, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
-            specialize = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialize):
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-                continue
-            signature[parameter.name] = mangle_type(value)
-            if specialize and (isinstance(value, torch.Tensor) or value % 16 == 0):
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[(index,)] = "constexpr", value
+            else:
+                signature[parameter.name] = described(value, (index,), not parameter.do_not_specialize)
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=target, options=self.options)
 

@@ -10,7 +10,6 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,18 +74,17 @@ class Emulated:
         self.kept: list[Tensor] = []
 
     def head_forward(
-        self, x: Tensor, y: Tensor, weight_x: Tensor, bias_x: Tensor | None, weight_y: Tensor, bias_y: Tensor | None,
-        weight_mix: Tensor, bias_mix: Tensor | None, target: Tensor, weight: Tensor, label_smoothing: float, ignore_index: int,
-        parts: int, state: Tensor, logits_mix: Tensor, logits_x: Tensor, logits_y: Tensor, kl: Tensor, strength: Tensor,
-        loss: Tensor, losses: Tensor,
+        self, features: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], pairs: list[int], target: Tensor,
+        probing: Tensor, label_smoothing: float, ignore_index: int, parts: int, state: Tensor, logits: Tensor, kl: Tensor,
+        strength: Tensor, loss: Tensor, losses: Tensor,
     ) -> None:  # fmt: skip
-        heads = (weight_mix, weight_x, weight_y), (bias_mix, bias_x, bias_y)
-        head = self._head(x, y, *heads, target, state, logits_x, logits_y, label_smoothing, ignore_index)
+        x = features[0]
+        head = self._head(features, weights, biases, target, state, logits, label_smoothing, ignore_index)
         blocks = max(1, min(self.blocks, self.library.tiles(len(x))))
         sums = torch.empty((blocks, 6), dtype=torch.float64)
-        narrow = (logits_x.data_ptr(), logits_y.data_ptr()) if x.dtype != state.dtype else (None, None)
+        narrow = (logits[1].data_ptr(), logits[2].data_ptr()) if x.dtype != state.dtype else (None, None)
         args = Forward(
-            head, weight.data_ptr(), logits_mix.data_ptr(), Pointers2(*narrow), kl.data_ptr(), strength.data_ptr(),
+            head, probing.data_ptr(), logits.data_ptr(), Pointers2(*narrow), kl.data_ptr(), strength.data_ptr(),
             loss.data_ptr(), losses.data_ptr(), sums.data_ptr(), sums.data_ptr() + 16 * blocks, bool(parts & PROBE),
             bool(parts & REBALANCE),
         )  # fmt: skip
@@ -94,34 +92,34 @@ class Emulated:
         self.kept.clear()
 
     def head_backward(
-        self, grad_loss: Tensor | None, grad_losses: Tensor | None, grad_mix: Tensor | None, grad_x: Tensor | None,
-        grad_y: Tensor | None, x: Tensor, y: Tensor, weight_x: Tensor, weight_y: Tensor, weight_mix: Tensor,
-        bias_mix: Tensor | None, target: Tensor, state: Tensor, logits_x: Tensor, logits_y: Tensor, strength: Tensor,
-        label_smoothing: float, ignore_index: int, *outputs: Tensor | None,
+        self, grad_loss: Tensor | None, grad_losses: Tensor | None, grad_logits: Tensor | None, features: list[Tensor],
+        weights: list[Tensor], biases: list[Tensor | None], pairs: list[int], target: Tensor, state: Tensor, logits: Tensor,
+        strength: Tensor, label_smoothing: float, ignore_index: int, *outputs: list[Tensor | None],
     ) -> None:  # fmt: skip
-        heads = (weight_mix, weight_x, weight_y), (bias_mix, None, None)
-        head = self._head(x, y, *heads, target, state, logits_x, logits_y, label_smoothing, ignore_index)
-        gradients = torch.empty((3, *logits_x.shape), dtype=state.dtype)
+        x = features[0]
+        head = self._head(features, weights, [biases[0], None, None], target, state, logits, label_smoothing, ignore_index)
+        gradients = torch.empty(logits.shape, dtype=state.dtype)
         z_from = torch.empty((2, len(x)), dtype=state.dtype)
-        out = [None if t is None else t.data_ptr() for t in outputs]
+        upstream = [None] * 3 if grad_logits is None else grad_logits
+        of_features, of_weights, of_biases = ([None if t is None else t.data_ptr() for t in grads] for grads in outputs)
         args = Backward(
             head, self._pointer(grad_loss), self._pointer(grad_losses), strength.data_ptr(),
-            Pointers3(*map(self._pointer, (grad_mix, grad_x, grad_y))), Pointers3(*(t.data_ptr() for t in gradients)),
-            Pointers2(*(t.data_ptr() for t in z_from)), *out[:2], Pointers3(out[6], out[2], out[4]),
-            Pointers3(out[7], out[3], out[5]),
+            Pointers3(*map(self._pointer, upstream)), Pointers3(*(t.data_ptr() for t in gradients)),
+            Pointers2(*(t.data_ptr() for t in z_from)), *of_features, Pointers3(*of_weights), Pointers3(*of_biases),
         )  # fmt: skip
         self.library.head_backward(_name(x), ctypes.byref(args), self.seed)
         self.kept.clear()
 
     def _head(
-        self, x: Tensor, y: Tensor, weights: tuple[Any, ...], biases: tuple[Any, ...], target: Tensor, state: Tensor,
-        logits_x: Tensor, logits_y: Tensor, label_smoothing: float, ignore_index: int,
+        self, features: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], target: Tensor, state: Tensor,
+        logits: Tensor, label_smoothing: float, ignore_index: int,
     ) -> Head:  # fmt: skip
-        of = State.views(state, logits_x, logits_y)
+        x, y = features
+        of = State.views(state, logits, 1)
         return Head(
             Matrix.of(x), Matrix.of(y), Pointers3(*map(self._pointer, weights)), Pointers3(*map(self._pointer, biases)),
-            target.data_ptr(), *target.stride(), of.stats.data_ptr(), Pointers2(of.a.data_ptr(), of.v.data_ptr()),
-            Pointers2(of.u_x.data_ptr(), of.u_y.data_ptr()), of.counted.data_ptr(), *x.shape, logits_x.shape[1],
+            target.data_ptr(), *target.stride(), of.stats.data_ptr(), Pointers2(*(t.data_ptr() for t in of.projected[0])),
+            Pointers2(*(t.data_ptr() for t in of.unimodal)), of.counted.data_ptr(), *x.shape, logits.shape[2],
             label_smoothing, ignore_index,
         )  # fmt: skip
 
