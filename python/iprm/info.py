@@ -14,7 +14,15 @@ from .suggest import InputError, unknown
 from .versions import versions
 
 #: The operators, and those that they are composed of.
-OPERATORS = ("normalize", "geodesic_mixup", "batch_kl", "strength_weights", "probe_rebalance", "linear_probe_rebalance")
+OPERATORS = (
+    "normalize",
+    "geodesic_mixup",
+    "batch_kl",
+    "strength_weights",
+    "probe_rebalance",
+    "linear_probe_rebalance",
+    "linear_probe_rebalance_pairs",
+)
 VARIABLE = "IPRM_KERNELS_BACKEND"
 
 
