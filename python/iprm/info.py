@@ -49,7 +49,7 @@ def check_variable() -> None:
 
 
 def _print(title: str, rows: Mapping[str, str]) -> None:
-    print(title, *(f"  {name:<24}{value}" for name, value in rows.items()), "", sep="\n")
+    print(title, *(f"  {name:<30}{value}" for name, value in rows.items()), "", sep="\n")
 
 
 def chosen_backends() -> dict[str, str]:
