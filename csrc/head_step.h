@@ -106,7 +106,7 @@ inline void check_step_backward(
     const std::vector<std::optional<Tensor>>& grad_biases,
     bool on_gpu = false) {
   const int64_t heads = weights.size();
-  STD_TORCH_CHECK(int64_t(biases) >= pairs, "expected a bias or none for each mixture");
+  STD_TORCH_CHECK(int64_t(biases) >= pairs && int64_t(biases) <= heads, "expected a bias or none for each mixture");
   STD_TORCH_CHECK(
       grad_features.size() == features.size() && grad_weights.size() == weights.size() && grad_biases.size() == weights.size(),
       "expected a gradient or none for each of features and heads");

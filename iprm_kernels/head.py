@@ -250,7 +250,7 @@ def _step(
     weights, biases = [head[0] for head in mixing + own], [head[1] for head in mixing + own]
     if casting:
         dtype = torch.get_autocast_dtype(x.device.type)
-        matrices, weights = [matrix.to(dtype) for matrix in matrices], [own.to(dtype) for own in weights]
+        matrices, weights = [matrix.to(dtype) for matrix in matrices], [matrix.to(dtype) for matrix in weights]
         biases = [bias if bias is None else bias.to(dtype) for bias in biases]
     return _linear_probe_rebalance(
         *(matrices, weights, biases, pairs, target, weight),

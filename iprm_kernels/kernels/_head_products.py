@@ -144,17 +144,19 @@ def store_bias_part(p, value, i_chunk, o_classes, n_classes, wanted):
 
 @triton.jit
 def feature_gradient(b_g, b_x, b_y, p_rows, SIDE: tl.constexpr, o_rows, m_rows, n_rows):
-    """What comes to the features of a side through a mixture: g = dZ W_m and both features by a factor each, all of them zero
-    for a dead row."""
+    """What comes to the features of a side through a mixture: g = dZ W_m and both features by a factor each; nothing, whatever
+    these are, where all factors are zero, as those of a dead row."""
     o_stats = n_rows.to(tl.int64)
     r_x = tl.load(p_rows + (4 + 2 * SIDE) * o_stats + o_rows, mask=m_rows, other=0.0)
     r_y = tl.load(p_rows + (5 + 2 * SIDE) * o_stats + o_rows, mask=m_rows, other=0.0)
     if b_g is None:
+        some = (r_x != 0) | (r_y != 0)
         b = r_x[:, None] * b_x + r_y[:, None] * b_y
     else:
         r_g = tl.load(p_rows + (2 + SIDE) * o_stats + o_rows, mask=m_rows, other=0.0)
+        some = (r_g != 0) | (r_x != 0) | (r_y != 0)
         b = r_g[:, None] * b_g + r_x[:, None] * b_x + r_y[:, None] * b_y
-    return b
+    return tl.where(some[:, None], b, 0.0)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_chunks"])

@@ -345,6 +345,12 @@ def load_scale(p_grad_loss, p_grad_losses, p_counted, HEAD: tl.constexpr, MIXTUR
     return scale / counted
 
 
+@triton.jit
+def store_live(p, r_factor, r_live, m_rows):
+    """Exactly zero for a dead row, beside a partner that is not finite too."""
+    tl.store(p, tl.where(r_live == 0, 0.0, r_factor), mask=m_rows)
+
+
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
 def head_coefficients_kernel(
     p_grad_loss,  # () or None
@@ -412,9 +418,9 @@ def head_coefficients_kernel(
             p_factors = p_rows + 8 * head * o_stats + o_rows
             tl.store(p_factors, r_z_x, mask=m_rows)
             tl.store(p_factors + o_stats, r_z_y, mask=m_rows)
-            tl.store(p_factors + 2 * o_stats, r_p * r_x_live, mask=m_rows)
-            tl.store(p_factors + 3 * o_stats, r_q * r_y_live, mask=m_rows)
-            tl.store(p_factors + 4 * o_stats, -(r_p * r_gx + r_kappa * r_c) * r_x_live * r_x_live, mask=m_rows)
-            tl.store(p_factors + 5 * o_stats, r_kappa * r_x_live * r_y_inverse, mask=m_rows)
-            tl.store(p_factors + 6 * o_stats, r_kappa * r_x_inverse * r_y_live, mask=m_rows)
-            tl.store(p_factors + 7 * o_stats, -(r_q * r_gy + r_kappa * r_c) * r_y_live * r_y_live, mask=m_rows)
+            store_live(p_factors + 2 * o_stats, r_p * r_x_live, r_x_live, m_rows)
+            store_live(p_factors + 3 * o_stats, r_q * r_y_live, r_y_live, m_rows)
+            store_live(p_factors + 4 * o_stats, -(r_p * r_gx + r_kappa * r_c) * r_x_live * r_x_live, r_x_live, m_rows)
+            store_live(p_factors + 5 * o_stats, r_kappa * r_x_live * r_y_inverse, r_x_live, m_rows)
+            store_live(p_factors + 6 * o_stats, r_kappa * r_x_inverse * r_y_live, r_y_live, m_rows)
+            store_live(p_factors + 7 * o_stats, -(r_q * r_gy + r_kappa * r_c) * r_y_live * r_y_live, r_y_live, m_rows)

@@ -277,7 +277,7 @@ def head_backward(
                 *map(dense, (grad_loss, grad_losses, grad_logits)), of.projected, of.unimodal, of.stats,
                 tuple(map(dense, biases[:mixtures])), target, strength, of.counted, of_logits, factors, *target.stride(), batch,
                 classes, ignore_index, **shape, SMOOTHING=label_smoothing, EPS=EPS, BLOCK_B=rows, BLOCK_C=block_c,
-                num_warps=num_warps if len(features) == 2 else max(num_warps, 8),
+                num_warps=max(num_warps, 8) if rows == 1 and len(features) > 2 else num_warps,
             )  # fmt: skip
         gradients = _gradients if itself else _library_gradients
         gradients(features, weights, shape, factors, of_logits, grad_features, grad_weights, grad_biases)
@@ -355,7 +355,8 @@ def _library_gradients(
             else:  # no gradient is still to be written whose memory would hold dZ W
                 for side, m in enumerate(pair):
                     if (grad := wanted.get(m)) is not None:
-                        grad.addmm_((of_logits[k] * factors[k, 2 + side, :, None]).to(grad.dtype), weights[k])
+                        by_row = factors[k, 2 + side, :, None]
+                        grad.addmm_(torch.where(by_row == 0, 0, of_logits[k] * by_row).to(grad.dtype), weights[k])
             if wanted:
                 through_mixture(k, fresh, [grad_features[m] for m in pair])
                 written.update(wanted)

@@ -155,6 +155,19 @@ def test_dead_rows_learn_from_their_own_head_alone(place: Place, sign: float) ->
     assert_equal_steps(step, plain(step))
 
 
+@pytest.mark.parametrize("classes", [6, 70])
+def test_nothing_comes_to_a_dead_row_from_what_is_not_finite(place: Place, classes: int) -> None:
+    """Neither from its partner nor from the gradient of the mixture's logits, all of which are NaN."""
+    inputs = heads.inputs(9, 31, classes, device=place.device)
+    inputs["x"][2] = 0.0
+    inputs["y"][2] = float("inf")
+    step = heads.run(inputs, through=("losses",))
+    residual = step.outputs["logits_x"].softmax(1) - F.one_hot(inputs["target"], classes)
+    weight = heads.weights((3,), torch.float32)[1]
+    own = weight * residual @ inputs["weight_x"] / 9
+    torch.testing.assert_close(step.gradients["x"][2], own[2], **CLOSE)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_is_never_learned_from_silently(place: Place, bad: float) -> None:
     """Such a row is in ω, which all rows share: the loss is NaN and says so."""
