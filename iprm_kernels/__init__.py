@@ -1,9 +1,10 @@
 """Fused operators for probe-and-rebalance multimodal learning, behind `torch.library`."""
 
+from .any_head import ProbeResult, probe_rebalance
 from .backends import BackendStatus, BackendUnavailableError, backends, build_info, use_backend
 from .divergence import batch_kl, strength_weights
 from .geodesic import geodesic_mixup, normalize
-from .head import PairsResult, ProbeResult, StepResult, linear_probe_rebalance, linear_probe_rebalance_pairs, probe_rebalance
+from .head import PairsResult, StepResult, linear_probe_rebalance, linear_probe_rebalance_pairs
 
 __version__ = "0.1.0"
 

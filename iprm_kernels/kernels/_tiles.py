@@ -66,6 +66,18 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def dense(tensor: Any) -> Any:
+    return tensor if tensor is None else tensor.contiguous()
+
+
+def scratch(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def strides(features: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(x.stride(0) for x in features), tuple(x.stride(1) for x in features)
+
+
 @triton.jit
 def block_rows(n_rows, i_rows, BLOCK_B: tl.constexpr):
     """Offsets and mask of the rows of a program.  -> (BLOCK_B,) x2"""

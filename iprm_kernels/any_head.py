@@ -1,0 +1,98 @@
+"""Probe, measure, rebalance through any head: `probe_rebalance`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import _checks, autocast
+from .collectives import all_reduce_sum
+from .divergence import batch_kl_pair, strength_weights
+from .geodesic import mixed_twice
+
+
+class ProbeResult(NamedTuple):
+    """What `probe_rebalance` returns."""
+
+    logits: Tensor  #: (B, C) of the mixture with the weights just measured
+    strength: Tensor  #: (2,) ω of x and y, without gradient
+    kl: Tensor  #: (2,) batch KL of x and y from the probed mixture, without gradient
+
+
+def probe_rebalance(
+    x: Tensor,
+    y: Tensor,
+    logits_x: Tensor,
+    logits_y: Tensor,
+    head: Callable[[Tensor], Tensor],
+    weight: float | Tensor,
+    *,
+    group: ProcessGroup | None = None,
+) -> ProbeResult:
+    r"""One probe-and-rebalance step through any head::
+
+        P̄  = head(geodesic_mixup(x, y, weight))               # the probe, without gradient
+        KL  = batch_kl(logits_x, P̄), batch_kl(logits_y, P̄)
+        ω   = strength_weights(KL)
+        out = head(geodesic_mixup(x, y, ω_x))                 # with gradient to x, y and the head
+
+    Args:
+        x: (B, D) features of the first modality.
+        y: (B, D) features of the second, same dtype and device.
+        logits_x: (B, C) unimodal prediction from x; only measured, receives no gradient here.
+        logits_y: (B, C) unimodal prediction from y, likewise.
+        head: (B, D) -> (B, C), called twice in the mode it is in, the first time under ``torch.no_grad``. A head with batch
+            normalisation updates its running statistics twice, one with dropout draws twice.
+        weight: the probing weight λ of x: a float or a 0-d tensor on the device.
+        group: processes whose KL sums are added before ω is taken; None measures the local batch alone.
+
+    Returns:
+        ProbeResult: logits (B, C), strength (2,), kl (2,).
+
+    Raises:
+        TypeError, ValueError: as `geodesic_mixup` and `batch_kl`; a head whose output is not shaped as the unimodal logits.
+
+    Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
+    """
+    _check_probe(x, y, logits_x, logits_y, head)
+    weight = _checks.mixing_weight(weight, x, torch.Size(()))
+    _checks.process_group(group)
+    if autocast.enabled(x):
+        x, y = autocast.widest(x, y)  # with gradient, and so before the probe
+    with torch.no_grad(), autocast.uncached(x):
+        mixture, remix = mixed_twice(x, y, weight)
+        probe = head(mixture)
+        _check_output(probe, logits_x)
+        if autocast.enabled(probe):
+            logits_x, logits_y, probe = autocast.widest(logits_x, logits_y, probe)
+        kl = all_reduce_sum(batch_kl_pair(logits_x, logits_y, probe), group)
+        strength = strength_weights(kl)
+    return ProbeResult(head(remix(strength[0])), strength, kl)
+
+
+def _check_probe(x: Tensor, y: Tensor, logits_x: Tensor, logits_y: Tensor, head: Any) -> None:
+    casting = isinstance(x, Tensor) and autocast.enabled(x)
+    _checks.matrix("x", x)
+    _checks.matrix("y", y)
+    _checks.alike("y", y, "x", x, autocast=casting)
+    _checks.matrix("logits_x", logits_x, "(B, C)")
+    if logits_x.shape[0] != x.shape[0]:
+        raise ValueError(f"logits_x: expected {x.shape[0]} rows, as x has, got shape {tuple(logits_x.shape)}")
+    _checks.matrix("logits_y", logits_y, "(B, C)")
+    _checks.alike("logits_y", logits_y, "logits_x", logits_x, autocast=casting)
+    if not callable(head):
+        raise TypeError(f"head: expected a callable (B, D) -> (B, C), got {type(head).__name__}")
+
+
+def _check_output(probe: Any, logits_x: Tensor) -> None:
+    if not isinstance(probe, Tensor):
+        raise TypeError(f"head: expected an output tensor (B, C), got {type(probe).__name__}")
+    if probe.shape != logits_x.shape:
+        raise ValueError(
+            f"head: expected an output of the shape of logits_x, {tuple(logits_x.shape)}, got {tuple(probe.shape)}"
+        )
+    _checks.same_place("head", probe, "logits_x", logits_x, autocast=autocast.enabled(probe))

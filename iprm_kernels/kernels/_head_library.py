@@ -1,0 +1,91 @@
+"""The head step's products by torch's library, for heads of many classes, float64, and what our own kernels would spill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .._library import AUTOCAST, below
+from ..reference.head import State
+from ._head_products import head_features_kernel
+from ._tiles import TILE, scratch
+
+
+def project(features: list[Tensor], heads: tuple[Tensor, ...], pairs: tuple[tuple[int, int], ...], of: State) -> None:
+    """All projections of the features, without biases, into the state."""
+    with below(AUTOCAST):
+        for k, pair in enumerate(pairs):
+            for side, m in enumerate(pair):
+                multiply(features[m], heads[k].T, of.projected[k, side])
+        for m, x in enumerate(features):
+            multiply(x, heads[len(pairs) + m].T, of.unimodal[m])
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, summed and stored in out's type, which may be wider than theirs."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def library_gradients(
+    features: list[Tensor],
+    weights: list[Tensor],
+    shape: dict[str, Any],
+    factors: Tensor,
+    of_logits: Tensor,
+    grad_features: list[Tensor | None],
+    grad_weights: list[Tensor | None],
+    grad_biases: list[Tensor | None],
+) -> None:
+    """Gradients of features and heads from those of the logits, in the memory of the gradients themselves."""
+    pairs, (batch, width) = shape["PAIRS"], features[0].shape
+    block_d = min(triton.next_power_of_2(width), TILE[factors.element_size()])
+    block_b = TILE[factors.element_size()] // block_d
+    grid = (triton.cdiv(batch, block_b) * triton.cdiv(width, block_d),)
+    written: set[int] = set()
+
+    def through_mixture(k: int, g: Tensor | None, outputs: list[Tensor | None], mixture: Tensor | None = None) -> None:
+        x, y = (features[m] for m in pairs[k])
+        add_x, add_y = (m in written for m in pairs[k])
+        if batch:
+            head_features_kernel[grid](
+                g, x, y, factors[k], *outputs, mixture, *x.stride(), *y.stride(), batch, width, ADD_X=add_x,
+                ADD_Y=add_y, BLOCK_B=block_b, BLOCK_D=block_d, num_warps=4,
+            )  # fmt: skip
+
+    with below(AUTOCAST):
+        spare = next((t for t in grad_features if t is not None), None)
+        for k, grad_weight in enumerate(grad_weights[: len(pairs)]):
+            if grad_weight is not None:
+                spare = scratch(features[0], batch, width) if spare is None else spare
+                through_mixture(k, None, [None, None], spare)
+                torch.mm(of_logits[k].T, spare, out=grad_weight)
+        for k, pair in enumerate(pairs):
+            wanted = {m: grad_features[m] for m in pair if grad_features[m] is not None}
+            fresh: Tensor | None = next((t for m, t in wanted.items() if m not in written), None)
+            if fresh is not None:
+                torch.mm(of_logits[k], weights[k], out=fresh)
+            else:  # no gradient is still to be written whose memory would hold dZ W
+                for side, m in enumerate(pair):
+                    if (grad := wanted.get(m)) is not None:
+                        by_row = factors[k, 2 + side, :, None]
+                        grad.addmm_(torch.where(by_row == 0, 0, of_logits[k] * by_row).to(grad.dtype), weights[k])
+            if wanted:
+                through_mixture(k, fresh, [grad_features[m] for m in pair])
+                written.update(wanted)
+        for m, x in enumerate(features):
+            grad, weight, grad_features_m = of_logits[len(pairs) + m], weights[len(pairs) + m], grad_features[m]
+            if grad_features_m is not None:
+                torch.addmm(grad_features_m, grad, weight, beta=int(m in written), out=grad_features_m)
+            if (grad_weight := grad_weights[len(pairs) + m]) is not None:
+                torch.mm(grad.T, x, out=grad_weight)
+        for grad, grad_bias in zip(of_logits, grad_biases, strict=True):
+            if grad_bias is not None:
+                torch.sum(grad, 0, out=grad_bias)

@@ -1,0 +1,95 @@
+"""What the kernels of the head step take on themselves, and in tiles of which size: what registers allow."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ._tiles import row_tile
+
+#: The most classes for which the kernels multiply themselves, by the type of the features: twice as many spill.
+FEW_CLASSES = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
+#: The most modalities whose tiles fit into registers, with those of all their pairs.
+MOST_MODALITIES = 3
+#: Programs that keep a large GPU busy: tiles are smaller where there would be fewer.
+ENOUGH_PROGRAMS = 256
+
+
+def projects_itself(features: list[Tensor], classes: int) -> bool:
+    """Whether tiles of all projections fit into registers: of three modalities, six heads, those of half as many classes."""
+    few = FEW_CLASSES.get(features[0].dtype, 0)
+    return len(features) <= MOST_MODALITIES and classes <= (few if len(features) == 2 else few // 2)
+
+
+def differentiates_itself(features: list[Tensor], classes: int) -> bool:
+    """Whether those of all gradients do: of three modalities in bfloat16 alone, with rows of whole vectors; else they spill."""
+    of_two = len(features) == 2 or (features[0].dtype == torch.bfloat16 and not unaligned(features))
+    return of_two and projects_itself(features, classes)
+
+
+def logit_tile(stats: Tensor, modalities: int, classes: int) -> tuple[int, int, int]:
+    """Rows, classes and warps of a tile of a kernel that works on logits: of more heads half as many rows at a time."""
+    rows, block_c, num_warps = row_tile(classes, stats.element_size())
+    return rows if modalities == 2 else max(1, rows // 2), block_c, num_warps
+
+
+class ProductTile(NamedTuple):
+    """Rows, classes and columns of the tiles of a kernel that multiplies, its warps, and how many iterations of its loads are
+    under way at once: what registers allow."""
+
+    rows: int
+    classes: int
+    columns: int
+    num_warps: int
+    num_stages: int = 3
+
+    @staticmethod
+    def of_projection(features: list[Tensor], classes: int) -> ProductTile:
+        x, block_c, two = features[0], max(16, triton.next_power_of_2(classes)), len(features) == 2
+        most, columns = (32, 16) if x.dtype == torch.float32 else (64, 64) if block_c <= 32 and two else (32, 32)
+        warps = 8 if x.dtype == torch.float32 else 4
+        if unaligned(features):
+            return ProductTile(16, block_c, 16, warps)
+        rows = next((r for r in (64, 32) if r <= most and two and len(x) >= r * ENOUGH_PROGRAMS), 16)
+        return ProductTile(rows, block_c, columns, warps)
+
+    @staticmethod
+    def of_gradients(features: list[Tensor], classes: int) -> ProductTile:
+        x, block_c, two = features[0], max(16, triton.next_power_of_2(classes)), len(features) == 2
+        if not two:
+            return ProductTile(16, block_c, 16 if torch.version.hip else 32, 8, 2)
+        if x.dtype == torch.float32 or block_c > 32:
+            return ProductTile(16, block_c, 32, 8, 2 if unaligned(features) else 3)
+        if torch.version.hip:
+            return ProductTile(32, block_c, 32, 8)
+        return ProductTile(32 if block_c == 16 else 16, block_c, 64, 8)
+
+    def constants(self, x: Tensor) -> dict[str, Any]:
+        warps = self.num_warps // 2 if torch.version.hip else self.num_warps  # of 64 threads there
+        blocks = {"BLOCK_B": self.rows, "BLOCK_C": self.classes, "BLOCK_D": self.columns}
+        return {
+            **blocks,
+            "PRECISION": precision(x),
+            "num_warps": warps,
+            "num_stages": 2 if torch.version.hip else self.num_stages,
+        }
+
+
+def unaligned(features: list[Tensor]) -> bool:
+    """Whether rows begin anywhere, so that a tile takes an address for every element."""
+    return any(x.shape[1] % 16 or x.stride(0) % 16 for x in features)
+
+
+def precision(x: Tensor) -> str:
+    """How factors in float32 are multiplied.
+
+    In three products of TF32, which together are float32's, and in one where torch itself may or where the other factor was a
+    float16, which TF32 holds as it is. AMD's matrix units multiply float32.
+    """
+    if torch.version.hip:
+        return "ieee"
+    one = x.dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if one else "tf32x3"
