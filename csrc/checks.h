@@ -42,14 +42,6 @@ inline void check_output(const Tensor& tensor, const char* name, int64_t rows, i
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous matrix");
 }
 
-inline void check_output(
-    const Tensor& tensor, const char* name, int64_t matrices, int64_t rows, int64_t columns, ScalarType dtype, bool on_gpu) {
-  STD_TORCH_CHECK(
-      tensor.dim() == 3 && tensor.size(0) == matrices && tensor.size(1) == rows && tensor.size(2) == columns &&
-          tensor.is_cpu() != on_gpu && tensor.scalar_type() == dtype && tensor.is_contiguous(),
-      name, ": expected contiguous matrices (", matrices, ", ", rows, ", ", columns, ") of type ", int(dtype));
-}
-
 inline void check_output(const Tensor& tensor, const char* name, int64_t count, ScalarType dtype, bool on_gpu = false) {
   check_vector(tensor, name, count, dtype, on_gpu);
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous vector");

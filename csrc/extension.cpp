@@ -26,13 +26,25 @@ STABLE_TORCH_LIBRARY(iprm_cpp, m) {
   m.def("strength_weights(Tensor kl, Tensor(a!) strength) -> ()");
   m.def("strength_weights_backward(Tensor grad, Tensor kl, Tensor(a!) grad_kl) -> ()");
   m.def(
-      "head_forward(Tensor[] features, Tensor[] weights, Tensor?[] biases, int[] pairs, Tensor target, Tensor probing, "
-      "float label_smoothing, int ignore_index, int parts, Tensor(a!) state, Tensor(b!) logits, Tensor(c!) kl, "
+      "head_forward(Tensor x, Tensor y, Tensor weight_mix, Tensor weight_x, Tensor weight_y, Tensor? bias_mix, Tensor? bias_x, "
+      "Tensor? bias_y, Tensor target, Tensor probing, float label_smoothing, int ignore_index, int parts, Tensor(a!) state, "
+      "Tensor(b!) logits_mix, Tensor(c!) logits_x, Tensor(d!) logits_y, Tensor(e!) kl, Tensor(f!) strength, Tensor(g!) loss, "
+      "Tensor(h!) losses) -> ()");
+  m.def(
+      "head_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_logits_mix, Tensor? grad_logits_x, "
+      "Tensor? grad_logits_y, Tensor x, Tensor y, Tensor weight_mix, Tensor weight_x, Tensor weight_y, Tensor? bias_mix, "
+      "Tensor target, Tensor state, Tensor logits_x, Tensor logits_y, Tensor strength, float label_smoothing, "
+      "int ignore_index, Tensor(a!)? grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_weight_mix, Tensor(d!)? grad_weight_x, "
+      "Tensor(e!)? grad_weight_y, Tensor(f!)? grad_bias_mix, Tensor(g!)? grad_bias_x, Tensor(h!)? grad_bias_y) -> ()");
+  m.def(
+      "head_pairs_forward(Tensor[] features, Tensor[] weights, Tensor?[] biases, int[] pairs, Tensor target, Tensor probing, "
+      "float label_smoothing, int ignore_index, int parts, Tensor(a!) state, Tensor(b!)[] logits, Tensor(c!) kl, "
       "Tensor(d!) strength, Tensor(e!) loss, Tensor(f!) losses) -> ()");
   m.def(
-      "head_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_logits, Tensor[] features, Tensor[] weights, "
-      "Tensor?[] biases, int[] pairs, Tensor target, Tensor state, Tensor logits, Tensor strength, float label_smoothing, "
-      "int ignore_index, Tensor(a!)?[] grad_features, Tensor(b!)?[] grad_weights, Tensor(c!)?[] grad_biases) -> ()");
+      "head_pairs_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor?[] grad_logits, Tensor[] features, "
+      "Tensor[] weights, Tensor?[] biases, int[] pairs, Tensor target, Tensor state, Tensor[] unimodal, Tensor strength, "
+      "float label_smoothing, int ignore_index, Tensor(a!)?[] grad_features, Tensor(b!)?[] grad_weights, "
+      "Tensor(c!)?[] grad_biases) -> ()");
 }
 
 PYBIND11_MODULE(_C, module) {

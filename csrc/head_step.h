@@ -31,21 +31,23 @@ inline std::vector<Pair> pairs_of(const std::vector<int64_t>& flat, int64_t moda
 // (M, B, C) in the arithmetic type; and how many rows count in the losses.
 template <class S>
 struct HeadState {
-  S *stats, *projected, *own, *counted;
+  S *stats, *projected, *counted;
+  std::vector<S*> own;  // M of (B, C)
 
-  HeadState(const Tensor& state, const Tensor& logits, int64_t pairs) {
-    const int64_t rows = logits.size(1), classes = logits.size(2);
+  // unimodal: M of (B, C), as they were returned
+  HeadState(const Tensor& state, const Tensor* unimodal, int64_t modalities, int64_t pairs) {
+    const int64_t rows = unimodal->size(0), matrix = rows * unimodal->size(1);
     stats = static_cast<S*>(state.mutable_data_ptr());
     projected = stats + 3 * pairs * rows;
-    own = logits.scalar_type() != state.scalar_type()
-        ? projected + 2 * pairs * rows * classes
-        : static_cast<S*>(logits.mutable_data_ptr()) + pairs * rows * classes;
     counted = stats + state.numel() - 1;
+    const bool narrow = unimodal->scalar_type() != state.scalar_type();
+    for (int64_t m = 0; m < modalities; ++m)
+      own.push_back(narrow ? projected + (2 * pairs + m) * matrix : static_cast<S*>(unimodal[m].mutable_data_ptr()));
   }
 };
 
-// The tensors that both passes of the linear head step share: see HeadState for what `state` holds. Heads and logits come
-// mixtures first.
+// The tensors that both passes of the linear head step share: see HeadState for what `state` holds. Heads come mixtures first;
+// logits are those of all heads forward, and of the modalities backward.
 inline void check_step(
     const std::vector<Tensor>& features,
     const std::vector<Tensor>& weights,
@@ -53,7 +55,7 @@ inline void check_step(
     int64_t pairs,
     const Tensor& target,
     const Tensor& state,
-    const Tensor& logits,
+    const std::vector<Tensor>& logits,
     const Tensor& strength,
     bool on_gpu = false) {
   const int64_t modalities = features.size(), heads = weights.size();
@@ -67,7 +69,7 @@ inline void check_step(
   check_vector(target, "target", rows, ScalarType::Long, on_gpu);
   const int64_t matrices = 2 * pairs + (dtype == arithmetic ? 0 : modalities);
   check_output(state, "state", rows * (3 * pairs + matrices * classes) + 1, arithmetic, on_gpu);
-  check_output(logits, "logits", heads, rows, classes, dtype, on_gpu);
+  for (const Tensor& own : logits) check_output(own, "logits", rows, classes, dtype, on_gpu);
   check_output(strength, "strength", 2 * pairs, arithmetic, on_gpu);
 }
 
@@ -77,6 +79,7 @@ inline void check_step_forward(
     int64_t heads,
     int64_t pairs,
     size_t biases,
+    size_t logits,
     const Tensor& probing,
     const Tensor& kl,
     const Tensor& loss,
@@ -84,6 +87,7 @@ inline void check_step_forward(
     bool on_gpu = false) {
   const ScalarType arithmetic = state.scalar_type();
   STD_TORCH_CHECK(int64_t(biases) == heads, "expected a bias or none for each head");
+  STD_TORCH_CHECK(int64_t(logits) == heads, "expected logits of each head");
   STD_TORCH_CHECK(
       probing.is_cpu() != on_gpu && probing.scalar_type() == arithmetic && probing.numel() == pairs && probing.is_contiguous(),
       "probing: expected a weight for each pair");
@@ -97,10 +101,11 @@ inline void check_step_backward(
     const std::vector<Tensor>& features,
     const std::vector<Tensor>& weights,
     size_t biases,
+    size_t unimodal,
     int64_t pairs,
     const std::optional<Tensor>& grad_loss,
     const std::optional<Tensor>& grad_losses,
-    const std::optional<Tensor>& grad_logits,
+    const std::vector<std::optional<Tensor>>& grad_logits,
     const std::vector<std::optional<Tensor>>& grad_features,
     const std::vector<std::optional<Tensor>>& grad_weights,
     const std::vector<std::optional<Tensor>>& grad_biases,
@@ -108,17 +113,17 @@ inline void check_step_backward(
   const int64_t heads = weights.size();
   STD_TORCH_CHECK(int64_t(biases) >= pairs && int64_t(biases) <= heads, "expected a bias or none for each mixture");
   STD_TORCH_CHECK(
+      unimodal == features.size() && grad_logits.size() == weights.size(),
+      "expected logits of each modality, and a gradient or none for those of each head");
+  STD_TORCH_CHECK(
       grad_features.size() == features.size() && grad_weights.size() == weights.size() && grad_biases.size() == weights.size(),
       "expected a gradient or none for each of features and heads");
   const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
   const ScalarType dtype = features[0].scalar_type(), arithmetic = arithmetic_type(dtype);
   if (grad_loss) check_scalar(*grad_loss, "grad_loss", arithmetic, on_gpu);
   if (grad_losses) check_vector(*grad_losses, "grad_losses", heads, arithmetic, on_gpu);
-  if (grad_logits)
-    STD_TORCH_CHECK(
-        grad_logits->dim() == 3 && grad_logits->size(0) == heads && grad_logits->size(1) == rows &&
-            grad_logits->size(2) == classes && grad_logits->is_cpu() != on_gpu && grad_logits->scalar_type() == dtype,
-        "gradient of logits: expected the shape, type and device of the logits");
+  for (const auto& grad : grad_logits)
+    if (grad) check_matrix(*grad, "gradient of logits", rows, classes, dtype, on_gpu);
   for (const auto& grad : grad_features)
     if (grad) check_output(*grad, "gradient of features", rows, columns, dtype, on_gpu);
   for (const auto& grad : grad_weights)

@@ -4,7 +4,8 @@ from .any_head import ProbeResult, probe_rebalance
 from .backends import BackendStatus, BackendUnavailableError, backends, build_info, use_backend
 from .divergence import batch_kl, strength_weights
 from .geodesic import geodesic_mixup, normalize
-from .head import PairsResult, StepResult, linear_probe_rebalance, linear_probe_rebalance_pairs
+from .head import StepResult, linear_probe_rebalance
+from .head_pairs import PairsResult, linear_probe_rebalance_pairs
 
 __version__ = "0.1.0"
 

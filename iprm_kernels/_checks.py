@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def pairs(value: Any, modalities: int) -> list[int]:
     return [place for pair in value for place in pair]
 
 
-def linear_heads(heads: dict[str, Any], x: Tensor, autocast: bool) -> None:
+def linear_heads(heads: Mapping[str, Any], x: Tensor, autocast: bool) -> None:
     """Each head is (weight (C, D), bias (C,) or None), all of the same C, for the features."""
     classes = None
     for name, head in heads.items():

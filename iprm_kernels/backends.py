@@ -13,18 +13,24 @@ the operator has allocated (None for a gradient that nobody asked for)::
     batch_kl_pair(p_logits, other_logits, q_logits, kl)
     strength_weights(kl, strength)
     strength_weights_backward(grad, kl, grad_kl)
-    head_forward(features, weights, biases, pairs, target, probing, label_smoothing, ignore_index, parts,
-                 state, logits, kl, strength, loss, losses)
-    head_backward(grad_loss, grad_losses, grad_logits, features, weights, biases, pairs, target, state, logits, strength,
-                  label_smoothing, ignore_index, grad_features, grad_weights, grad_biases)
+    head_forward(x, y, weight_mix, weight_x, weight_y, bias_mix, bias_x, bias_y, target, probing, label_smoothing, ignore_index,
+                 parts, state, logits_mix, logits_x, logits_y, kl, strength, loss, losses)
+    head_backward(grad_loss, grad_losses, grad_logits_mix, grad_logits_x, grad_logits_y, x, y, weight_mix, weight_x, weight_y,
+                  bias_mix, target, state, logits_x, logits_y, strength, label_smoothing, ignore_index,
+                  grad_x, grad_y, grad_weight_mix, grad_weight_x, grad_weight_y, grad_bias_mix, grad_bias_x, grad_bias_y)
+    head_pairs_forward(features, weights, biases, pairs, target, probing, label_smoothing, ignore_index,
+                       parts, state, logits, kl, strength, loss, losses)
+    head_pairs_backward(grad_loss, grad_losses, grad_logits, features, weights, biases, pairs, target, state, unimodal,
+                        strength, label_smoothing, ignore_index, grad_features, grad_weights, grad_biases)
 
 Features and logits are 2-D with any strides, outputs contiguous; weight is (B,), of stride 0 where one value serves all rows;
 the gradient of batch_kl is () or (B,), as its value was. stats and state of one backend serve the backward of another.
 
-A head step has M features and P pairs of them, the latter in one list; its heads, their losses, logits (P + M, B, C) and
-gradients come mixtures first; λ is (P,), of one pair () too, kl and strength (2P,); only the biases of the mixtures matter to
-the backward pass. parts says what of the step to do: PROBE, up to the KL sums, REBALANCE, from there on, or both; between the
-two, the sums may be added over processes. On the CPU a label out of range is refused by an error before anything else.
+A head step of pairs has M features and P pairs of them, the latter in one list; its heads, their losses, logits and gradients
+come mixtures first; λ is (P,), kl and strength (2P,); of logits the backward pass sees those of the modalities, of biases those
+of the mixtures. A step of one pair has the same in the same order, one by one. parts says what of the step to do: PROBE, up to
+the KL sums, REBALANCE, from there on, or both; between the two, the sums may be added over processes. On the CPU a label out of
+range is refused by an error before anything else.
 """
 
 from __future__ import annotations
@@ -54,6 +60,8 @@ KERNELS = (
     "strength_weights_backward",
     "head_forward",
     "head_backward",
+    "head_pairs_forward",
+    "head_pairs_backward",
 )
 PROBE, REBALANCE = 1, 2
 
@@ -103,9 +111,27 @@ class _Loaded:
     reason: str
 
 
+def _with_one_pair(kernels: dict[str, Any]) -> SimpleNamespace:
+    """The kernels of a backend whose step of two modalities is that of many."""
+    forward, backward = kernels["head_pairs_forward"], kernels["head_pairs_backward"]
+
+    def head_forward(*of: Any) -> None:
+        forward(of[:2], of[2:5], of[5:8], (0, 1), *of[8:14], of[14:17], *of[17:])
+
+    def head_backward(*of: Any) -> None:
+        backward(*of[:2], of[2:5], of[5:7], of[7:10], of[10:11], (0, 1), *of[11:13], of[13:15], *of[15:18], of[18:20],
+                 of[20:23], of[23:])  # fmt: skip
+
+    return SimpleNamespace(**{**kernels, "head_forward": head_forward, "head_backward": head_backward})
+
+
 def _load_reference() -> _Loaded:
     module = importlib.import_module(".reference.kernels", __package__)
-    return _Loaded(SimpleNamespace(**{name: getattr(module, name) for name in KERNELS}), ("any",), "")
+    return _Loaded(_with_one_pair(_found(module)), ("any",), "")
+
+
+def _found(module: Any) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in KERNELS if hasattr(module, name)}
 
 
 def _load_cpp() -> _Loaded:
@@ -134,19 +160,17 @@ def _load_triton() -> _Loaded:
         return _Loaded(None, (), "no GPU is visible; TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests")
     devices = ("cpu", "cuda") if triton.knobs.runtime.interpret else ("cuda",)
     module = importlib.import_module(".kernels", __package__)
-    own = SimpleNamespace(**{name: getattr(module, name) for name in KERNELS})
     composed = _load_reference().kernels
     assert composed is not None
 
-    def head_forward(*arguments: Any) -> None:
-        (own if module.serves(*arguments[:2]) else composed).head_forward(*arguments)
+    def head_pairs_forward(*arguments: Any) -> None:
+        (module if module.serves(*arguments[:2]) else composed).head_pairs_forward(*arguments)
 
-    def head_backward(*arguments: Any) -> None:
-        (own if module.serves(*arguments[3:5]) else composed).head_backward(*arguments)
+    def head_pairs_backward(*arguments: Any) -> None:
+        (module if module.serves(*arguments[3:5]) else composed).head_pairs_backward(*arguments)
 
-    return _Loaded(
-        SimpleNamespace(**{**vars(own), "head_forward": head_forward, "head_backward": head_backward}), devices, reason
-    )
+    head = {"head_pairs_forward": head_pairs_forward, "head_pairs_backward": head_pairs_backward}
+    return _Loaded(_with_one_pair({**_found(module), **head}), devices, reason)
 
 
 def _load_cuda() -> _Loaded:
@@ -161,13 +185,7 @@ def _load_cuda() -> _Loaded:
     assert others is not None
     ops = torch.ops.iprm_cpp
 
-    def head_forward(*arguments: Any) -> None:  # features come first
-        (ops.head_forward.default if len(arguments[0]) == 2 else others.head_forward)(*arguments)
-
-    def head_backward(*arguments: Any) -> None:  # and here behind three upstream gradients
-        (ops.head_backward.default if len(arguments[3]) == 2 else others.head_backward)(*arguments)
-
-    head = {"head_forward": head_forward, "head_backward": head_backward}
+    head = {name: getattr(ops, name).default for name in ("head_forward", "head_backward")}
     return _Loaded(SimpleNamespace(**{**vars(others), **head}), ("cuda",), "not yet verified on a GPU")
 
 

@@ -98,7 +98,7 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
     add(step.pairs[k].x, k, static_cast<S*>(step.projected) + 2 * k * matrix);
     add(step.pairs[k].y, k, static_cast<S*>(step.projected) + (2 * k + 1) * matrix);
   }
-  for (int64_t m = 0; m < modalities; ++m) add(m, mixtures + m, static_cast<S*>(step.own) + m * matrix);
+  for (int64_t m = 0; m < modalities; ++m) add(m, mixtures + m, static_cast<S*>(step.own[m]));
   std::vector<ArithmeticRows<T>> features;
   for (const MatrixView& view : step.features) features.emplace_back(view, columns, kTileRows);
   std::vector<S> tile(kTileRows * (mixtures + 1) * classes), scratch(3 * padded);
@@ -120,7 +120,7 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
         for (size_t k = 0; k + 1 < to[m].size(); ++k) std::copy_n(from + k * classes, classes, to[m][k] + row);
         S* own = to[m].back() + row;
         biased(own, from + width - classes, static_cast<const S*>(step.biases[mixtures + m]), tail);
-        if (args.logits) write_row(static_cast<T*>(args.logits) + m * matrix + row, own, classes);
+        if (!args.logits.empty()) write_row(static_cast<T*>(args.logits[m]) + row, own, classes);
       }
     }
     for (int64_t k = 0; k < mixtures; ++k) {
@@ -141,7 +141,7 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
         mixed_logits(z, of.a + row * classes, of.v + row * classes, from_x[r], from_y[r], bias, tail);
         const Softmax<S> of_z = softmax_of(z, tail, z_exps);
         for (int side = 0; side < 2; ++side) {
-          const S* u = static_cast<const S*>(step.own) + (side ? pair.y : pair.x) * matrix + row * classes;
+          const S* u = static_cast<const S*>(step.own[side ? pair.y : pair.x]) + row * classes;
           const Softmax<S> of_u = softmax_of(u, tail, exps);
           kl[(2 * k + side) * step.rows + row] = kl_sum(u, z, tail, exps, z_exps, of_u, of_z, std::log(of_u.sum / of_z.sum));
         }
@@ -171,7 +171,6 @@ void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t e
   using V = typename Lanes<S>::Vec;
   const HeadStep& step = args.step;
   const int64_t classes = step.classes, padded = std::max(classes, Lanes<S>::kCount), mixtures = step.mixtures();
-  const int64_t matrix = step.rows * classes;
   std::vector<S> scratch(2 * padded);
   S *z = scratch.data(), *exps = z + padded, *losses = static_cast<S*>(args.loss_rows);
   const S *strength = static_cast<const S*>(step.strength), smoothing = S(step.label_smoothing);
@@ -187,7 +186,7 @@ void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t e
       for (int64_t row = first; row < first + count; ++row) {
         const int64_t offset = row * classes;
         mixed_logits(z, of.a + offset, of.v + offset, from_x[row - first], from_y[row - first], bias, tail);
-        write_row(static_cast<T*>(args.logits) + k * matrix + offset, z, classes);
+        write_row(static_cast<T*>(args.logits[k]) + offset, z, classes);
         const Label label(step.target[row], classes, step.ignore_index);
         losses[k * step.rows + row] = cross_entropy(z, tail, label, smoothing, exps);
       }
@@ -195,7 +194,7 @@ void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t e
     for (int64_t m = 0; m < step.modalities(); ++m)
       for (int64_t row = first; row < first + count; ++row) {
         const Label label(step.target[row], classes, step.ignore_index);
-        const S* own = static_cast<const S*>(step.own) + m * matrix + row * classes;
+        const S* own = static_cast<const S*>(step.own[m]) + row * classes;
         losses[(mixtures + m) * step.rows + row] = cross_entropy(own, tail, label, smoothing, exps);
       }
   }
@@ -238,11 +237,12 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
   const S *scales = static_cast<const S*>(args.scales), smoothing = S(step.label_smoothing);
   const Tail<S> tail(classes);
   const auto gradient = [&](int64_t head, int64_t row, const S* logits) {  // left in `out` too
-    const int64_t offset = head * matrix + row * classes;
-    const T* upstream = args.upstream ? static_cast<const T*>(args.upstream) + offset : nullptr;
+    const int64_t offset = row * classes;
+    const T* upstream = static_cast<const T*>(args.upstream[head]);
+    if (upstream) upstream += offset;
     const Label label(step.target[row], classes, step.ignore_index);
     logit_gradient<T>(out, logits, tail, label, scales[head], smoothing, upstream);
-    std::copy_n(out, classes, to.of_logits + offset);
+    std::copy_n(out, classes, to.of_logits + head * matrix + offset);
   };
   for (int64_t first = begin; first < end; first += kCount) {
     const int64_t count = std::min(kCount, end - first);
@@ -280,7 +280,7 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
     }
     for (int64_t m = 0; m < step.modalities(); ++m)
       for (int64_t row = first; row < first + count; ++row)
-        gradient(mixtures + m, row, static_cast<const S*>(step.own) + m * matrix + row * classes);
+        gradient(mixtures + m, row, static_cast<const S*>(step.own[m]) + row * classes);
   }
 }
 

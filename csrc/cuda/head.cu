@@ -71,24 +71,18 @@ Head<T> head_of(
     const std::vector<std::optional<Tensor>>& biases,
     const Tensor& target,
     const Tensor& state,
-    const Tensor& logits,
+    const Tensor* unimodal,
     double label_smoothing,
     int64_t ignore_index) {
   const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
-  const HeadState<S> of(state, logits, 1);
+  const HeadState<S> of(state, unimodal, 2, 1);
   Head<T> head{
       matrix<T>(features[0]), matrix<T>(features[1]), {}, {}, static_cast<const int64_t*>(target.const_data_ptr()),
-      target.stride(0), of.stats, {of.projected, of.projected + rows * classes}, {of.own, of.own + rows * classes}, of.counted,
+      target.stride(0), of.stats, {of.projected, of.projected + rows * classes}, {of.own[0], of.own[1]}, of.counted,
       rows, columns, classes, label_smoothing, ignore_index};
   for (size_t k = 0; k < weights.size(); ++k) head.weight[k] = input.operator()<T>(weights[k]);
   for (size_t k = 0; k < biases.size(); ++k) head.bias[k] = input.operator()<T>(biases[k]);
   return head;
-}
-
-// More modalities than two are Triton's: these kernels are for the fewest launches, not for every number of heads.
-void check_one_pair(const std::vector<int64_t>& pairs, size_t modalities) {
-  STD_TORCH_CHECK(
-      modalities == 2 && pairs.size() == 2 && pairs[0] == 0 && pairs[1] == 1, "the cuda backend mixes one pair of two modalities");
 }
 
 // Dynamic shared memory above 48 KiB is a kernel's only when it has asked for it.
@@ -103,36 +97,42 @@ void allow_shared(Kernel kernel, int64_t bytes, int device, int64_t classes, int
 }
 
 void head_forward(
-    const std::vector<Tensor>& features,
-    const std::vector<Tensor>& weights,
-    const std::vector<std::optional<Tensor>>& biases,
-    const std::vector<int64_t>& pairs,
+    const Tensor& x,
+    const Tensor& y,
+    const Tensor& weight_mix,
+    const Tensor& weight_x,
+    const Tensor& weight_y,
+    const std::optional<Tensor>& bias_mix,
+    const std::optional<Tensor>& bias_x,
+    const std::optional<Tensor>& bias_y,
     const Tensor& target,
     const Tensor& probing,
     double label_smoothing,
     int64_t ignore_index,
     int64_t parts,
     const Tensor& state,
-    const Tensor& logits,
+    const Tensor& logits_mix,
+    const Tensor& logits_x,
+    const Tensor& logits_y,
     const Tensor& kl,
     const Tensor& strength,
     const Tensor& loss,
     const Tensor& losses) {
-  check_one_pair(pairs, features.size());
+  const std::vector<Tensor> features{x, y}, weights{weight_mix, weight_x, weight_y}, logits{logits_mix, logits_x, logits_y};
+  const std::vector<std::optional<Tensor>> biases{bias_mix, bias_x, bias_y};
   check_step(features, weights, biases, 1, target, state, logits, strength, true);
-  check_step_forward(state, 3, 1, biases.size(), probing, kl, loss, losses, true);
-  const Tensor& x = features[0];
+  check_step_forward(state, 3, 1, biases.size(), logits.size(), probing, kl, loss, losses, true);
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   dispatch_type(x.scalar_type(), [&]<class T>() {
     using S = typename Arithmetic<T>::Type;
     Contiguous input;
     Forward<T> args{};
-    args.head = head_of<T>(input, features, weights, biases, target, state, logits, label_smoothing, ignore_index);
+    args.head = head_of<T>(input, features, weights, biases, target, state, &logits[1], label_smoothing, ignore_index);
     args.weight = static_cast<const S*>(probing.const_data_ptr());
-    args.logits_mix = out<T>(logits);
+    args.logits_mix = out<T>(logits_mix);
     if constexpr (!std::is_same_v<T, S>)
-      for (int side = 0; side < 2; ++side) args.logits[side] = out<T>(logits) + (1 + side) * args.head.rows * args.head.classes;
+      for (int side = 0; side < 2; ++side) args.logits[side] = out<T>(logits[1 + side]);
     args.kl = out<S>(kl);
     args.strength = out<S>(strength);
     args.loss = out<S>(loss);
@@ -161,47 +161,59 @@ void head_forward(
 void head_backward(
     const std::optional<Tensor>& grad_loss,
     const std::optional<Tensor>& grad_losses,
-    const std::optional<Tensor>& grad_logits,
-    const std::vector<Tensor>& features,
-    const std::vector<Tensor>& weights,
-    const std::vector<std::optional<Tensor>>& biases,
-    const std::vector<int64_t>& pairs,
+    const std::optional<Tensor>& grad_logits_mix,
+    const std::optional<Tensor>& grad_logits_x,
+    const std::optional<Tensor>& grad_logits_y,
+    const Tensor& x,
+    const Tensor& y,
+    const Tensor& weight_mix,
+    const Tensor& weight_x,
+    const Tensor& weight_y,
+    const std::optional<Tensor>& bias_mix,
     const Tensor& target,
     const Tensor& state,
-    const Tensor& logits,
+    const Tensor& logits_x,
+    const Tensor& logits_y,
     const Tensor& strength,
     double label_smoothing,
     int64_t ignore_index,
-    const std::vector<std::optional<Tensor>>& grad_features,
-    const std::vector<std::optional<Tensor>>& grad_weights,
-    const std::vector<std::optional<Tensor>>& grad_biases) {
-  check_one_pair(pairs, features.size());
-  check_step(features, weights, biases, 1, target, state, logits, strength, true);
+    const std::optional<Tensor>& grad_x,
+    const std::optional<Tensor>& grad_y,
+    const std::optional<Tensor>& grad_weight_mix,
+    const std::optional<Tensor>& grad_weight_x,
+    const std::optional<Tensor>& grad_weight_y,
+    const std::optional<Tensor>& grad_bias_mix,
+    const std::optional<Tensor>& grad_bias_x,
+    const std::optional<Tensor>& grad_bias_y) {
+  using Optional = std::vector<std::optional<Tensor>>;
+  const std::vector<Tensor> features{x, y}, weights{weight_mix, weight_x, weight_y}, unimodal{logits_x, logits_y};
+  const Optional biases{bias_mix}, grad_logits{grad_logits_mix, grad_logits_x, grad_logits_y}, grad_features{grad_x, grad_y};
+  const Optional grad_weights{grad_weight_mix, grad_weight_x, grad_weight_y}, grad_biases{grad_bias_mix, grad_bias_x, grad_bias_y};
+  check_step(features, weights, biases, 1, target, state, unimodal, strength, true);
   check_step_backward(
-      features, weights, biases.size(), 1, grad_loss, grad_losses, grad_logits, grad_features, grad_weights, grad_biases, true);
-  const Tensor& x = features[0];
-  const int64_t rows = x.size(0), columns = x.size(1), classes = weights[0].size(0);
+      features, weights, biases.size(), unimodal.size(), 1, grad_loss, grad_losses, grad_logits, grad_features, grad_weights,
+      grad_biases, true);
+  const int64_t rows = x.size(0), columns = x.size(1), classes = weight_mix.size(0);
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   dispatch_type(x.scalar_type(), [&]<class T>() {
     using S = typename Arithmetic<T>::Type;
     Contiguous input;
     Backward<T> args{};
-    args.head = head_of<T>(input, features, weights, biases, target, state, logits, label_smoothing, ignore_index);
+    args.head = head_of<T>(input, features, weights, biases, target, state, unimodal.data(), label_smoothing, ignore_index);
     args.grad_loss = input.operator()<S>(grad_loss);
     args.grad_losses = input.operator()<S>(grad_losses);
     args.strength = static_cast<const S*>(strength.const_data_ptr());
-    const T* upstream = input.operator()<T>(grad_logits);
     const Tensor scratch = torch::stable::new_empty(state, {3 * rows * classes + 2 * rows}, state.scalar_type());
     for (int i = 0; i < 3; ++i) {
-      args.upstream[i] = upstream ? upstream + i * rows * classes : nullptr;
+      args.upstream[i] = input.operator()<T>(grad_logits[i]);
       args.gradients[i] = out<S>(scratch) + i * rows * classes;
       args.grad_weight[i] = out<T>(grad_weights[i]);
       args.grad_bias[i] = out<T>(grad_biases[i]);
     }
     for (int side = 0; side < 2; ++side) args.z_from[side] = out<S>(scratch) + 3 * rows * classes + side * rows;
-    args.grad_x = out<T>(grad_features[0]);
-    args.grad_y = out<T>(grad_features[1]);
+    args.grad_x = out<T>(grad_x);
+    args.grad_y = out<T>(grad_y);
 
     if (rows > 0) {
       const auto kernel = head_backward_features_kernel<T>;

@@ -14,7 +14,7 @@ neither computed nor stored. Rows are always the first dimension of the grid, th
 
 from .divergence import batch_kl, batch_kl_backward, batch_kl_pair, strength_weights, strength_weights_backward
 from .geodesic import geodesic_mixup, geodesic_mixup_backward, geodesic_remix, normalize, normalize_backward
-from .head import head_backward, head_forward, serves
+from .head import head_pairs_backward, head_pairs_forward, serves
 
 __all__ = [
     "batch_kl",
@@ -23,8 +23,8 @@ __all__ = [
     "geodesic_mixup",
     "geodesic_mixup_backward",
     "geodesic_remix",
-    "head_backward",
-    "head_forward",
+    "head_pairs_backward",
+    "head_pairs_forward",
     "normalize",
     "normalize_backward",
     "serves",

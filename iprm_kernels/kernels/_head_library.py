@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ._head_products import head_features_kernel
 from ._tiles import TILE, scratch
 
 
-def project(features: list[Tensor], heads: tuple[Tensor, ...], pairs: tuple[tuple[int, int], ...], of: State) -> None:
+def project(features: Sequence[Tensor], heads: tuple[Tensor, ...], pairs: tuple[tuple[int, int], ...], of: State) -> None:
     """All projections of the features, without biases, into the state."""
     with below(AUTOCAST):
         for k, pair in enumerate(pairs):
@@ -35,14 +36,14 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def library_gradients(
-    features: list[Tensor],
-    weights: list[Tensor],
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
     shape: dict[str, Any],
     factors: Tensor,
     of_logits: Tensor,
-    grad_features: list[Tensor | None],
-    grad_weights: list[Tensor | None],
-    grad_biases: list[Tensor | None],
+    grad_features: Sequence[Tensor | None],
+    grad_weights: Sequence[Tensor | None],
+    grad_biases: Sequence[Tensor | None],
 ) -> None:
     """Gradients of features and heads from those of the logits, in the memory of the gradients themselves."""
     pairs, (batch, width) = shape["PAIRS"], features[0].shape
@@ -51,7 +52,7 @@ def library_gradients(
     grid = (triton.cdiv(batch, block_b) * triton.cdiv(width, block_d),)
     written: set[int] = set()
 
-    def through_mixture(k: int, g: Tensor | None, outputs: list[Tensor | None], mixture: Tensor | None = None) -> None:
+    def through_mixture(k: int, g: Tensor | None, outputs: Sequence[Tensor | None], mixture: Tensor | None = None) -> None:
         x, y = (features[m] for m in pairs[k])
         add_x, add_y = (m in written for m in pairs[k])
         if batch:

@@ -49,8 +49,8 @@ def head_project_kernel(
     p_biases,  # P + M of (C,) or None
     p_stats,  # (P, 3, B)
     p_projected,  # (P, 2, B, C) X W_mᵀ and Y W_mᵀ
-    p_unimodal,  # (M, B, C) X W_xᵀ + b_x, or None where the logits are that
-    p_logits,  # (M, B, C)
+    p_unimodal,  # M of (B, C) X W_xᵀ + b_x, or none where the logits are that
+    p_logits,  # M of (B, C)
     row_strides,
     col_strides,
     n_rows,
@@ -116,9 +116,9 @@ def head_project_kernel(
             store_block(p_side, b_projected[2 * k + side], o_rows, m_rows, o_classes, n_classes)
     for m in tl.static_range(MODALITIES):
         b_u = b_own[m] + load_bias(p_biases[P + m], o_classes, n_classes, DTYPE)[None, :]
-        store_block(matrix_of(p_logits, n_rows, n_classes, m), b_u, o_rows, m_rows, o_classes, n_classes)
-        if p_unimodal is not None:
-            store_block(matrix_of(p_unimodal, n_rows, n_classes, m), b_u, o_rows, m_rows, o_classes, n_classes)
+        store_block(p_logits[m], b_u, o_rows, m_rows, o_classes, n_classes)
+        if len(p_unimodal) > 0:
+            store_block(p_unimodal[m], b_u, o_rows, m_rows, o_classes, n_classes)
 
 
 @triton.jit

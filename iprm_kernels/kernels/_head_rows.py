@@ -104,18 +104,6 @@ def logit_gradient(b, o_cols, m_cols, n_cols, r_target, counted, r_poison, scale
     return tl.where(counted[:, None] & m_cols[None, :], b_grad, 0.0)
 
 
-@triton.jit
-def load_logits(p_unimodal, p_bias, p_logits, o_rows, m_rows, o_classes, n_classes, PRODUCT: tl.constexpr):
-    """Unimodal logits; from a product of the library completed, in place and, where they are narrower, beside it."""
-    b_u = load_block(p_unimodal, n_classes, 1, o_rows, m_rows, o_classes, n_classes, p_unimodal.dtype.element_ty)
-    if PRODUCT:
-        b_u += load_bias(p_bias, o_classes, n_classes, b_u.dtype)[None, :]
-        store_block(p_unimodal, b_u, o_rows, m_rows, o_classes, n_classes)
-        if p_logits is not None:
-            store_block(p_logits, b_u, o_rows, m_rows, o_classes, n_classes)
-    return b_u
-
-
 @triton.jit(do_not_specialize=["n_rows"])
 def head_probe_kernel(
     p_features,  # M of (B, D), or none: then row statistics are there, and the unimodal logits have their bias
@@ -123,8 +111,8 @@ def head_probe_kernel(
     p_probing,  # (P,) λ
     p_stats,  # (P, 3, B)
     p_projected,  # (P, 2, B, C) X W_mᵀ and Y W_mᵀ
-    p_unimodal,  # (M, B, C) X W_xᵀ
-    p_logits,  # (M, B, C) or None: a narrower copy
+    p_unimodal,  # M of (B, C) X W_xᵀ
+    p_logits,  # M of (B, C), or none: a narrower copy
     p_kl_parts,  # (programs, 2P)
     row_strides,
     col_strides,
@@ -172,11 +160,12 @@ def head_probe_kernel(
                 b_products = b_next
         b_logits = ()
         for m in tl.static_range(MODALITIES):
-            p_own = matrix_of(p_unimodal, n_rows, n_classes, m)
-            p_narrow = p_logits
-            if p_logits is not None:
-                p_narrow = matrix_of(p_logits, n_rows, n_classes, m)
-            b_u = load_logits(p_own, p_biases[P + m], p_narrow, o_rows, m_rows, o_classes, n_classes, PRODUCT)
+            b_u = load_block(p_unimodal[m], n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+            if PRODUCT:  # of the library: the bias is added in place
+                b_u += load_bias(p_biases[P + m], o_classes, n_classes, DTYPE)[None, :]
+                store_block(p_unimodal[m], b_u, o_rows, m_rows, o_classes, n_classes)
+                if len(p_logits) > 0:
+                    store_block(p_logits[m], b_u, o_rows, m_rows, o_classes, n_classes)
             b_logits = b_logits + (b_u,)
         r_next = ()
         for k in tl.static_range(P):
@@ -235,14 +224,14 @@ def measured_weights(p_kl_parts, n_parts, COLUMNS: tl.constexpr, PAIR: tl.conste
 @triton.jit(do_not_specialize=["n_rows", "n_parts", "ignore_index"])
 def head_rebalance_kernel(
     p_projected,  # (P, 2, B, C)
-    p_unimodal,  # (M, B, C)
+    p_unimodal,  # M of (B, C)
     p_stats,  # (P, 3, B)
     p_biases,  # P of (C,) or None
     p_target,  # (B,)
     p_kl_parts,  # (n_parts, 2P)
     p_kl,  # (2P,) or None where it is what p_kl_parts holds
     p_strength,  # (2P,)
-    p_logits,  # (P, B, C)
+    p_logits,  # P of (B, C)
     p_loss_parts,  # (programs, P + M + 1) or None for a single program, which stores the losses themselves
     p_loss,  # ()
     p_losses,  # (P + M,)
@@ -292,10 +281,9 @@ def head_rebalance_kernel(
                 b_v = load_block(p_v, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
                 b_bias = load_bias(p_biases[head], o_classes, n_classes, DTYPE)
                 b = mixed_logits(b_a, b_v, b_bias, r_x_norm, r_y_norm, r_c, weights[head], m_classes, EPS)
-                store_block(matrix_of(p_logits, n_rows, n_classes, head), b, o_rows, m_rows, o_classes, n_classes)
+                store_block(p_logits[head], b, o_rows, m_rows, o_classes, n_classes)
             else:
-                p_own = matrix_of(p_unimodal, n_rows, n_classes, head - P)
-                b = load_block(p_own, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+                b = load_block(p_unimodal[head - P], n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
             r_loss = cross_entropy(b, o_classes, m_classes, n_classes, r_target, counted, r_poison, SMOOTHING)
             r_next = r_next + (r_losses[head] + r_loss,)
         r_losses = r_next
@@ -355,9 +343,9 @@ def store_live(p, r_factor, r_live, m_rows):
 def head_coefficients_kernel(
     p_grad_loss,  # () or None
     p_grad_losses,  # (P + M,) or None
-    p_grad_logits,  # (P + M, B, C) or None
+    p_grad_logits,  # P + M of (B, C) or None
     p_projected,  # (P, 2, B, C)
-    p_unimodal,  # (M, B, C)
+    p_unimodal,  # M of (B, C)
     p_stats,  # (P, 3, B)
     p_biases,  # P of (C,) or None
     p_target,  # (B,)
@@ -400,13 +388,11 @@ def head_coefficients_kernel(
             b_bias = load_bias(p_biases[head], o_classes, n_classes, DTYPE)
             b = r_z_x[:, None] * b_a + r_z_y[:, None] * b_v + b_bias[None, :]
         else:
-            p_own = matrix_of(p_unimodal, n_rows, n_classes, head - P)
-            b = load_block(p_own, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+            b = load_block(p_unimodal[head - P], n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
         scale = load_scale(p_grad_loss, p_grad_losses, p_counted, head, P)
         b_g = logit_gradient(b, o_classes, m_classes, n_classes, r_target, counted, r_poison, scale, SMOOTHING)
-        if p_grad_logits is not None:
-            p_upstream = matrix_of(p_grad_logits, n_rows, n_classes, head)
-            b_g += load_block(p_upstream, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+        if p_grad_logits[head] is not None:
+            b_g += load_block(p_grad_logits[head], n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
         store_block(matrix_of(p_of_logits, n_rows, n_classes, head), b_g, o_rows, m_rows, o_classes, n_classes)
         if head < P:
             r_gx = tl.sum(b_g * b_a, axis=1) * r_x_inverse

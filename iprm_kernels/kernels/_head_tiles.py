@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +19,13 @@ MOST_MODALITIES = 3
 ENOUGH_PROGRAMS = 256
 
 
-def projects_itself(features: list[Tensor], classes: int) -> bool:
+def projects_itself(features: Sequence[Tensor], classes: int) -> bool:
     """Whether tiles of all projections fit into registers: of three modalities, six heads, those of half as many classes."""
     few = FEW_CLASSES.get(features[0].dtype, 0)
     return len(features) <= MOST_MODALITIES and classes <= (few if len(features) == 2 else few // 2)
 
 
-def differentiates_itself(features: list[Tensor], classes: int) -> bool:
+def differentiates_itself(features: Sequence[Tensor], classes: int) -> bool:
     """Whether those of all gradients do: of three modalities in bfloat16 alone, with rows of whole vectors; else they spill."""
     of_two = len(features) == 2 or (features[0].dtype == torch.bfloat16 and not unaligned(features))
     return of_two and projects_itself(features, classes)
@@ -47,7 +48,7 @@ class ProductTile(NamedTuple):
     num_stages: int = 3
 
     @staticmethod
-    def of_projection(features: list[Tensor], classes: int) -> ProductTile:
+    def of_projection(features: Sequence[Tensor], classes: int) -> ProductTile:
         x, block_c, two = features[0], max(16, triton.next_power_of_2(classes)), len(features) == 2
         most, columns = (32, 16) if x.dtype == torch.float32 else (64, 64) if block_c <= 32 and two else (32, 32)
         warps = 8 if x.dtype == torch.float32 else 4
@@ -57,7 +58,7 @@ class ProductTile(NamedTuple):
         return ProductTile(rows, block_c, columns, warps)
 
     @staticmethod
-    def of_gradients(features: list[Tensor], classes: int) -> ProductTile:
+    def of_gradients(features: Sequence[Tensor], classes: int) -> ProductTile:
         x, block_c, two = features[0], max(16, triton.next_power_of_2(classes)), len(features) == 2
         if not two:
             return ProductTile(16, block_c, 16 if torch.version.hip else 32, 8, 2)
@@ -78,7 +79,7 @@ class ProductTile(NamedTuple):
         }
 
 
-def unaligned(features: list[Tensor]) -> bool:
+def unaligned(features: Sequence[Tensor]) -> bool:
     """Whether rows begin anywhere, so that a tile takes an address for every element."""
     return any(x.shape[1] % 16 or x.stride(0) % 16 for x in features)
 

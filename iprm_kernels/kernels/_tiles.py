@@ -9,7 +9,7 @@ part; whoever needs the sum adds the parts up in their order. So no sum needs an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def scratch(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
-def strides(features: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def strides(features: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(x.stride(0) for x in features), tuple(x.stride(1) for x in features)
 
 

@@ -9,6 +9,7 @@ and the rows are worked on in between.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,56 +34,56 @@ PART_ELEMENTS = 1 << 20
 REDUCE_BLOCK = 1024
 
 
-def serves(features: list[Tensor], weights: list[Tensor]) -> bool:
+def serves(features: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     """Whether rows of so many classes are short enough for these kernels."""
     return len(weights[0]) <= MOST_CLASSES[8 if features[0].dtype == torch.float64 else 4]
 
 
-def head_forward(
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    pairs: list[int],
+def head_pairs_forward(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    pairs: Sequence[int],
     target: Tensor,
     probing: Tensor,
     label_smoothing: float,
     ignore_index: int,
     parts: int,
     state: Tensor,
-    logits: Tensor,
+    logits: Sequence[Tensor],
     kl: Tensor,
     strength: Tensor,
     loss: Tensor,
     losses: Tensor,
 ) -> None:
-    labels(target, logits.shape[2], ignore_index)
+    labels(target, logits[0].shape[1], ignore_index)
     shape: dict[str, Any] = {"MODALITIES": len(features), "PAIRS": tuple(pairs_of(pairs))}
     mixtures = len(shape["PAIRS"])
-    of = State.views(state, logits, mixtures)
+    of = State.views(state, logits[mixtures:], mixtures)
     kl_parts, kl_out = kl[None], None  # what processes have added up, if this is their rebalance
     with on_device_of(features[0]):
         if parts & PROBE:
             kl_parts, kl_out = _probe(features, weights, biases, shape, probing, of, logits[mixtures:]), kl
         if parts & REBALANCE:
             inputs = (of, biases[:mixtures], shape, target, label_smoothing, ignore_index, kl_parts)
-            _rebalance(*inputs, kl_out, strength, logits, loss, losses)
+            _rebalance(*inputs, kl_out, strength, logits[:mixtures], loss, losses)
         else:
             kl_sums_kernel[(1,)](kl_parts, kl, len(kl_parts), COLUMNS=2 * mixtures, num_warps=4)
 
 
 def _probe(
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     shape: dict[str, Any],
     probing: Tensor,
     of: State,
-    logits: Tensor,
+    logits: Sequence[Tensor],
 ) -> Tensor:
     """Fills the state but its last number, and the unimodal logits.  -> (programs, 2P) parts of the KL sums"""
-    (_, batch, classes), width, itemsize = logits.shape, features[0].shape[1], of.stats.element_size()
+    (batch, classes), width, itemsize = logits[0].shape, features[0].shape[1], of.stats.element_size()
     heads, offsets = tuple(map(dense, weights)), tuple(map(dense, biases))
-    pairs, widened = shape["PAIRS"], logits.dtype != of.stats.dtype
+    pairs, widened = shape["PAIRS"], logits[0].dtype != of.stats.dtype
     rows, block_c, num_warps = logit_tile(of.stats, len(features), classes)
     block_d = max(16, TILE[itemsize] // rows // (1 if len(features) == 2 else 4))
     programs = part_programs(batch, rows)
@@ -92,7 +93,7 @@ def _probe(
         if batch:
             tile = ProductTile.of_projection(features, classes)
             head_project_kernel[(triton.cdiv(batch, tile.rows),)](
-                tuple(features), heads, offsets, of.stats, of.projected, of.unimodal if widened else None, logits,
+                tuple(features), heads, offsets, of.stats, of.projected, of.unimodal if widened else (), tuple(logits),
                 *strides(features), *sizes, **shape, EPS=EPS, **tile.constants(features[0]),
             )  # fmt: skip
     else:
@@ -100,7 +101,7 @@ def _probe(
         project(features, heads, pairs, of)
     kl_parts = scratch(of.stats, programs, 2 * len(pairs))
     head_probe_kernel[(programs,)](
-        multiplied, offsets, probing, of.stats, of.projected, of.unimodal, logits if widened else None, kl_parts,
+        multiplied, offsets, probing, of.stats, of.projected, of.unimodal, tuple(logits) if widened else (), kl_parts,
         *strides(features), *sizes, **shape, EPS=EPS, BLOCK_B=rows, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=num_warps,
     )  # fmt: skip
     return kl_parts
@@ -108,7 +109,7 @@ def _probe(
 
 def _rebalance(
     of: State,
-    biases: list[Tensor | None],
+    biases: Sequence[Tensor | None],
     shape: dict[str, Any],
     target: Tensor,
     label_smoothing: float,
@@ -116,17 +117,17 @@ def _rebalance(
     kl_parts: Tensor,
     kl: Tensor | None,
     strength: Tensor,
-    logits: Tensor,
+    logits: Sequence[Tensor],
     loss: Tensor,
     losses: Tensor,
 ) -> None:
-    _, batch, classes = logits.shape
+    batch, classes = logits[0].shape
     rows, block_c, num_warps = logit_tile(of.stats, shape["MODALITIES"], classes)
     programs = part_programs(batch, rows)
     loss_parts = scratch(of.stats, programs, len(losses) + 1) if programs > 1 else None
     head_rebalance_kernel[(programs,)](
         of.projected, of.unimodal, of.stats, tuple(map(dense, biases)), target, kl_parts,
-        kl, strength, logits, loss_parts, loss, losses, of.counted,
+        kl, strength, tuple(logits), loss_parts, loss, losses, of.counted,
         *target.stride(), batch, classes, len(kl_parts), ignore_index, **shape, SMOOTHING=label_smoothing, EPS=EPS,
         BLOCK_B=rows, BLOCK_C=block_c, num_warps=num_warps,
     )  # fmt: skip
@@ -134,28 +135,28 @@ def _rebalance(
         head_losses_kernel[(1,)](loss_parts, loss, losses, of.counted, programs, **shape, num_warps=4)
 
 
-def head_backward(
+def head_pairs_backward(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
-    grad_logits: Tensor | None,
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    pairs: list[int],
+    grad_logits: Sequence[Tensor | None],
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    pairs: Sequence[int],
     target: Tensor,
     state: Tensor,
-    logits: Tensor,
+    unimodal: Sequence[Tensor],
     strength: Tensor,
     label_smoothing: float,
     ignore_index: int,
-    grad_features: list[Tensor | None],
-    grad_weights: list[Tensor | None],
-    grad_biases: list[Tensor | None],
+    grad_features: Sequence[Tensor | None],
+    grad_weights: Sequence[Tensor | None],
+    grad_biases: Sequence[Tensor | None],
 ) -> None:
     shape: dict[str, Any] = {"MODALITIES": len(features), "PAIRS": tuple(pairs_of(pairs))}
     mixtures = len(shape["PAIRS"])
-    of = State.views(state, logits, mixtures)
-    heads, batch, classes = logits.shape
+    of = State.views(state, unimodal, mixtures)
+    heads, (batch, classes) = len(weights), unimodal[0].shape
     itself = differentiates_itself(features, classes)
     # gradients are factors of products in bfloat16 anyway; in float16 those below 6e-8 would vanish
     narrow = features[0].dtype == torch.bfloat16 or not itself
@@ -165,7 +166,7 @@ def head_backward(
     with on_device_of(features[0]):
         if batch:
             head_coefficients_kernel[(triton.cdiv(batch, rows),)](
-                *map(dense, (grad_loss, grad_losses, grad_logits)), of.projected, of.unimodal, of.stats,
+                dense(grad_loss), dense(grad_losses), tuple(map(dense, grad_logits)), of.projected, of.unimodal, of.stats,
                 tuple(map(dense, biases[:mixtures])), target, strength, of.counted, of_logits, factors, *target.stride(), batch,
                 classes, ignore_index, **shape, SMOOTHING=label_smoothing, EPS=EPS, BLOCK_B=rows, BLOCK_C=block_c,
                 num_warps=max(num_warps, 8) if rows == 1 and len(features) > 2 else num_warps,
@@ -175,14 +176,14 @@ def head_backward(
 
 
 def _gradients(
-    features: list[Tensor],
-    weights: list[Tensor],
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
     shape: dict[str, Any],
     factors: Tensor,
     of_logits: Tensor,
-    grad_features: list[Tensor | None],
-    grad_weights: list[Tensor | None],
-    grad_biases: list[Tensor | None],
+    grad_features: Sequence[Tensor | None],
+    grad_weights: Sequence[Tensor | None],
+    grad_biases: Sequence[Tensor | None],
 ) -> None:
     """Gradients of features and heads from those of the logits: one launch, or two where rows are taken in chunks."""
     (heads, batch, classes), x, width = of_logits.shape, features[0], features[0].shape[1]

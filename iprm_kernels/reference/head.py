@@ -15,7 +15,7 @@ Two modalities are the one pair (0, 1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class State(NamedTuple):
 
     stats: Tensor  #: (P, 3, B) holding ‖x‖, ‖y‖, c of each pair
     projected: Tensor  #: (P, 2, B, C) A = X W_mᵀ and V = Y W_mᵀ
-    unimodal: Tensor  #: (M, B, C) unimodal logits: in the state where the logits returned are narrower, else these
+    unimodal: tuple[Tensor, ...]  #: M of (B, C) unimodal logits: in the state where those returned are narrower, else these
     counted: Tensor  #: () rows that the losses are means over
 
     @staticmethod
@@ -41,12 +41,16 @@ class State(NamedTuple):
         return batch * (3 * pairs + (2 * pairs + (modalities if narrow else 0)) * classes) + 1
 
     @staticmethod
-    def views(state: Tensor, logits: Tensor, pairs: int) -> State:
-        heads, batch, classes = logits.shape
-        projected, unimodal = 3 * pairs * batch, (3 + 2 * classes) * pairs * batch
-        kept = logits[pairs:] if logits.dtype == state.dtype else state[unimodal:-1].view(heads - pairs, batch, classes)
+    def views(state: Tensor, unimodal: Sequence[Tensor], pairs: int) -> State:
+        """unimodal: M of (B, C), as they were returned"""
+        modalities, (batch, classes) = len(unimodal), unimodal[0].shape
+        projected, wide = 3 * pairs * batch, (3 + 2 * classes) * pairs * batch
+        narrow = unimodal[0].dtype != state.dtype
         return State(
-            state[:projected].view(pairs, 3, batch), state[projected:unimodal].view(pairs, 2, batch, classes), kept, state[-1]
+            state[:projected].view(pairs, 3, batch),
+            state[projected:wide].view(pairs, 2, batch, classes),
+            tuple(state[wide:-1].view(modalities, batch, classes)) if narrow else tuple(unimodal),
+            state[-1],
         )
 
 
@@ -61,10 +65,10 @@ def head_probe(
     biases: Sequence[Tensor | None],
     pairs: Sequence[int],
     probing: Tensor,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Projections, row statistics, unimodal logits, and the KL sums of these from the mixtures probed with λ.
 
-    (B, D) xM, heads (C, D) and (C,), λ (P,) -> stats (P, 3, B), projected (P, 2, B, C), unimodal (M, B, C), kl (2P,)
+    (B, D) xM, heads (C, D) and (C,), λ (P,) -> stats (P, 3, B), projected (P, 2, B, C), unimodal M of (B, C), kl (2P,)
     """
     count, dtype = len(pairs) // 2, arithmetic_dtype(features[0].dtype)
     wide = [x.to(dtype) for x in features]
@@ -79,28 +83,28 @@ def head_probe(
         projected.append(torch.stack([x @ weight.T, y @ weight.T]))
         probe = _mixed(projected[k], stats[k], probing[k], biases[k])
         sums.append(batch_kl_pair(unimodal[i], unimodal[j], probe)[0])
-    return torch.stack(stats), torch.stack(projected), torch.stack(unimodal), torch.cat(sums)
+    return torch.stack(stats), torch.stack(projected), unimodal, torch.cat(sums)
 
 
 def head_rebalance(
     of: State, biases: Sequence[Tensor | None], kl: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """ω from the KL sums, the logits of the mixtures with it, and the cross entropies of all heads.
 
-    biases (C,), kl (2P,), target (B,) -> strength (2P,), logits (P, B, C), loss (), losses (P + M,), rows that count ()
+    biases (C,), kl (2P,), target (B,) -> strength (2P,), logits P of (B, C), loss (), losses (P + M,), rows that count ()
     """
     strength = torch.cat([strength_weights(own)[0] for own in kl.view(-1, 2)])
     mixed = _mixtures(of, strength, biases)
     labels = _Labels.of(target, mixed[0].shape[1], ignore_index)
     losses = torch.stack([_cross_entropy(own, labels, label_smoothing) for own in (*mixed, *of.unimodal)])
     loss = losses[: len(mixed)].mean() + losses[len(mixed) :].sum()
-    return strength, torch.stack(mixed), loss, losses, labels.counted.sum()
+    return strength, mixed, loss, losses, labels.counted.sum()
 
 
 def head_backward(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
-    grad_logits: Tensor | None,
+    grad_logits: Sequence[Tensor | None],
     features: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -113,22 +117,21 @@ def head_backward(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of the features (B, D), then of all weights (C, D) and all biases (C,), by the formulas above.
 
-    The upstream gradients are those of loss (), losses (P + M,) and logits (P + M, B, C).
+    The upstream gradients are those of loss (), losses (P + M,) and logits (B, C), of all heads.
     """
     count, dtype = len(pairs) // 2, of.stats.dtype
     wide = [x.to(dtype) for x in features]
     heads = [weight.to(dtype) for weight in weights]
-    labels = _Labels.of(target, of.unimodal.shape[2], ignore_index)
+    labels = _Labels.of(target, of.unimodal[0].shape[1], ignore_index)
     scales = of.stats.new_zeros(len(heads))
     if grad_loss is not None:
         scales[:count] += grad_loss / count
         scales[count:] += grad_loss
     scales = (scales if grad_losses is None else scales + grad_losses) / of.counted
     mixed = _mixtures(of, strength, biases)
-    upstream = [None] * len(heads) if grad_logits is None else grad_logits
     of_logits = [
         _cross_entropy_backward(own, labels, label_smoothing, scale, above)
-        for own, scale, above in zip((*mixed, *of.unimodal), scales, upstream, strict=True)
+        for own, scale, above in zip((*mixed, *of.unimodal), scales, grad_logits, strict=True)
     ]
 
     grad_features = [g @ weight for g, weight in zip(of_logits[count:], heads[count:], strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,7 @@ def into(function: Callable[..., tuple[Any, ...]]) -> Callable[..., None]:
     return kernel
 
 
-def fill(outputs: tuple[Tensor | None, ...], values: tuple[Any, ...]) -> None:
+def fill(outputs: Sequence[Tensor | None], values: Sequence[Any]) -> None:
     for out, value in zip(outputs, values, strict=True):
         if out is not None:
             out.copy_(value)
@@ -42,59 +42,60 @@ strength_weights = into(divergence.strength_weights)
 strength_weights_backward = into(divergence.strength_weights_backward)
 
 
-def head_forward(
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    pairs: list[int],
+def head_pairs_forward(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    pairs: Sequence[int],
     target: Tensor,
     probing: Tensor,
     label_smoothing: float,
     ignore_index: int,
     parts: int,
     state: Tensor,
-    logits: Tensor,
+    logits: Sequence[Tensor],
     kl: Tensor,
     strength: Tensor,
     loss: Tensor,
     losses: Tensor,
 ) -> None:
-    labels(target, logits.shape[2], ignore_index)
+    labels(target, logits[0].shape[1], ignore_index)
     count = len(pairs) // 2
-    of = head.State.views(state, logits, count)
+    of = head.State.views(state, logits[count:], count)
     with below(AUTOCAST):
         if parts & PROBE:
-            found = head.head_probe(features, weights, biases, pairs, probing.view(-1))
-            fill((*of[:3], kl), found)
-            logits[count:].copy_(of.unimodal)
+            stats, projected, unimodal, sums = head.head_probe(features, weights, biases, pairs, probing.view(-1))
+            fill((of.stats, of.projected, *of.unimodal, kl), (stats, projected, *unimodal, sums))
+            fill(logits[count:], of.unimodal)
         if parts & REBALANCE:
             results = head.head_rebalance(of, biases, kl, target, label_smoothing, ignore_index)
-            fill((strength, logits[:count], loss, losses, of.counted), results)
+            strength_found, mixed, *rest = results
+            fill((strength, *logits[:count], loss, losses, of.counted), (strength_found, *mixed, *rest))
 
 
-def head_backward(
+def head_pairs_backward(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
-    grad_logits: Tensor | None,
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    pairs: list[int],
+    grad_logits: Sequence[Tensor | None],
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    pairs: Sequence[int],
     target: Tensor,
     state: Tensor,
-    logits: Tensor,
+    unimodal: Sequence[Tensor],
     strength: Tensor,
     label_smoothing: float,
     ignore_index: int,
-    grad_features: list[Tensor | None],
-    grad_weights: list[Tensor | None],
-    grad_biases: list[Tensor | None],
+    grad_features: Sequence[Tensor | None],
+    grad_weights: Sequence[Tensor | None],
+    grad_biases: Sequence[Tensor | None],
 ) -> None:
-    of = head.State.views(state, logits, len(pairs) // 2)
+    of = head.State.views(state, unimodal, len(pairs) // 2)
     grads = (grad_loss, grad_losses, grad_logits)
     with below(AUTOCAST):
         found = head.head_backward(
             *grads, features, weights, biases, pairs, target, of, strength, label_smoothing, ignore_index
         )
         for outputs, values in zip((grad_features, grad_weights, grad_biases), found, strict=True):
-            fill(tuple(outputs), tuple(values))
+            fill(outputs, values)

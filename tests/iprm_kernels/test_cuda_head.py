@@ -112,7 +112,7 @@ def test_processes_add_up_between_two_halves(on_host: cuda_on_host.Emulated, mon
 
     def halves(*arguments: object) -> None:
         for part in (PROBE, REBALANCE):
-            run(*arguments[:8], part, *arguments[9:])
+            run(*arguments[:12], part, *arguments[13:])
 
     monkeypatch.setattr(on_host, "head_forward", halves)
     step = heads.run(inputs)

@@ -176,7 +176,15 @@ def test_opcheck(place: Place) -> None:
         leaf.requires_grad_()
     lists = (arguments["features"], [head[0] for head in heads], [head[1] for head in heads], [0, 1, 0, 2, 1, 2])
     call = (*lists, arguments["target"], arguments["weight"], 0.1, -100, "")
-    torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, call)
+    torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance_pairs.default, call)
+    saved = [[tensor.detach() for tensor in tensors] for tensors in lists[:3]]
+    loss, _, logits, strength, _, state = torch.ops.iprm.linear_probe_rebalance_pairs(*saved, *call[3:])
+    grads = (torch.ones_like(loss), None, torch.ones_like(logits))
+    for needed in ([True] * 15, [False, True, True] * 5):
+        torch.library.opcheck(
+            torch.ops.iprm.linear_probe_rebalance_pairs_backward.default,
+            (*grads, *saved, lists[3], arguments["target"], state, logits, strength, 0.1, -100, needed),
+        )
 
 
 def test_fullgraph_compile_equals_eager(place: Place) -> None:

@@ -13,9 +13,9 @@ import torch
 from triton_launches import TARGETS, Launch, empty, recording, spills
 
 from iprm_kernels import kernels
+from iprm_kernels._head_step import new_outputs
 from iprm_kernels.backends import PROBE, REBALANCE
 from iprm_kernels.dtypes import arithmetic_dtype
-from iprm_kernels.head import _state_size
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 #: dtype, batch, width, classes: a kernel regime each
@@ -44,18 +44,16 @@ def forward(
     dtype: torch.dtype, batch: int, width: int, classes: int, modalities: int = 2, parts: int = PROBE | REBALANCE
 ) -> dict[str, Any]:
     """The launches of a forward pass; its tensors, by name."""
-    arithmetic = arithmetic_dtype(dtype)
     pairs = list(itertools.chain(*itertools.combinations(range(modalities), 2)))
     heads = modalities + len(pairs) // 2
     features = [empty(batch, width, dtype=dtype) for _ in range(modalities)]
     weights = [empty(classes, width, dtype=dtype) for _ in range(heads)]
     biases = [empty(classes, dtype=dtype) for _ in range(heads)]
-    target, state = empty(batch, dtype=torch.int64), empty(_state_size(features, weights, pairs), dtype=arithmetic)
-    logits = empty(heads, batch, classes, dtype=dtype)
-    kl, strength, losses = (empty(size, dtype=arithmetic) for size in (len(pairs), len(pairs), heads))
-    loss, probing = empty(dtype=arithmetic), empty(len(pairs) // 2, dtype=arithmetic)
+    target, probing = empty(batch, dtype=torch.int64), empty(len(pairs) // 2, dtype=arithmetic_dtype(dtype))
+    state, kl, strength, loss, losses = new_outputs(features[0], classes, modalities, len(pairs) // 2)
+    logits = [empty(batch, classes, dtype=dtype) for _ in range(heads)]
     inputs = (features, weights, biases, pairs, target, probing, 0.1, -100, parts)
-    kernels.head_forward(*inputs, state, logits, kl, strength, loss, losses)
+    kernels.head_pairs_forward(*inputs, state, logits, kl, strength, loss, losses)
     return {"inputs": inputs, "state": state, "logits": logits, "strength": strength, "loss": loss, "losses": losses}
 
 
@@ -66,8 +64,9 @@ def backward(of: dict[str, Any], needed: Callable[[str, int], bool] = lambda wha
         [t if needed(what, place) else None for place, t in enumerate(tensors)]
         for what, tensors in (("features", features), ("weights", weights), ("biases", biases))
     ]
-    saved = (features, weights, biases, pairs, target, of["state"], of["logits"], of["strength"], 0.1, -100)
-    kernels.head_backward(of["loss"], of["losses"], of["logits"], *saved, *grads)
+    unimodal = of["logits"][-len(features) :]
+    saved = (features, weights, biases, pairs, target, of["state"], unimodal, of["strength"], 0.1, -100)
+    kernels.head_pairs_backward(of["loss"], of["losses"], of["logits"], *saved, *grads)
 
 
 def by_name(launches: list[Launch]) -> dict[str, Launch]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -74,17 +75,18 @@ class Emulated:
         self.kept: list[Tensor] = []
 
     def head_forward(
-        self, features: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], pairs: list[int], target: Tensor,
-        probing: Tensor, label_smoothing: float, ignore_index: int, parts: int, state: Tensor, logits: Tensor, kl: Tensor,
+        self, x: Tensor, y: Tensor, weight_mix: Tensor, weight_x: Tensor, weight_y: Tensor, bias_mix: Tensor | None,
+        bias_x: Tensor | None, bias_y: Tensor | None, target: Tensor, probing: Tensor, label_smoothing: float,
+        ignore_index: int, parts: int, state: Tensor, logits_mix: Tensor, logits_x: Tensor, logits_y: Tensor, kl: Tensor,
         strength: Tensor, loss: Tensor, losses: Tensor,
     ) -> None:  # fmt: skip
-        x = features[0]
-        head = self._head(features, weights, biases, target, state, logits, label_smoothing, ignore_index)
+        weights, biases, unimodal = (weight_mix, weight_x, weight_y), (bias_mix, bias_x, bias_y), (logits_x, logits_y)
+        head = self._head(x, y, weights, biases, target, state, unimodal, label_smoothing, ignore_index)
         blocks = max(1, min(self.blocks, self.library.tiles(len(x))))
         sums = torch.empty((blocks, 6), dtype=torch.float64)
-        narrow = (logits[1].data_ptr(), logits[2].data_ptr()) if x.dtype != state.dtype else (None, None)
+        narrow = (logits_x.data_ptr(), logits_y.data_ptr()) if x.dtype != state.dtype else (None, None)
         args = Forward(
-            head, probing.data_ptr(), logits.data_ptr(), Pointers2(*narrow), kl.data_ptr(), strength.data_ptr(),
+            head, probing.data_ptr(), logits_mix.data_ptr(), Pointers2(*narrow), kl.data_ptr(), strength.data_ptr(),
             loss.data_ptr(), losses.data_ptr(), sums.data_ptr(), sums.data_ptr() + 16 * blocks, bool(parts & PROBE),
             bool(parts & REBALANCE),
         )  # fmt: skip
@@ -92,34 +94,34 @@ class Emulated:
         self.kept.clear()
 
     def head_backward(
-        self, grad_loss: Tensor | None, grad_losses: Tensor | None, grad_logits: Tensor | None, features: list[Tensor],
-        weights: list[Tensor], biases: list[Tensor | None], pairs: list[int], target: Tensor, state: Tensor, logits: Tensor,
-        strength: Tensor, label_smoothing: float, ignore_index: int, *outputs: list[Tensor | None],
+        self, grad_loss: Tensor | None, grad_losses: Tensor | None, grad_logits_mix: Tensor | None,
+        grad_logits_x: Tensor | None, grad_logits_y: Tensor | None, x: Tensor, y: Tensor, weight_mix: Tensor,
+        weight_x: Tensor, weight_y: Tensor, bias_mix: Tensor | None, target: Tensor, state: Tensor, logits_x: Tensor,
+        logits_y: Tensor, strength: Tensor, label_smoothing: float, ignore_index: int, *outputs: Tensor | None,
     ) -> None:  # fmt: skip
-        x = features[0]
-        head = self._head(features, weights, [biases[0], None, None], target, state, logits, label_smoothing, ignore_index)
-        gradients = torch.empty(logits.shape, dtype=state.dtype)
+        weights, biases = (weight_mix, weight_x, weight_y), (bias_mix, None, None)
+        head = self._head(x, y, weights, biases, target, state, (logits_x, logits_y), label_smoothing, ignore_index)
+        gradients = torch.empty((3, *logits_x.shape), dtype=state.dtype)
         z_from = torch.empty((2, len(x)), dtype=state.dtype)
-        upstream = [None] * 3 if grad_logits is None else grad_logits
-        of_features, of_weights, of_biases = ([None if t is None else t.data_ptr() for t in grads] for grads in outputs)
+        written = [None if t is None else t.data_ptr() for t in outputs]
         args = Backward(
             head, self._pointer(grad_loss), self._pointer(grad_losses), strength.data_ptr(),
-            Pointers3(*map(self._pointer, upstream)), Pointers3(*(t.data_ptr() for t in gradients)),
-            Pointers2(*(t.data_ptr() for t in z_from)), *of_features, Pointers3(*of_weights), Pointers3(*of_biases),
+            Pointers3(*map(self._pointer, (grad_logits_mix, grad_logits_x, grad_logits_y))),
+            Pointers3(*(t.data_ptr() for t in gradients)), Pointers2(*(t.data_ptr() for t in z_from)), *written[:2],
+            Pointers3(*written[2:5]), Pointers3(*written[5:]),
         )  # fmt: skip
         self.library.head_backward(_name(x), ctypes.byref(args), self.seed)
         self.kept.clear()
 
     def _head(
-        self, features: list[Tensor], weights: list[Tensor], biases: list[Tensor | None], target: Tensor, state: Tensor,
-        logits: Tensor, label_smoothing: float, ignore_index: int,
+        self, x: Tensor, y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], target: Tensor, state: Tensor,
+        unimodal: Sequence[Tensor], label_smoothing: float, ignore_index: int,
     ) -> Head:  # fmt: skip
-        x, y = features
-        of = State.views(state, logits, 1)
+        of = State.views(state, unimodal, 1)
         return Head(
             Matrix.of(x), Matrix.of(y), Pointers3(*map(self._pointer, weights)), Pointers3(*map(self._pointer, biases)),
             target.data_ptr(), *target.stride(), of.stats.data_ptr(), Pointers2(*(t.data_ptr() for t in of.projected[0])),
-            Pointers2(*(t.data_ptr() for t in of.unimodal)), of.counted.data_ptr(), *x.shape, logits.shape[2],
+            Pointers2(*(t.data_ptr() for t in of.unimodal)), of.counted.data_ptr(), *x.shape, unimodal[0].shape[1],
             label_smoothing, ignore_index,
         )  # fmt: skip
 
