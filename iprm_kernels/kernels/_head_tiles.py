@@ -31,10 +31,14 @@ def differentiates_itself(features: Sequence[Tensor], classes: int) -> bool:
     return of_two and projects_itself(features, classes)
 
 
-def logit_tile(stats: Tensor, modalities: int, classes: int) -> tuple[int, int, int]:
-    """Rows, classes and warps of a tile of a kernel that works on logits: of more heads half as many rows at a time."""
+def logit_tile(stats: Tensor, modalities: int, classes: int, *, wide_warps: int = 4) -> tuple[int, int, int]:
+    """Rows, classes and warps of a tile of a kernel that works on logits: of more heads half as many rows at a time.
+
+    wide_warps: the fewest from 256 classes on. With 4 the kernels of the losses spill 8 bytes there, with 8 that of the probe.
+    """
     rows, block_c, num_warps = row_tile(classes, stats.element_size())
-    return rows if modalities == 2 else max(1, rows // 2), block_c, num_warps
+    fewest = wide_warps if block_c >= 256 else num_warps
+    return rows if modalities == 2 else max(1, rows // 2), block_c, max(num_warps, fewest)
 
 
 class ProductTile(NamedTuple):

@@ -122,7 +122,7 @@ def _rebalance(
     losses: Tensor,
 ) -> None:
     batch, classes = logits[0].shape
-    rows, block_c, num_warps = logit_tile(of.stats, shape["MODALITIES"], classes)
+    rows, block_c, num_warps = logit_tile(of.stats, shape["MODALITIES"], classes, wide_warps=8)
     programs = part_programs(batch, rows)
     loss_parts = scratch(of.stats, programs, len(losses) + 1) if programs > 1 else None
     head_rebalance_kernel[(programs,)](
@@ -162,14 +162,14 @@ def head_pairs_backward(
     narrow = features[0].dtype == torch.bfloat16 or not itself
     of_logits = scratch(features[0] if narrow else of.stats, heads, batch, classes)
     factors = scratch(of.stats, mixtures, 8, batch)
-    rows, block_c, num_warps = logit_tile(of.stats, len(features), classes)
+    rows, block_c, num_warps = logit_tile(of.stats, len(features), classes, wide_warps=8)
     with on_device_of(features[0]):
         if batch:
             head_coefficients_kernel[(triton.cdiv(batch, rows),)](
                 dense(grad_loss), dense(grad_losses), tuple(map(dense, grad_logits)), of.projected, of.unimodal, of.stats,
                 tuple(map(dense, biases[:mixtures])), target, strength, of.counted, of_logits, factors, *target.stride(), batch,
                 classes, ignore_index, **shape, SMOOTHING=label_smoothing, EPS=EPS, BLOCK_B=rows, BLOCK_C=block_c,
-                num_warps=max(num_warps, 8) if rows == 1 and len(features) > 2 else num_warps,
+                num_warps=num_warps,
             )  # fmt: skip
         gradients = _gradients if itself else library_gradients
         gradients(features, weights, shape, factors, of_logits, grad_features, grad_weights, grad_biases)
