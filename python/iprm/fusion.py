@@ -135,19 +135,25 @@ class ProbeRebalance(FusionModule):
         """The training step with labels: one operator, which multiplies, probes, rebalances and differentiates."""
         weight = self.weight.clone()  # the buffer moves on before the backward pass reads this one
         drawn = self._draw()
-        step = ik.linear_probe_rebalance_pairs(
-            list(features.values()),
-            [_parameters(self.heads[name]) for name in features],
-            [_parameters(self.mix_heads[self.mix_head_names[pair]]) for pair in drawn],
-            target,
-            weight.view(-1)[drawn[0] : drawn[-1] + 1],  # all pairs, or the one that was drawn
-            pairs=[(self.modalities.index(a), self.modalities.index(b)) for a, b in (self.pairs[pair] for pair in drawn)],
-            group=_group(),
-        )
-        self._advance(drawn, list(step.strength), len(target))
-        logits_by = dict(zip(self.modalities, step.logits, strict=True))
-        logits_by["mix"] = step.mix_logits.mean(0) if len(drawn) > 1 else step.mix_logits[0]
-        return FusionOutput(step.loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
+        own = [_parameters(self.heads[name]) for name in features]
+        mixing = [_parameters(self.mix_heads[self.mix_head_names[pair]]) for pair in drawn]
+        logits_by: dict[str, Tensor]
+        if len(features) == 2:
+            (x, y), (head_x, head_y), (head_mix,) = features.values(), own, mixing
+            step = ik.linear_probe_rebalance(x, y, head_x, head_y, head_mix, target, weight, group=_group())
+            logits_by = dict(zip(self.modalities, (step.logits_x, step.logits_y), strict=True)) | {"mix": step.logits_mix}
+            loss, strengths = step.loss, [step.strength]
+        else:
+            places = [(self.modalities.index(a), self.modalities.index(b)) for a, b in (self.pairs[pair] for pair in drawn)]
+            probing = weight[drawn[0] : drawn[-1] + 1]  # all pairs, or the one that was drawn
+            steps = ik.linear_probe_rebalance_pairs(
+                list(features.values()), own, mixing, target, probing, pairs=places, group=_group()
+            )
+            mixed = steps.mix_logits.mean(0) if len(drawn) > 1 else steps.mix_logits[0]
+            logits_by = dict(zip(self.modalities, steps.logits, strict=True)) | {"mix": mixed}
+            loss, strengths = steps.loss, list(steps.strength)
+        self._advance(drawn, strengths, len(target))
+        return FusionOutput(loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
 
     def _step(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
         """The training step without labels, or one that is not the paper's."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from heads import weights
 from places import INTERPRETED, Place
 from torch import Tensor
+from watching import Watching
 
 import iprm_kernels as ik
 
@@ -185,6 +186,14 @@ def test_opcheck(place: Place) -> None:
             torch.ops.iprm.linear_probe_rebalance_pairs_backward.default,
             (*grads, *saved, lists[3], arguments["target"], state, logits, strength, 0.1, -100, needed),
         )
+
+
+def test_through_and_past_the_dispatcher_the_same_bits(place: Place) -> None:
+    past = run(ik.linear_probe_rebalance_pairs, inputs(place, 3, 3))
+    with Watching() as watching:
+        through = run(ik.linear_probe_rebalance_pairs, inputs(place, 3, 3))
+    assert {f"iprm.linear_probe_rebalance_pairs{way}.default" for way in ("", "_backward")} <= watching.seen
+    torch.testing.assert_close(past, through, rtol=0, atol=0)
 
 
 def test_fullgraph_compile_equals_eager(place: Place) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import cases
 import heads
 import pytest
@@ -11,7 +9,7 @@ import torch
 import torch.utils.checkpoint
 from places import INTERPRETED, Place
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Watching
 
 import iprm_kernels as ik
 
@@ -92,18 +90,6 @@ def test_fullgraph_compile_equals_eager(place: Place) -> None:
     torch.compiler.reset()
     compiled = torch.compile(every_op, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
     torch.testing.assert_close(gradients(compiled, x, y, weight), gradients(every_op, x, y, weight))
-
-
-class Watching(TorchDispatchMode):
-    """Sees every operator, which therefore goes through the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def test_through_and_past_the_dispatcher_the_same_bits(place: Place) -> None:
