@@ -44,8 +44,11 @@ def library_gradients(
     grad_features: Sequence[Tensor | None],
     grad_weights: Sequence[Tensor | None],
     grad_biases: Sequence[Tensor | None],
+    *,
+    add: bool,
 ) -> None:
-    """Gradients of features and heads from those of the logits, in the memory of the gradients themselves."""
+    """Gradients of features and heads from those of the logits, in the memory of the gradients themselves; those of the heads
+    are added to what earlier rows gave, or not."""
     pairs, (batch, width) = shape["PAIRS"], features[0].shape
     block_d = min(triton.next_power_of_2(width), TILE[factors.element_size()])
     block_b = TILE[factors.element_size()] // block_d
@@ -67,7 +70,7 @@ def library_gradients(
             if grad_weight is not None:
                 spare = scratch(features[0], batch, width) if spare is None else spare
                 through_mixture(k, None, [None, None], spare)
-                torch.mm(of_logits[k].T, spare, out=grad_weight)
+                torch.addmm(grad_weight, of_logits[k].T, spare, beta=int(add), out=grad_weight)
         for k, pair in enumerate(pairs):
             wanted = {m: grad_features[m] for m in pair if grad_features[m] is not None}
             fresh: Tensor | None = next((t for m, t in wanted.items() if m not in written), None)
@@ -86,7 +89,7 @@ def library_gradients(
             if grad_features_m is not None:
                 torch.addmm(grad_features_m, grad, weight, beta=int(m in written), out=grad_features_m)
             if (grad_weight := grad_weights[len(pairs) + m]) is not None:
-                torch.mm(grad.T, x, out=grad_weight)
+                torch.addmm(grad_weight, grad.T, x, beta=int(add), out=grad_weight)
         for grad, grad_bias in zip(of_logits, grad_biases, strict=True):
             if grad_bias is not None:
-                torch.sum(grad, 0, out=grad_bias)
+                torch.add(grad.sum(0), grad_bias, out=grad_bias) if add else torch.sum(grad, 0, out=grad_bias)

@@ -339,14 +339,14 @@ def store_live(p, r_factor, r_live, m_rows):
     tl.store(p, tl.where(r_live == 0, 0.0, r_factor), mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["n_rows", "ignore_index"])
+@triton.jit(do_not_specialize=["n_rows", "n_all_rows", "ignore_index"])
 def head_coefficients_kernel(
     p_grad_loss,  # () or None
     p_grad_losses,  # (P + M,) or None
     p_grad_logits,  # P + M of (B, C) or None
-    p_projected,  # (P, 2, B, C)
+    p_projected,  # (P, 2, all B, C)
     p_unimodal,  # M of (B, C)
-    p_stats,  # (P, 3, B)
+    p_stats,  # (P, 3, all B)
     p_biases,  # P of (C,) or None
     p_target,  # (B,)
     p_strength,  # (2P,)
@@ -355,6 +355,7 @@ def head_coefficients_kernel(
     p_rows,  # (P, 8, B) z from x and y; the gradients of x and y from dZ W; that of x from x and y, that of y from x and y
     target_row,
     n_rows,
+    n_all_rows,
     n_classes,
     ignore_index,
     MODALITIES: tl.constexpr,
@@ -364,7 +365,9 @@ def head_coefficients_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients of all logits, and the row factors of the gradients of the features."""
+    """Gradients of all logits, and the row factors of the gradients of the features, for a chunk of the rows.
+
+    Pointers are to its first row; what the step keeps is apart by all rows, what is made here by those of the chunk."""
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
     P: tl.constexpr = len(PAIRS)
     o_classes = tl.arange(0, BLOCK_C)
@@ -374,15 +377,15 @@ def head_coefficients_kernel(
     r_poison = r_poison.to(DTYPE)
     for head in tl.static_range(P + MODALITIES):
         if head < P:
-            r_x_norm, r_y_norm, r_c = load_stats(pair_stats(p_stats, n_rows, head), o_rows, m_rows, n_rows)
+            r_x_norm, r_y_norm, r_c = load_stats(pair_stats(p_stats, n_all_rows, head), o_rows, m_rows, n_all_rows)
             r_w = tl.zeros((BLOCK_B,), DTYPE) + tl.load(p_strength + 2 * head)
             r_p, _, r_p_dc = slerp(r_w, r_c)
             r_q, _, r_q_dc = slerp(1 - r_w, r_c)
             r_x_inverse = 1 / divisor(r_x_norm, EPS)
             r_y_inverse = 1 / divisor(r_y_norm, EPS)
             r_z_x, r_z_y = r_p * r_x_inverse, r_q * r_y_inverse
-            p_a = matrix_of(p_projected, n_rows, n_classes, 2 * head)
-            p_v = matrix_of(p_projected, n_rows, n_classes, 2 * head + 1)
+            p_a = matrix_of(p_projected, n_all_rows, n_classes, 2 * head)
+            p_v = matrix_of(p_projected, n_all_rows, n_classes, 2 * head + 1)
             b_a = load_block(p_a, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
             b_v = load_block(p_v, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
             b_bias = load_bias(p_biases[head], o_classes, n_classes, DTYPE)

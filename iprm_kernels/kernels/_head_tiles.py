@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..reference.head import State
 from ._tiles import row_tile
 
 #: The most classes for which the kernels multiply themselves, by the type of the features: twice as many spill.
@@ -17,6 +18,10 @@ FEW_CLASSES = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 MOST_MODALITIES = 3
 #: Programs that keep a large GPU busy: tiles are smaller where there would be fewer.
 ENOUGH_PROGRAMS = 256
+#: Programs that gradients are spread over.
+GRADIENT_PROGRAMS = 1024
+#: 4 MB, less parts of the KL sums and losses; and how many bytes of scratch the parts of head gradients want.
+SPARE, LEAST_PARTS = 3_840_000, 1 << 21
 
 
 def projects_itself(features: Sequence[Tensor], classes: int) -> bool:
@@ -31,14 +36,10 @@ def differentiates_itself(features: Sequence[Tensor], classes: int) -> bool:
     return of_two and projects_itself(features, classes)
 
 
-def logit_tile(stats: Tensor, modalities: int, classes: int, *, wide_warps: int = 4) -> tuple[int, int, int]:
-    """Rows, classes and warps of a tile of a kernel that works on logits: of more heads half as many rows at a time.
-
-    wide_warps: the fewest from 256 classes on. With 4 the kernels of the losses spill 8 bytes there, with 8 that of the probe.
-    """
+def logit_tile(stats: Tensor, modalities: int, classes: int) -> tuple[int, int, int]:
+    """Rows, classes and warps of a tile of a kernel that works on logits: of more heads half as many rows at a time."""
     rows, block_c, num_warps = row_tile(classes, stats.element_size())
-    fewest = wide_warps if block_c >= 256 else num_warps
-    return rows if modalities == 2 else max(1, rows // 2), block_c, max(num_warps, fewest)
+    return rows if modalities == 2 else max(1, rows // 2), block_c, num_warps
 
 
 class ProductTile(NamedTuple):
@@ -81,6 +82,36 @@ class ProductTile(NamedTuple):
             "num_warps": warps,
             "num_stages": 2 if torch.version.hip else self.num_stages,
         }
+
+
+class RowChunks(NamedTuple):
+    """How the backward pass goes through the rows, so that a step takes 8BC floats and 4 MB beyond inputs, gradients and heads
+    (of H heads 8/3 HBC): all at once where their scratch fits beside what the forward pass keeps, else in chunks."""
+
+    rows: int  #: at a time
+    parts: int  #: of the gradients of the heads that each chunk leaves, to be added up
+
+    @staticmethod
+    def of(features: Sequence[Tensor], heads: int, classes: int, of_logits: torch.dtype) -> RowChunks:
+        """For the kernels that differentiate themselves, and for a library, which leaves no parts."""
+        (batch, width), itemsize = features[0].shape, features[0].element_size()
+        mixtures = heads - len(features)
+        kept = 4 * State.size(batch, classes, len(features), mixtures, itemsize < 4) + heads * batch * classes * itemsize
+        room = 32 * heads * batch * classes // 3 + SPARE - kept
+        a_row, part = heads * classes * of_logits.itemsize + 32 * mixtures, 4 * heads * classes * (width + 1)
+        wanted, least = 1, 0
+        if itself := differentiates_itself(features, classes):
+            tile = ProductTile.of_gradients(features, classes)
+            most = max(1, GRADIENT_PROGRAMS // triton.cdiv(width, tile.columns))
+            wanted = min(triton.cdiv(batch, tile.rows), most)
+            least = min(wanted * part, LEAST_PARTS)
+        if batch * a_row + least > room and (fit := (room - least) // a_row) > 0:
+            chunks = triton.cdiv(batch, fit)
+            rows = 64 * triton.cdiv(batch, 64 * chunks)  # keeps the first row of each chunk as aligned as that of all
+            parts = min(wanted, (room - rows * a_row) // part // chunks) if itself else 1
+            if parts > 0:
+                return RowChunks(rows, parts)
+        return RowChunks(max(1, batch), max(1, min(wanted, (room - batch * a_row) // part)))
 
 
 def unaligned(features: Sequence[Tensor]) -> bool:

@@ -9,6 +9,7 @@ and the rows are worked on in between.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,15 +23,12 @@ from ..reference.head import EPS, State, pairs_of
 from ._head_library import library_gradients, project
 from ._head_products import head_gradients_kernel, head_project_kernel, head_reduce_kernel
 from ._head_rows import head_coefficients_kernel, head_losses_kernel, head_probe_kernel, head_rebalance_kernel
-from ._head_tiles import ProductTile, differentiates_itself, logit_tile, projects_itself
+from ._head_tiles import ProductTile, RowChunks, differentiates_itself, logit_tile, projects_itself
 from ._tiles import TILE, dense, on_device_of, part_programs, scratch, strides
 from .divergence import kl_sums_kernel
 
 #: The most classes of which a program holds a row, by the size of the arithmetic type.
 MOST_CLASSES = {4: 4096, 8: 1024}
-#: Programs that gradients are spread over, and the elements that the parts of head gradients may take, 4 MiB in float32.
-GRADIENT_PROGRAMS = 1024
-PART_ELEMENTS = 1 << 20
 REDUCE_BLOCK = 1024
 
 
@@ -122,14 +120,14 @@ def _rebalance(
     losses: Tensor,
 ) -> None:
     batch, classes = logits[0].shape
-    rows, block_c, num_warps = logit_tile(of.stats, shape["MODALITIES"], classes, wide_warps=8)
+    rows, block_c, num_warps = logit_tile(of.stats, shape["MODALITIES"], classes)
     programs = part_programs(batch, rows)
     loss_parts = scratch(of.stats, programs, len(losses) + 1) if programs > 1 else None
     head_rebalance_kernel[(programs,)](
         of.projected, of.unimodal, of.stats, tuple(map(dense, biases)), target, kl_parts,
         kl, strength, tuple(logits), loss_parts, loss, losses, of.counted,
         *target.stride(), batch, classes, len(kl_parts), ignore_index, **shape, SMOOTHING=label_smoothing, EPS=EPS,
-        BLOCK_B=rows, BLOCK_C=block_c, num_warps=num_warps,
+        BLOCK_B=rows, BLOCK_C=block_c, num_warps=max(num_warps, 8) if rows == 1 and shape["MODALITIES"] > 2 else num_warps,
     )  # fmt: skip
     if loss_parts is not None:
         head_losses_kernel[(1,)](loss_parts, loss, losses, of.counted, programs, **shape, num_warps=4)
@@ -156,51 +154,70 @@ def head_pairs_backward(
     shape: dict[str, Any] = {"MODALITIES": len(features), "PAIRS": tuple(pairs_of(pairs))}
     mixtures = len(shape["PAIRS"])
     of = State.views(state, unimodal, mixtures)
-    heads, (batch, classes) = len(weights), unimodal[0].shape
+    heads, (batch, classes), width = len(weights), unimodal[0].shape, features[0].shape[1]
     itself = differentiates_itself(features, classes)
     # gradients are factors of products in bfloat16 anyway; in float16 those below 6e-8 would vanish
-    narrow = features[0].dtype == torch.bfloat16 or not itself
-    of_logits = scratch(features[0] if narrow else of.stats, heads, batch, classes)
-    factors = scratch(of.stats, mixtures, 8, batch)
-    rows, block_c, num_warps = logit_tile(of.stats, len(features), classes, wide_warps=8)
-    with on_device_of(features[0]):
-        if batch:
-            head_coefficients_kernel[(triton.cdiv(batch, rows),)](
-                dense(grad_loss), dense(grad_losses), tuple(map(dense, grad_logits)), of.projected, of.unimodal, of.stats,
-                tuple(map(dense, biases[:mixtures])), target, strength, of.counted, of_logits, factors, *target.stride(), batch,
-                classes, ignore_index, **shape, SMOOTHING=label_smoothing, EPS=EPS, BLOCK_B=rows, BLOCK_C=block_c,
-                num_warps=num_warps,
+    like = features[0] if features[0].dtype == torch.bfloat16 or not itself else of.stats
+    chunks = RowChunks.of(features, heads, classes, like.dtype)
+    of_logits = scratch(like, heads, min(batch, chunks.rows), classes)
+    factors = scratch(of.stats, mixtures, 8, min(batch, chunks.rows))
+    upstream = (dense(grad_loss), dense(grad_losses))
+    grad_logits, mix_biases = tuple(map(dense, grad_logits)), tuple(map(dense, biases[:mixtures]))
+    block_b, block_c, num_warps = logit_tile(of.stats, len(features), classes)
+
+    def coefficients(rows: slice) -> None:
+        count = rows.stop - rows.start
+        if count:
+            head_coefficients_kernel[(triton.cdiv(count, block_b),)](
+                *upstream, _sliced(grad_logits, rows), of.projected[0, 0, rows.start :], _sliced(of.unimodal, rows),
+                of.stats[0, 0, rows.start :], mix_biases, target[rows], strength, of.counted, of_logits, factors,
+                *target.stride(), count, batch, classes, ignore_index, **shape, SMOOTHING=label_smoothing, EPS=EPS,
+                BLOCK_B=block_b, BLOCK_C=block_c, num_warps=num_warps,
             )  # fmt: skip
-        gradients = _gradients if itself else library_gradients
-        gradients(features, weights, shape, factors, of_logits, grad_features, grad_weights, grad_biases)
+
+    with on_device_of(features[0]):
+        firsts = range(0, max(1, batch), chunks.rows)
+        if not itself:
+            for first in firsts:
+                rows = slice(first, min(first + chunks.rows, batch))
+                coefficients(rows)
+                count = rows.stop - first
+                made = (_packed(factors, mixtures, 8, count), _packed(of_logits, heads, count, classes))
+                library_gradients(
+                    *(_sliced(features, rows), weights, shape, *made, _sliced(grad_features, rows), grad_weights, grad_biases),
+                    add=first > 0,
+                )
+            return
+        dense_weights = tuple(map(dense, weights))
+        tile, count = ProductTile.of_gradients(features, classes), len(firsts) * chunks.parts
+        parts = [tuple(grad_weights), tuple(grad_biases)]
+        if count > 1:
+            parts = [tuple(t if t is None else scratch(factors, count, *t.shape) for t in grads) for grads in parts]
+        for k, first in enumerate(firsts):
+            rows = slice(first, min(first + chunks.rows, batch))
+            coefficients(rows)
+            left = [_sliced(own, slice(k * chunks.parts, (k + 1) * chunks.parts)) if count > 1 else own for own in parts]
+            head_gradients_kernel[(triton.cdiv(width, tile.columns) * chunks.parts,)](
+                _sliced(features, rows), dense_weights, factors, of_logits, _sliced(grad_features, rows), *left,
+                *strides(features), rows.stop - first, width, classes, chunks.parts, **shape, **tile.constants(features[0]),
+            )  # fmt: skip
+        if count > 1 and any(t is not None for t in (*grad_weights, *grad_biases)):
+            head_reduce_kernel[(heads * triton.cdiv(classes * width, REDUCE_BLOCK),)](
+                *parts,
+                tuple(grad_weights),
+                tuple(grad_biases),
+                classes * width,
+                classes,
+                count,
+                BLOCK=REDUCE_BLOCK,
+                num_warps=4,
+            )
 
 
-def _gradients(
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    shape: dict[str, Any],
-    factors: Tensor,
-    of_logits: Tensor,
-    grad_features: Sequence[Tensor | None],
-    grad_weights: Sequence[Tensor | None],
-    grad_biases: Sequence[Tensor | None],
-) -> None:
-    """Gradients of features and heads from those of the logits: one launch, or two where rows are taken in chunks."""
-    (heads, batch, classes), x, width = of_logits.shape, features[0], features[0].shape[1]
-    tile = ProductTile.of_gradients(features, classes)
-    panels = triton.cdiv(width, tile.columns)
-    # 16-bit features leave of 8BC floats, the memory of a step, as many to the parts as float32 would have taken for gradients
-    elements = PART_ELEMENTS + (batch * classes if x.dtype != torch.float32 else 0)
-    chunks = max(1, min(triton.cdiv(batch, tile.rows), GRADIENT_PROGRAMS // panels, elements // (heads * classes * width)))
-    parts: Any = (tuple(grad_weights), tuple(grad_biases))
-    if chunks > 1:
-        parts = [tuple(t if t is None else scratch(factors, chunks, *t.shape) for t in grads) for grads in parts]
-    head_gradients_kernel[(panels * chunks,)](
-        tuple(features), tuple(map(dense, weights)), factors, of_logits, tuple(grad_features), *parts,
-        *strides(features), batch, width, classes, chunks, **shape, **tile.constants(x),
-    )  # fmt: skip
-    if chunks > 1 and any(t is not None for t in (*grad_weights, *grad_biases)):
-        programs = heads * triton.cdiv(classes * width, REDUCE_BLOCK)
-        head_reduce_kernel[(programs,)](
-            *parts, tuple(grad_weights), tuple(grad_biases), classes * width, classes, chunks, BLOCK=REDUCE_BLOCK, num_warps=4
-        )
+def _packed(memory: Tensor, *shape: int) -> Tensor:
+    """What a chunk of fewer rows left at the beginning of memory for more."""
+    return memory.view(-1)[: math.prod(shape)].view(shape)
+
+
+def _sliced(tensors: Sequence[Tensor | None], places: slice) -> tuple[Any, ...]:
+    return tuple(t if t is None else t[places] for t in tensors)

@@ -338,16 +338,28 @@ def test_repeats_bitwise(place: Place) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels, for the interpreter: TRITON_INTERPRET=1 tests it")
 def test_programs_that_take_several_blocks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than programs: the parts of sums and of head gradients are added up in their order."""
-    from iprm_kernels.kernels import _tiles, head
+    from iprm_kernels.kernels import _head_tiles, _tiles
 
     inputs = heads.inputs(129, 20, 6, device=place.device)
     whole = heads.run(inputs)
     monkeypatch.setattr(_tiles, "ROW_TILE", {4: 64})
     monkeypatch.setattr(_tiles, "MOST_PARTS", 3)
-    monkeypatch.setattr(head, "GRADIENT_PROGRAMS", 2)
+    monkeypatch.setattr(_head_tiles, "GRADIENT_PROGRAMS", 2)
     step = heads.run(inputs)
     assert_equal_steps(step, whole)
     assert_equal_steps(step, plain(step))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels, for the interpreter: TRITON_INTERPRET=1 tests it")
+@pytest.mark.parametrize("classes", [6, 70])
+def test_rows_in_chunks(place: Place, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where scratch for all of them would be too much: by the kernels' own products, and by a library's."""
+    from iprm_kernels.kernels._head_tiles import RowChunks
+
+    inputs = heads.inputs(11, 31, classes, device=place.device)
+    whole = heads.run(inputs, through=("losses", "logits_mix", "logits_x"))
+    monkeypatch.setattr(RowChunks, "of", staticmethod(lambda *_: RowChunks(rows=4, parts=1 + (classes == 6))))
+    assert_equal_steps(heads.run(inputs, through=("losses", "logits_mix", "logits_x")), whole)
 
 
 def test_no_host_synchronisation_and_captured_in_a_cuda_graph(gpu: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from iprm_kernels import kernels
 from iprm_kernels._head_step import new_outputs
 from iprm_kernels.backends import PROBE, REBALANCE
 from iprm_kernels.dtypes import arithmetic_dtype
+from iprm_kernels.kernels._tiles import scratch
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 #: dtype, batch, width, classes: a kernel regime each
@@ -94,8 +96,44 @@ def test_a_step_is_at_most_seven_launches(case: tuple, launches: list[Launch]) -
     of = forward(*case)
     assert 3 <= len(launches) <= 4
     backward(of)
-    assert len(launches) <= 7
+    chunks = sum(launch.name == "head_coefficients_kernel" for launch in launches)
+    assert len(launches) <= 7 + 2 * (chunks - 1)
+    assert chunks == 1 or (case[0] != BF16 and case[1] > 8192)
     assert all(len(launch.grid) == 1 and launch.grid[0] > 0 for launch in launches)
+
+
+#: Of every regime, from where its scratch fits beside what is kept to where it must be taken in many chunks.
+SIZES = [
+    (dtype, batch, width, classes)
+    for dtype in (F32, BF16, F16)
+    for batch, width in ((64, 512), (8192, 16384), (40_000, 512), (65536, 1024), (200_000, 256), (3_000_000, 64))
+    for classes in (2, 6, 31)
+]
+
+
+SIZES += [(F32, 65536, 1024, 1000), (F32, 3_000_000, 64, 40), (BF16, 3_000_000, 64, 130), (F16, 65536, 1024, 1000)]
+
+
+@pytest.mark.parametrize("case", [*SIZES, *((BF16, batch, 512, 6, 3) for batch in (64, 65536, 3_000_000))], ids=str)
+def test_memory_is_eight_matrices_of_logits_and_4_MB_whatever_the_size(
+    case: tuple, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8BC floats for three heads; inputs, gradients and heads do not count, all else does that a pass holds at once."""
+    taken = []
+
+    def counted(like: torch.Tensor, *shape: int) -> torch.Tensor:
+        taken.append(like.element_size() * math.prod(shape))
+        return scratch(like, *shape)
+
+    for module in (kernels.head, kernels._head_library):
+        monkeypatch.setattr(module, "scratch", counted)
+    of = forward(*case)
+    kept = sum(t.numel() * t.element_size() for t in (of["state"], *of["logits"]))
+    forward_bytes = kept + sum(taken)
+    taken.clear()
+    backward(of)
+    heads = len(of["logits"])
+    assert max(forward_bytes, kept + sum(taken)) <= 4 * 8 * heads / 3 * case[1] * case[3] + 4_000_000
 
 
 def test_processes_add_up_between_two_halves(launches: list[Launch]) -> None:
