@@ -28,3 +28,9 @@ if INTERPRETED:
 @pytest.mark.parametrize(("batch", "width", "classes"), SHAPES)
 def test_linear_probe_rebalance(fused: Place, batch: int, width: int, classes: int, dtype: torch.dtype) -> None:
     head_accuracy.assert_within_budget(batch, width, classes, dtype, fused.device)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "width", "classes"), SHAPES)
+def test_linear_probe_rebalance_pairs(fused: Place, batch: int, width: int, classes: int, dtype: torch.dtype) -> None:
+    head_accuracy.assert_pairs_within_budget(batch, width, classes, dtype, fused.device)

@@ -36,6 +36,12 @@ class Truth(NamedTuple):
         high = values.astype(np.float64)
         return Truth(torch.from_numpy(high), torch.from_numpy((values - high).astype(np.float64)))
 
+    def __add__(self, other: Truth) -> Truth:  # type: ignore[override]
+        return Truth.of_digits(self._wide() + other._wide())
+
+    def _wide(self) -> np.ndarray:
+        return self.high.numpy().astype(np.longdouble) + self.low.numpy()
+
     def error(self, value: Tensor) -> Tensor:
         return (value.double().cpu() - self.high) - self.low
 

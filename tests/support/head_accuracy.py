@@ -80,3 +80,69 @@ def assert_within_budget(batch: int, width: int, classes: int, dtype: torch.dtyp
         kind = "gradients" if name in LEAVES else "outputs"
         value, plain = (getattr(s, kind)[name].reshape(len(magnitude), -1) for s in (step, baseline))
         error_budget.assert_within_budget(name, value, plain, truth[name], magnitude)
+
+
+PAIRS = ((0, 1), (0, 2), (1, 2))
+
+
+@functools.cache
+def three_modalities(batch: int, width: int, classes: int, dtype: torch.dtype) -> tuple[dict, ...]:
+    """Inputs of the steps of all pairs of three modalities, which share features and heads."""
+    one, other = heads.inputs(batch, width, classes, dtype), heads.inputs(batch, width, classes, dtype)
+    third = {"features": other["x"].flip(0), "weight": -other["weight_y"], "bias": other["bias_x"].flip(0)}
+    modalities = (*({"features": one[m], "weight": one[f"weight_{m}"], "bias": one[f"bias_{m}"]} for m in "xy"), third)
+    steps = []
+    for k, pair in enumerate(PAIRS):
+        step = {"target": one["target"], "weight": 0.3 + 0.2 * k}
+        step |= {"weight_mix": one["weight_mix"].roll(k, 0), "bias_mix": one["bias_mix"].roll(k, 0)}
+        for name, m in zip("xy", pair, strict=True):
+            step |= {name: modalities[m]["features"]}
+            step |= {f"{what}_{name}": modalities[m][what] for what in ("weight", "bias")}
+        steps.append(step)
+    return tuple(steps)
+
+
+def assert_pairs_within_budget(batch: int, width: int, classes: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The step of three modalities, whose truth is the sum of three steps of a pair: each modality is in two of them, so that
+    the losses of the modalities enter twice."""
+    if dtype == torch.float64 and not head_oracle.EXTENDED:
+        pytest.skip("long double is double here, and no truth for float64")
+    steps = three_modalities(batch, width, classes, dtype)
+    upstream = heads.weights((batch, classes), dtype)
+    truths = [head_oracle.linear_probe_rebalance(step, 0.1, upstream.double().numpy()) for step in steps]
+    sizes = [magnitudes(step, truth) for step, truth in zip(steps, truths, strict=True)]
+    plain = [step_of(step, heads.two_pass) for step in steps]
+
+    def leaves(of: dict, *names: str) -> list[Tensor]:
+        return [of[name].detach().to(device).requires_grad_() for name in names]
+
+    first, last = steps[0], steps[2]  # pairs (0, 1) and (1, 2)
+    modalities = [leaves(of, m, f"weight_{m}", f"bias_{m}") for of, m in ((first, "x"), (first, "y"), (last, "y"))]
+    mixtures = [leaves(step, "weight_mix", "bias_mix") for step in steps]
+    probing = torch.tensor([step["weight"] for step in steps], dtype=torch.float64, device=device)
+    result = ik.linear_probe_rebalance_pairs(
+        [m[0] for m in modalities], [(m[1], m[2]) for m in modalities], [(m[0], m[1]) for m in mixtures],
+        first["target"].to(device), probing, label_smoothing=0.1,
+    )  # fmt: skip
+    (2 * result.losses.sum() + result.mix_losses.sum() + (result.mix_logits * upstream.to(device)).sum()).backward()
+
+    def check(name: str, value: Tensor, baseline: Tensor, truth: Truth, size: Tensor) -> None:
+        value, baseline = (t.detach().cpu().reshape(len(size), -1) for t in (value, baseline))
+        error_budget.assert_within_budget(name, value, baseline, truth, size)
+
+    for k, (i, j) in enumerate(PAIRS):
+        outputs = {
+            "logits_mix": result.mix_logits[k], "logits_x": result.logits[i], "logits_y": result.logits[j],
+            "kl": result.kl[k], "strength": result.strength[k],
+            "losses": torch.stack([result.mix_losses[k], result.losses[i], result.losses[j]]),
+        }  # fmt: skip
+        for name, value in outputs.items():
+            check(f"{name} of pair {k}", value, plain[k].outputs[name], truths[k][name], sizes[k][name])
+        for name, leaf in zip(("weight_mix", "bias_mix"), mixtures[k], strict=True):
+            check(f"{name} of pair {k}", leaf.grad, plain[k].gradients[name], truths[k][name], sizes[k][name])
+    for m, own in enumerate(modalities):
+        (k, side), (k2, side2) = ((k, "xy"[pair.index(m)]) for k, pair in enumerate(PAIRS) if m in pair)
+        for prefix, leaf in zip(("", "weight_", "bias_"), own, strict=True):
+            a, b = prefix + side, prefix + side2
+            baseline = plain[k].gradients[a] + plain[k2].gradients[b]
+            check(f"{prefix}{m}", leaf.grad, baseline, truths[k][a] + truths[k2][b], sizes[k][a] + sizes[k2][b])
