@@ -20,9 +20,10 @@ from torch import Tensor
 from .._checks import labels
 from ..backends import PROBE, REBALANCE
 from ..reference.head import EPS, State, pairs_of
+from ._head_coefficients import head_coefficients_kernel
 from ._head_library import library_gradients, project
 from ._head_products import head_gradients_kernel, head_project_kernel, head_reduce_kernel
-from ._head_rows import head_coefficients_kernel, head_losses_kernel, head_probe_kernel, head_rebalance_kernel
+from ._head_rows import head_losses_kernel, head_probe_kernel, head_rebalance_kernel
 from ._head_tiles import ProductTile, RowChunks, differentiates_itself, logit_tile, projects_itself
 from ._tiles import TILE, dense, on_device_of, part_programs, scratch, strides
 from .divergence import kl_sums_kernel
