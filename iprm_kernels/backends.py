@@ -77,8 +77,8 @@ class Choice(NamedTuple):
 #: Which backend serves what, best first. A kernel that no GPU has run is never what a user gets by default: rows of "cuda" come
 #: here, by size of the step, when `make gpu-check` has passed on one and measured them.
 TABLE = (
-    Choice("cpu", "cpp", "head step forward + backward, two Zen 4 cores: 0.33 ms at (64, 512, 6) where the released code's two "
-           "passes take 1.10, 23.6 at (256, 512, 1000) where they take 28.5 and the library's products with the rows in plain "
+    Choice("cpu", "cpp", "head step forward + backward, two Zen 4 cores: 0.30 ms at (64, 512, 6) where the released code's two "
+           "passes take 1.11, 23.6 at (256, 512, 1000) where they take 28.5 and the library's products with the rows in plain "
            "torch 55.7"),
     Choice("any", "reference", "right everywhere"),
 )  # fmt: skip
