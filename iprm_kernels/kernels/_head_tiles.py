@@ -22,6 +22,8 @@ ENOUGH_PROGRAMS = 256
 GRADIENT_PROGRAMS = 1024
 #: 4 MB, less parts of the KL sums and losses; and how many bytes of scratch the parts of head gradients want.
 SPARE, LEAST_PARTS = 3_840_000, 1 << 21
+#: Rows that a chunk must have: where memory leaves fewer, as for one class, what the forward pass keeps has taken it.
+LEAST_ROWS = 8192
 
 
 def projects_itself(features: Sequence[Tensor], classes: int) -> bool:
@@ -85,7 +87,7 @@ class ProductTile(NamedTuple):
 
 
 class RowChunks(NamedTuple):
-    """How the backward pass goes through the rows, so that a step takes 8BC floats and 4 MB beyond inputs, gradients and heads
+    """How the backward pass goes through the rows, so that a step takes 8BC numbers and 4 MB beyond inputs, gradients and heads
     (of H heads 8/3 HBC): all at once where their scratch fits beside what the forward pass keeps, else in chunks."""
 
     rows: int  #: at a time
@@ -96,16 +98,18 @@ class RowChunks(NamedTuple):
         """For the kernels that differentiate themselves, and for a library, which leaves no parts."""
         (batch, width), itemsize = features[0].shape, features[0].element_size()
         mixtures = heads - len(features)
-        kept = 4 * State.size(batch, classes, len(features), mixtures, itemsize < 4) + heads * batch * classes * itemsize
-        room = 32 * heads * batch * classes // 3 + SPARE - kept
-        a_row, part = heads * classes * of_logits.itemsize + 32 * mixtures, 4 * heads * classes * (width + 1)
+        number = max(4, itemsize)  # bytes of what is computed with
+        kept = number * State.size(batch, classes, len(features), mixtures, itemsize < 4) + heads * batch * classes * itemsize
+        room = 8 * number * heads * batch * classes // 3 + SPARE - kept
+        a_row = heads * classes * of_logits.itemsize + 8 * number * mixtures
+        part = number * heads * classes * (width + 1)
         wanted, least = 1, 0
         if itself := differentiates_itself(features, classes):
             tile = ProductTile.of_gradients(features, classes)
             most = max(1, GRADIENT_PROGRAMS // triton.cdiv(width, tile.columns))
             wanted = min(triton.cdiv(batch, tile.rows), most)
             least = min(wanted * part, LEAST_PARTS)
-        if batch * a_row + least > room and (fit := (room - least) // a_row) > 0:
+        if batch * a_row + least > room and (fit := (room - least) // a_row) >= LEAST_ROWS:
             chunks = triton.cdiv(batch, fit)
             rows = 64 * triton.cdiv(batch, 64 * chunks)  # keeps the first row of each chunk as aligned as that of all
             parts = min(wanted, (room - rows * a_row) // part // chunks) if itself else 1
