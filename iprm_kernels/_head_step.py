@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from . import _checks, autocast
 from .backends import PROBE, REBALANCE
-from .collectives import all_reduce_named
+from .collectives import joint_sums, weighted
 from .dtypes import arithmetic_dtype
 from .reference.head import State
 
@@ -59,19 +59,30 @@ def run_forward(
 ) -> None:
     """The step by a backend's kernel, in one go, or with `kl` added up over the group between its two parts.
 
-    inputs: up to target, probing, label_smoothing and ignore_index.
+    inputs: up to target, probing, label_smoothing and ignore_index; outputs: from the state to loss and losses.
     """
     try:
         if group:
+            *_, target, _, _, ignore_index = inputs
             kernel(*inputs, PROBE, *outputs)
-            all_reduce_named(kl, group)
+            joint, share = joint_sums(kl, target, ignore_index, group)
+            kl.copy_(joint)
             kernel(*inputs, REBALANCE, *outputs)
+            _take_share(share, outputs[0], *outputs[-2:])
         else:
             kernel(*inputs, PROBE | REBALANCE, *outputs)
     except RuntimeError:
         *_, target, _, _, ignore_index = inputs
         _checks.labels(target, classes, ignore_index)  # a kernel on the CPU refuses them as it can; this says it as it should
         raise
+
+
+def _take_share(share: Tensor, state: Tensor, loss: Tensor, losses: Tensor) -> None:
+    """Makes of means over the local rows this process's share of those over the rows of all, and so of their gradients."""
+    own = State.counted_of(state)
+    for mean in (loss, losses):
+        mean.copy_(weighted(mean, share))
+    own.copy_(torch.where(share == 0, 1, own / share))  # what the backward pass divides by
 
 
 def new_gradients(tensors: Sequence[Tensor], classes: int, needed: Sequence[bool]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -20,6 +21,29 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
     return values
 
 
-def all_reduce_named(values: Tensor, name: str) -> Tensor:
-    """`all_reduce_sum` over the group of that name, "" being none."""
-    return all_reduce_sum(values, _resolve_process_group(name) if name else None)  # type: ignore[arg-type]
+def joint_sums(sums: Tensor, target: Tensor, ignore_index: int, group: ProcessGroup | str) -> tuple[Tensor, Tensor]:
+    """`sums` added over the processes of a group, and the share of this process in a mean over the rows of all, in one call.
+
+    A mean over this process's n rows, times its share, is what averaging over the W processes (as DistributedDataParallel does
+    with gradients) turns into the mean over all N rows::
+
+        share = W n / N,    1 for equal batches
+
+    Args:
+        sums: (K,) local sums.
+        target: (B,) labels; those that are `ignore_index` count in no mean.
+        group: the processes, or their name.
+
+    Returns:
+        (K,) and ().
+    """
+    if isinstance(group, str):
+        group = _resolve_process_group(group)  # type: ignore[arg-type]
+    counted = (target != ignore_index).sum().to(sums.dtype)
+    joint = all_reduce_sum(torch.cat([sums, counted[None]]), group)
+    return joint[:-1], group.size() * counted / joint[-1]
+
+
+def weighted(mean: Tensor, share: Tensor) -> Tensor:
+    """``mean * share``, and zero for the mean over no rows (NaN) of a process whose share is zero."""
+    return torch.where(share == 0, 0, mean * share)

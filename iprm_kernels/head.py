@@ -61,7 +61,9 @@ def linear_probe_rebalance(
         weight: the probing weight λ of x: a float or a 0-d tensor on the device; receives no gradient.
         label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
         ignore_index: rows with this target count in the KL, which needs no labels, and not in the losses.
-        group: processes whose KL sums are added before ω is taken; None measures the local batch alone.
+        group: processes whose KL sums and counts of rows are added, in one call, before ω is taken; None takes the local batch
+            alone. ω is that of the joint batch; loss and losses are this process's share: their mean over the processes, and
+            that of the gradients, are those of the joint batch, however many rows each process has.
 
     Returns:
         StepResult: logits in the dtype of the features, the rest float32 (float64 for float64 features).

@@ -41,6 +41,11 @@ class State(NamedTuple):
         return batch * (3 * pairs + (2 * pairs + (modalities if narrow else 0)) * classes) + 1
 
     @staticmethod
+    def counted_of(state: Tensor) -> Tensor:
+        """The last of the fields, as a view of the tensor that holds them.  -> ()"""
+        return state[-1]
+
+    @staticmethod
     def views(state: Tensor, unimodal: Sequence[Tensor], pairs: int) -> State:
         """unimodal: M of (B, C), as they were returned"""
         modalities, (batch, classes) = len(unimodal), unimodal[0].shape
@@ -50,7 +55,7 @@ class State(NamedTuple):
             state[:projected].view(pairs, 3, batch),
             state[projected:wide].view(pairs, 2, batch, classes),
             tuple(state[wide:-1].view(modalities, batch, classes)) if narrow else tuple(unimodal),
-            state[-1],
+            State.counted_of(state),
         )
 
 

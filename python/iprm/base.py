@@ -6,8 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from iprm_kernels.collectives import joint_sums, weighted
 
 from .output import FusionOutput
 
@@ -42,6 +45,10 @@ class FusionModule(nn.Module, ABC):
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         """Logits, and with a target the loss.
 
+        Under an initialised torch.distributed the training loss is this process's share in that of the joint batch: its mean
+        over the processes, and that of its gradients, as DistributedDataParallel takes it, are what one process would find in
+        all rows, however many of them each has.
+
         Args:
             features: modality -> (B, D_modality), floating, in the dtype of the parameters unless autocast is on.
             target: (B,) integer class indices; -100 keeps a sample out of the losses. None where there are no labels.
@@ -63,6 +70,14 @@ class FusionModule(nn.Module, ABC):
     def _projected(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The features, all in the narrowest width.  (B, D_modality) each -> (B, D) each"""
         return {name: self.projections[name](x) if name in self.projections else x for name, x in features.items()}
+
+    def _share(self, target: Tensor) -> Tensor | None:
+        """This process's share in the training loss of all, by a call to all; None in a single process and in evaluation."""
+        group = process_group()
+        if group is None or not self.training:
+            return None
+        nothing = torch.empty(0, dtype=torch.float64, device=target.device)
+        return joint_sums(nothing, target, IGNORE_INDEX, group)[1]
 
     def _checked(self, features: Mapping[str, Tensor], target: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
         """The features in the order of the modalities and the target as int64, once both were found to fit this module."""
@@ -105,15 +120,22 @@ class FusionModule(nn.Module, ABC):
         return f"feature_dim={{{widths}}}, num_classes={self.num_classes}"
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def process_group() -> dist.ProcessGroup | None:
+    """All processes of a distributed run; None in a single one."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def cross_entropy(logits: Tensor, target: Tensor, share: Tensor | None = None) -> Tensor:
     """Mean cross entropy, NaN for a label out of range, where PyTorch would end the CUDA context.  (B, C), (B,) -> ()
 
-    In float32 for narrower logits, as under autocast.
+    In float32 for narrower logits, as under autocast. Times the share of this process in the mean over the rows of all, if it
+    is given: see `iprm_kernels.collectives.joint_sums`.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wrong = _out_of_range(target, logits.shape[1])
     poison = torch.where(wrong, torch.nan, 1.0).to(logits.dtype)  # multiplied, so that the row's gradient is NaN as well
-    return F.cross_entropy(logits * poison[:, None], target.masked_fill(wrong, 0), ignore_index=IGNORE_INDEX)
+    mean = F.cross_entropy(logits * poison[:, None], target.masked_fill(wrong, 0), ignore_index=IGNORE_INDEX)
+    return mean if share is None else weighted(mean, share.to(mean.dtype))
 
 
 def sum_logits(logits_by: Mapping[str, Tensor]) -> Tensor:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import iprm_kernels as ik
 from iprm_kernels import autocast
-from iprm_kernels.collectives import all_reduce_sum
+from iprm_kernels.collectives import all_reduce_sum, joint_sums
 
-from .base import FusionModule, cross_entropy, sum_logits
+from .base import IGNORE_INDEX, FusionModule, cross_entropy, process_group, sum_logits
 from .output import FusionOutput
 
 
@@ -33,7 +32,8 @@ class ProbeRebalance(FusionModule):
 
     ``mix`` is `iprm_kernels.geodesic_mixup`; all heads are linear. Evaluation mixes once, with the newest λ, and changes
     nothing. With more than two modalities losses and logits of the pairs' mixtures are averaged. Under an initialised
-    torch.distributed the KL sums are added over all processes, so that each measures the joint batch.
+    torch.distributed the KL sums and counts of rows are added over all processes, in one call of 2P + 1 numbers a step: ω and λ
+    are those of the joint batch, on every process, and so are loss and gradients once they are averaged over processes.
 
     Use, on top of any encoders::
 
@@ -140,14 +140,14 @@ class ProbeRebalance(FusionModule):
         logits_by: dict[str, Tensor]
         if len(features) == 2:
             (x, y), (head_x, head_y), (head_mix,) = features.values(), own, mixing
-            step = ik.linear_probe_rebalance(x, y, head_x, head_y, head_mix, target, weight, group=_group())
+            step = ik.linear_probe_rebalance(x, y, head_x, head_y, head_mix, target, weight, group=process_group())
             logits_by = dict(zip(self.modalities, (step.logits_x, step.logits_y), strict=True)) | {"mix": step.logits_mix}
             loss, strengths = step.loss, [step.strength]
         else:
             places = [(self.modalities.index(a), self.modalities.index(b)) for a, b in (self.pairs[pair] for pair in drawn)]
             probing = weight[drawn[0] : drawn[-1] + 1]  # all pairs, or the one that was drawn
             steps = ik.linear_probe_rebalance_pairs(
-                list(features.values()), own, mixing, target, probing, pairs=places, group=_group()
+                list(features.values()), own, mixing, target, probing, pairs=places, group=process_group()
             )
             mixed = steps.mix_logits.mean(0) if len(drawn) > 1 else steps.mix_logits[0]
             logits_by = dict(zip(self.modalities, steps.logits, strict=True)) | {"mix": mixed}
@@ -160,13 +160,46 @@ class ProbeRebalance(FusionModule):
         weight = self.weight.clone()
         unimodal = {name: self.heads[name](x) for name, x in features.items()}
         drawn = self._draw()
+        share = None
+        if self.mixup == "geodesic" and self.passes == 2:
+            mixed, strengths = self._probe_and_rebalance(drawn, features, unimodal, weight)
+        else:
+            with torch.set_grad_enabled(self.passes == 1 and torch.is_grad_enabled()), autocast.uncached(weight):
+                probes = [self._mixed(pair, features, weight.reshape(-1)[pair]) for pair in drawn]
+            with torch.no_grad():
+                kl, share = self._joint(self._divergences(drawn, unimodal, probes), target)
+                strengths = [ik.strength_weights(own) for own in kl.view(-1, 2)]
+            rebalanced = (self._mixed(pair, features, own[0]) for pair, own in zip(drawn, strengths, strict=True))
+            mixed = probes if self.passes == 1 else list(rebalanced)
+        self._advance(drawn, strengths, len(next(iter(features.values()))))
+        return self._output(unimodal, mixed, target, weight, share)
+
+    def _probe_and_rebalance(
+        self, drawn: list[int], features: dict[str, Tensor], unimodal: dict[str, Tensor], weight: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The mixed logits (B, C) to learn from, and the measured ω (2,), of each drawn pair."""
         mixed, strengths = [], []
         for pair in drawn:
-            logits, strength = self._probe(pair, features, unimodal, weight.reshape(-1)[pair])
-            mixed.append(logits)
-            strengths.append(strength)
-        self._advance(drawn, strengths, len(next(iter(features.values()))))
-        return self._output(unimodal, mixed, target, weight)
+            a, b = self.pairs[pair]
+            head, probing = self.mix_heads[self.mix_head_names[pair]], weight.reshape(-1)[pair]
+            step = ik.probe_rebalance(
+                features[a], features[b], unimodal[a], unimodal[b], head, probing, group=process_group()
+            )
+            mixed.append(step.logits)
+            strengths.append(step.strength)
+        return mixed, strengths
+
+    def _divergences(self, drawn: list[int], unimodal: dict[str, Tensor], probes: list[Tensor]) -> Tensor:
+        """Batch KL of both modalities of each drawn pair from its probe.  -> (2P,)"""
+        named = zip((self.pairs[pair] for pair in drawn), probes, strict=True)
+        return torch.stack([ik.batch_kl(unimodal[name], probe) for pair, probe in named for name in pair])
+
+    def _joint(self, kl: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The KL sums of all processes, and the share of this one in the mean of their losses, if there are any."""
+        group = process_group()
+        if group is None or target is None:
+            return all_reduce_sum(kl, group), None
+        return joint_sums(kl, target, IGNORE_INDEX, group)
 
     @torch.no_grad()
     def _advance(self, drawn: list[int], strengths: list[Tensor], rows: int) -> None:
@@ -174,7 +207,7 @@ class ProbeRebalance(FusionModule):
 
         An empty batch measures nothing, and an ω that is not finite is left out, so that one bad batch spoils no later one.
         """
-        if rows == 0 and _group() is None:
+        if rows == 0 and process_group() is None:
             return
         for pair, measured in zip(drawn, strengths, strict=True):
             weight, eval_weight, steps = (state.view(-1)[pair] for state in (self.weight, self.eval_weight, self.steps))
@@ -197,36 +230,25 @@ class ProbeRebalance(FusionModule):
         mixed = [self._mixed(pair, features, weight.reshape(-1)[pair]) for pair in range(len(self.pairs))]
         return self._output(unimodal, mixed, target, weight)
 
-    def _probe(
-        self, pair: int, features: dict[str, Tensor], unimodal: dict[str, Tensor], weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The pair's mixed logits to learn from (B, C), and its measured ω (2,)."""
-        a, b = self.pairs[pair]
-        if self.mixup == "geodesic" and self.passes == 2:
-            head = self.mix_heads[self.mix_head_names[pair]]
-            return ik.probe_rebalance(features[a], features[b], unimodal[a], unimodal[b], head, weight, group=_group())[:2]
-        if self.passes == 1:
-            probe = self._mixed(pair, features, weight)
-        else:
-            with torch.no_grad(), autocast.uncached(weight):
-                probe = self._mixed(pair, features, weight)
-        with torch.no_grad():
-            kl = torch.stack([ik.batch_kl(unimodal[name], probe) for name in (a, b)])
-            strength = ik.strength_weights(all_reduce_sum(kl, _group()))
-        return probe if self.passes == 1 else self._mixed(pair, features, strength[0]), strength
-
     def _mixed(self, pair: int, features: dict[str, Tensor], weight: Tensor) -> Tensor:
         """The pair's mixture with the given weight of its first modality, through its head.  () -> (B, C)"""
         x, y = (features[name] for name in self.pairs[pair])
         z = ik.geodesic_mixup(x, y, weight) if self.mixup == "geodesic" else weight * x + (1 - weight) * y
         return self.mix_heads[self.mix_head_names[pair]](z)
 
-    def _output(self, unimodal: dict[str, Tensor], mixed: list[Tensor], target: Tensor | None, weight: Tensor) -> FusionOutput:
+    def _output(
+        self,
+        unimodal: dict[str, Tensor],
+        mixed: list[Tensor],
+        target: Tensor | None,
+        weight: Tensor,
+        share: Tensor | None = None,
+    ) -> FusionOutput:
         logits_by = {**unimodal, "mix": torch.stack(mixed).mean(0) if len(mixed) > 1 else mixed[0]}
         loss = None
         if target is not None:
-            mix_loss = torch.stack([cross_entropy(logits, target) for logits in mixed]).mean()
-            loss = mix_loss + torch.stack([cross_entropy(logits, target) for logits in unimodal.values()]).sum()
+            mix_loss = torch.stack([cross_entropy(logits, target, share) for logits in mixed]).mean()
+            loss = mix_loss + torch.stack([cross_entropy(logits, target, share) for logits in unimodal.values()]).sum()
         return FusionOutput(loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
 
     def _draw(self) -> list[int]:
@@ -262,11 +284,6 @@ def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
 def _parameters(head: nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(head, nn.Linear)
     return head.weight, head.bias
-
-
-def _group() -> dist.ProcessGroup | None:
-    """All processes of a distributed run; None in a single one."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def _hash(count: int) -> int:

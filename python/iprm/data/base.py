@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..suggest import InputError, unknown
+from .loading import JointBatches, Loader, as_it_is, default_workers
 
 Batch = tuple[dict[str, Tensor], Tensor]
 SPLITS = ("train", "val", "test")
@@ -33,16 +34,18 @@ class Split(Dataset[Batch]):
     target: Tensor
     origin: Mapping[str, Tensor]
 
+    in_memory = True
+
     def __len__(self) -> int:
         return len(self.target)
 
-    def __getitem__(self, index: int) -> Batch:
-        return {modality: x[index] for modality, x in self.inputs.items()}, self.target[index]
+    def __getitem__(self, rows: int | Tensor) -> Batch:
+        """One row, or by indices (B,) a whole batch, by one index_select a tensor: collating 64 rows one by one costs more than
+        a small model's step."""
+        return {modality: x[rows] for modality, x in self.inputs.items()}, self.target[rows]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """A whole batch by one index_select a tensor: collating 64 rows one by one costs more than a small model's step."""
-        rows = torch.as_tensor(indices)
-        return {modality: x[rows] for modality, x in self.inputs.items()}, self.target[rows]
+        return self[torch.as_tensor(indices)]
 
 
 class MultimodalData(L.LightningDataModule, ABC):
@@ -100,32 +103,23 @@ class MultimodalData(L.LightningDataModule, ABC):
 
         return {name: {"rows": len(split), "digest": digest(split)} for name, split in self.splits.items()}
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> Loader:
         return self._loader("train", shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> Loader:
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> Loader:
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.predict_split)
+        # a plain one: Lightning makes it anew, to keep count of rows
+        return DataLoader(self.splits[self.predict_split], batch_size=self.batch_size, collate_fn=as_it_is)
 
-    def _loader(self, split: str, *, shuffle: bool = False) -> DataLoader[Batch]:
-        return DataLoader(
-            self.splits[split],
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            generator=torch.Generator().manual_seed(self.seed) if shuffle else None,
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-
-def _as_it_is(batch: Any) -> Any:
-    """`Split.__getitems__` has made the batch already."""
-    return batch
+    def _loader(self, name: str, *, shuffle: bool = False) -> Loader:
+        split = self.splits[name]
+        batches = JointBatches(len(split), self.batch_size, shuffle=shuffle, seed=self.seed)
+        return Loader(split, batches, num_workers=default_workers(split))
 
 
 def stratified(labels: np.ndarray, fractions: Mapping[str, float], rng: np.random.Generator) -> dict[str, np.ndarray]:

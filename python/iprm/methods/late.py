@@ -29,9 +29,10 @@ class Sum(FusionModule):
         logits = sum_logits(logits_by)
         if target is None:
             return FusionOutput(None, logits, logits_by)
-        loss = cross_entropy(logits, target)
+        share = self._share(target)
+        loss = cross_entropy(logits, target, share)
         if self.unimodal_losses:
-            loss = loss + torch.stack([cross_entropy(own, target) for own in logits_by.values()]).sum()
+            loss = loss + torch.stack([cross_entropy(own, target, share) for own in logits_by.values()]).sum()
         return FusionOutput(loss, logits, logits_by)
 
 

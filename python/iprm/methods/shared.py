@@ -29,7 +29,7 @@ class Concat(FusionModule):
         bias = self.head.bias / len(features)
         logits_by = {name: F.linear(x, w, bias) for (name, x), w in zip(features.items(), columns, strict=True)}
         logits = sum_logits(logits_by)
-        return FusionOutput(None if target is None else cross_entropy(logits, target), logits, logits_by)
+        return FusionOutput(None if target is None else cross_entropy(logits, target, self._share(target)), logits, logits_by)
 
 
 class Weight(FusionModule):
@@ -53,4 +53,4 @@ class Weight(FusionModule):
         weighted = x.log_softmax(dim=2).softmax(dim=0).to(x.dtype) * x
         logits = self.head(weighted.sum(0))
         logits_by = dict(zip(features, self.head(weighted).unbind(), strict=True))
-        return FusionOutput(None if target is None else cross_entropy(logits, target), logits, logits_by)
+        return FusionOutput(None if target is None else cross_entropy(logits, target, self._share(target)), logits, logits_by)

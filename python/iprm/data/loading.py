@@ -1,0 +1,118 @@
+"""How batches reach a training step: in an order that depends on seed and epoch alone, shared out exactly among processes, and
+continued in the middle of an epoch by a restored run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+#: Beyond this many workers a loader of decoded features no longer gets faster, and each holds some 300 MB.
+MOST_WORKERS = 8
+
+
+class JointBatches(DistributedSampler[Any]):
+    """Indices of the rows of each batch of this process: its part of joint batches of ``batch_size`` rows a process.
+
+    All processes walk through the same joint batches, which are those that one process with a batch as large would have, and
+    each takes an equal part of every one, to within a row: nothing is repeated or padded, unlike with `DistributedSampler`,
+    which this is so that Lightning leaves it in place. For a `DataLoader` with ``batch_size=None``.
+
+    Args:
+        rows: N.
+        batch_size: rows a step and process.
+        shuffle: a new order every epoch, drawn from seed and epoch alone; a rest of fewer than two rows a process, too few to
+            normalise over, is left out of that epoch. Otherwise in order, and whole.
+        seed: of the order.
+    """
+
+    def __init__(self, rows: int, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> None:
+        # not the parent's, which asks for the processes now: a loader may be made before there are any
+        self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch, and of an epoch that is continued a second time."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        joint = self.batch_size * _processes()[1]
+        whole, rest = divmod(self.rows, joint)
+        left_out = self.shuffle and whole > 0 and rest < 2 * _processes()[1]
+        return whole + (rest > 0 and not left_out)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        rank, processes = _processes()
+        joint = self.batch_size * processes
+        order = torch.arange(self.rows)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+            order = torch.randperm(self.rows, generator=generator)
+        for step in range(self.start, len(self)):
+            yield order[step * joint : (step + 1) * joint].tensor_split(processes)[rank]
+
+
+class Loader(DataLoader[Any]):
+    """A `DataLoader` of `JointBatches` that knows how many it has given out, and begins there when its state was loaded.
+
+    Workers, if there are any, live as long as the loader, and pages are pinned where there is a GPU to copy them to.
+    """
+
+    sampler: JointBatches
+
+    def __init__(self, dataset: Dataset[Any], batches: JointBatches, *, num_workers: int = 0) -> None:
+        super().__init__(
+            dataset,
+            batch_size=None,
+            sampler=batches,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=as_it_is,
+        )
+        self._given = (0, 0)  # an epoch, and the batches of it that were given out
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, given = self.sampler.epoch, self.sampler.start
+        for batch in super().__iter__():
+            given += 1
+            self._given = (epoch, given)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and the batches of it that were given out; Lightning keeps it in checkpoints."""
+        epoch, given = self._given
+        return {"epoch": self.sampler.epoch, "batches": given if epoch == self.sampler.epoch else 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next iteration begins after those batches."""
+        self.sampler.epoch, self.sampler.start = state["epoch"], state["batches"]
+
+
+def default_workers(dataset: Sized) -> int:
+    """Processes that read ahead: none for tensors in memory, of which a batch takes microseconds; else one a core but one."""
+    if getattr(dataset, "in_memory", False):
+        return 0
+    return min(MOST_WORKERS, max(1, available_cores() - 1))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processes() -> tuple[int, int]:
+    """Rank and number of processes; 0 and 1 in a single one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def as_it_is(batch: Any) -> Any:
+    """The dataset has made the batch already."""
+    return batch

@@ -1,0 +1,111 @@
+"""Trains a fusion module under real processes, each on its part of the joint batches, and writes what every step gave.
+
+    python joint_run.py RANK PROCESSES STORE OPTIONS       OPTIONS: a Python dict, see `train`
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from iprm.data.loading import JointBatches
+from iprm.methods import build
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+CLASSES, WIDTH = 5, 12
+
+
+class Model(nn.Module):
+    """Encoders without normalisation over the batch, which would see a part of it, and a fusion method."""
+
+    def __init__(self, method: str, modalities: tuple[str, ...], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(7, WIDTH), nn.Tanh()) for name in modalities})
+        self.fusion = build(method, WIDTH, CLASSES, modalities, **options)
+
+    def forward(self, inputs: dict[str, Tensor], target: Tensor) -> Any:
+        return self.fusion({name: encoder(inputs[name]) for name, encoder in self.encoders.items()}, target)
+
+
+def train(
+    processes: int,
+    steps: int = 50,
+    rows: int = 59,
+    joint: int = 16,
+    method: str = "iprm",
+    modalities: tuple[str, ...] = ("sound", "image"),
+    options: dict[str, Any] | None = None,
+    ignored: float = 0.0,
+) -> list[dict[str, Any]]:
+    """What this process found in each step: loss, gradients, ω, λ, and the sizes of the sums it had added over processes.
+
+    joint: rows of a joint batch; the last of an epoch has `rows` % `joint`. ignored: the part of the labels that are -100.
+    """
+    torch.manual_seed(0)
+    model = Model(method, modalities, options or {}).double()
+    inputs = {name: torch.randn(rows, 7, dtype=torch.float64) for name in modalities}
+    target = torch.randint(CLASSES, (rows,))
+    target[torch.rand(rows) < ignored] = -100
+    runner = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    batches = JointBatches(rows, joint // processes, shuffle=True, seed=3)
+    sums: list[int] = []
+    added = dist.all_reduce
+
+    def counting(values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sums.append(values.numel())
+        return added(values, *args, **kwargs)
+
+    dist.all_reduce = counting
+    course: list[dict[str, Any]] = []
+    while len(course) < steps:
+        for own in batches:
+            sums.clear()
+            optimiser.zero_grad()
+            out = runner({name: x[own] for name, x in inputs.items()}, target[own])
+            out.loss.backward()
+            optimiser.step()
+            weight = getattr(model.fusion, "weight", None)
+            course.append(
+                {
+                    "rows": len(own),
+                    "loss": out.loss.detach(),
+                    "gradients": [parameter.grad.clone() for parameter in model.parameters()],
+                    "strength": out.strength,
+                    "weight": weight if weight is None or isinstance(weight, nn.Parameter) else weight.clone(),
+                    "sums": list(sums),
+                }
+            )
+        batches.set_epoch(batches.epoch + 1)
+    dist.all_reduce = added
+    return course[:steps]
+
+
+def run_processes(folder: Path, processes: int, **options: Any) -> list[list[dict[str, Any]]]:
+    """The course that each of so many real processes had."""
+    store = folder / "store"
+    command = [sys.executable, __file__]
+    of = [str(processes), str(store), repr(options)]
+    workers = [subprocess.Popen([*command, str(rank), *of]) for rank in range(processes)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0] * processes
+    return [torch.load(f"{store}.{rank}") for rank in range(processes)]
+
+
+def _main(rank: int, processes: int, store: str, options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
+    torch.save(train(processes, **options), f"{store}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # results are saved; gloo threads may abort an ordinary interpreter exit
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], ast.literal_eval(sys.argv[4]))
