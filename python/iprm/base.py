@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iprm_kernels.collectives import joint_sums, weighted
 
 from .output import FusionOutput
+from .processes import process_group
 
 IGNORE_INDEX = -100  # the label of torch.nn.functional.cross_entropy for a sample that enters no loss
 
@@ -118,11 +118,6 @@ class FusionModule(nn.Module, ABC):
     def extra_repr(self) -> str:
         widths = ", ".join(f"{name}: {width}" for name, width in self.widths.items())
         return f"feature_dim={{{widths}}}, num_classes={self.num_classes}"
-
-
-def process_group() -> dist.ProcessGroup | None:
-    """All processes of a distributed run; None in a single one."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def cross_entropy(logits: Tensor, target: Tensor, share: Tensor | None = None) -> Tensor:

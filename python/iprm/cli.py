@@ -15,6 +15,7 @@ Trains classifiers of several modalities (sound and image, text and image, ...) 
 commands:
   compare   train several methods with several seeds on a dataset; a table, a plot and CSV files
   fit       train one model and keep the checkpoint that is best on validation
+  resume    go on with a run of fit that was killed or stopped
   test      evaluate a checkpoint on the test split
   predict   write a checkpoint's predictions as CSV
   info      versions, and which implementation of each operator runs here
@@ -35,7 +36,7 @@ NEEDS_CONFIGURATION = """\
 shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` explains the settings,
 `iprm fit --config digits --print_config` writes a configuration to start from."""
 
-COMMANDS = ("compare", "fit", "test", "predict", "info")
+COMMANDS = ("compare", "fit", "resume", "test", "predict", "info")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,11 +82,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _training_command(command: str, arguments: list[str]) -> int:
-    if command != "compare" and not arguments:
+    if command in ("fit", "test", "predict") and not arguments:
         raise InputError(_needs_configuration(command))
     try:
         from .compare_cli import compare_command
         from .fit import lightning_command
+        from .resume import resume_command
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("iprm"):
             raise
@@ -99,7 +101,9 @@ def _training_command(command: str, arguments: list[str]) -> int:
 
     check_variable()
     try:
-        return compare_command(arguments) if command == "compare" else lightning_command(command, arguments)
+        if command in ("fit", "test", "predict"):
+            return lightning_command(command, arguments)
+        return {"compare": compare_command, "resume": resume_command}[command](arguments)
     except (MisconfigurationException, ik.BackendUnavailableError) as error:
         raise InputError(str(error)) from error
     except NonFiniteError as error:

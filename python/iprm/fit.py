@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
+import sys
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from .checkpoint import AtomicCheckpointIO, read_checkpoint
 from .configs import find_config
 from .data import dataset_class
 from .data.base import MultimodalData
@@ -21,12 +21,35 @@ from .fit_parser import Parser, explain
 from .guard import NonFiniteError
 from .predictions import write_predictions
 from .quiet import quiet_lightning
+from .run_log import RunLog
+from .run_state import RunState
 from .suggest import InputError
 from .trainer import FusionClassifier
 
 
+#: The exit code of a run that SIGTERM has stopped, as shells count it: 128 + 15.
+STOPPED = 143
+
+
+class _SaveSettings(SaveConfigCallback):
+    """Writes config.yaml, without the checkpoint that the run began from: the run goes on from its own."""
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        self.config = copy.deepcopy(self.config)
+        self.config.ckpt_path = None
+        super().setup(*args, **kwargs)
+
+
 class FusionCLI(LightningCLI):
-    """Subcommands fit, test and predict. The model's shapes and classes are those of the data."""
+    """Subcommands fit, test and predict. The model's shapes and classes are those of the data.
+
+    Args:
+        folder: of an earlier run that goes on there; None for a new one.
+    """
+
+    def __init__(self, *args: Any, folder: Path | None = None, **kwargs: Any) -> None:
+        self.folder = folder
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -35,6 +58,7 @@ class FusionCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("shapes", "num_classes"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        parser.add_class_arguments(RunState, "state")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -50,7 +74,7 @@ class FusionCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         given = self.config[self.subcommand]
         if given.ckpt_path:
-            _check_checkpoint(given.ckpt_path)
+            read_checkpoint(given.ckpt_path)
         elif self.subcommand != "fit":
             raise InputError(f"{self.subcommand} needs a trained model: add --ckpt_path CHECKPOINT, as iprm fit has printed it")
         if self.subcommand == "predict":
@@ -62,20 +86,32 @@ class FusionCLI(LightningCLI):
         if trainer.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
         if fits and trainer.enable_checkpointing is not False:
-            callbacks.append(ModelCheckpoint(monitor="val_accuracy", mode="max"))
+            callbacks += [ModelCheckpoint(monitor="val_accuracy", mode="max"), self._get(self.config_init, "state")]
         self.trainer_defaults = {"callbacks": callbacks}
         if not fits:
             kwargs["logger"] = False
         elif trainer.logger is None:
-            kwargs["logger"] = CSVLogger(trainer.default_root_dir or "runs", name="fit")
+            kwargs["logger"] = self._logger(trainer.default_root_dir or "runs")
+        given = trainer.plugins or []
+        kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), AtomicCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, ImportError) as error:
             raise InputError(f"trainer: {error}") from error
 
+    def _logger(self, root: str) -> RunLog:
+        """metrics.csv in a new folder, or in that of the run that goes on."""
+        if self.folder is None:
+            return RunLog(root)
+        return RunLog(self.folder.parents[1], self.folder.parent.name, self.folder.name)
+
     def fit(self, **kwargs: Any) -> None:
         try:
             self.trainer.fit(**kwargs)
+        except SIGTERMException as end:
+            if self.trainer.is_global_zero:
+                print(f"stopped by SIGTERM; to go on: iprm resume {self.trainer.log_dir}", file=sys.stderr)
+            raise SystemExit(STOPPED) from end
         except NonFiniteError as error:
             best = self._best_checkpoint() or "no checkpoint was due"
             raise NonFiniteError(f"{error}\nbest on validation until then: {best}") from error
@@ -94,20 +130,11 @@ class FusionCLI(LightningCLI):
         print(f"predictions: {path}")
 
 
-def _check_checkpoint(path: str | Path) -> None:
-    """Raises InputError unless there is a checkpoint of a `FusionClassifier` at `path`."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: there is no such checkpoint")
-    try:
-        whole = zipfile.is_zipfile(path) and "hyper_parameters" in torch.load(path, weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path}: not a checkpoint of iprm fit, or a part of one")
-
-
-def lightning_command(command: str, arguments: Sequence[str]) -> int:
+def lightning_command(command: str, arguments: Sequence[str], folder: Path | None = None) -> int:
     """Runs `iprm fit`, `test` or `predict` and returns the exit code.
+
+    Args:
+        folder: of an earlier run that goes on there.
 
     Raises:
         InputError: a configuration, setting, dataset or method does not exist or cannot be used.
@@ -121,9 +148,11 @@ def lightning_command(command: str, arguments: Sequence[str]) -> int:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            save_config_callback=_SaveSettings,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"max_epochs": 20, "enable_model_summary": False, "log_every_n_steps": 1},
             parser_class=Parser,
+            folder=folder,
             args=[command, *_resolve(arguments)],
         )
     return 0

@@ -58,10 +58,11 @@ HELP = {
     "trainer.accelerator": "cpu, gpu, or auto, a GPU if there is one (default: auto)",
     "trainer.precision": "32-true, 16-mixed or bf16-mixed (default: 32-true)",
     "trainer.default_root_dir": "folder to write runs into (default: runs)",
+    "state.every_n_steps": "steps between saves of what iprm resume goes on from, beside those at the beginning of each epoch",
     "data": f"{', '.join(DATASETS)}, or the import path of a MultimodalData class",
 }
-OF_TRAINING = ("seed_everything", "trainer.max_epochs", "trainer.default_root_dir")
-TITLES = {"trainer": "the run", "model": "the model", "data": "the data"}
+OF_TRAINING = ("seed_everything", "trainer.max_epochs", "trainer.default_root_dir", "state.every_n_steps")
+TITLES = {"trainer": "the run", "model": "the model", "data": "the data", "state": "what is saved"}
 
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):

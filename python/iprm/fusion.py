@@ -13,8 +13,9 @@ import iprm_kernels as ik
 from iprm_kernels import autocast
 from iprm_kernels.collectives import all_reduce_sum, joint_sums
 
-from .base import IGNORE_INDEX, FusionModule, cross_entropy, process_group, sum_logits
+from .base import IGNORE_INDEX, FusionModule, cross_entropy, sum_logits
 from .output import FusionOutput
+from .processes import process_group
 
 
 class ProbeRebalance(FusionModule):
@@ -182,9 +183,7 @@ class ProbeRebalance(FusionModule):
         for pair in drawn:
             a, b = self.pairs[pair]
             head, probing = self.mix_heads[self.mix_head_names[pair]], weight.reshape(-1)[pair]
-            step = ik.probe_rebalance(
-                features[a], features[b], unimodal[a], unimodal[b], head, probing, group=process_group()
-            )
+            step = ik.probe_rebalance(features[a], features[b], unimodal[a], unimodal[b], head, probing, group=process_group())
             mixed.append(step.logits)
             strengths.append(step.strength)
         return mixed, strengths

@@ -69,7 +69,11 @@ class EpochMetrics(Metric):
 
 
 class EpochMeans:
-    """Running means of a training epoch, and λ and ω, in a few small operations a step."""
+    """Running means of a training epoch, and λ and ω, in a few small operations a step.
+
+    Each process has those of its own rows; Lightning averages them. The mean loss of all rows is that of the processes to
+    within one row a batch.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -81,6 +85,16 @@ class EpochMeans:
         self.loss: Tensor | None = None  # (), summed over rows
         self.correct: Tensor | None = None  # (1 + H,), counts
         self.strength: Tensor | None = None  # (2,) or (P, 2), summed over steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, in tensors and plain values."""
+        return {**vars(self), "heads": list(self.heads)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Goes on from these sums."""
+        for name, value in state.items():
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+        self.heads = tuple(self.heads)
 
     def update(self, output: FusionOutput, target: Tensor) -> None:
         """Adds one batch: `output` with a loss, target (B,)."""

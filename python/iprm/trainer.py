@@ -17,6 +17,7 @@ from .guard import FiniteGuard, check_state
 from .methods import build
 from .metrics import EpochMeans, EpochMetrics
 from .output import FusionOutput
+from .processes import gathered, rank, world_size
 from .suggest import InputError
 
 
@@ -83,6 +84,7 @@ class FusionClassifier(L.LightningModule):
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.decay_at, self.decay = decay_at, decay
         self.means = EpochMeans()
+        self._restored_means: list[dict[str, Any]] = []  # of each process
         self.guard = FiniteGuard("training step")
         self.val_metrics, self.test_metrics = EpochMetrics(num_classes), EpochMetrics(num_classes)
         self.evaluation_guard = FiniteGuard("evaluation batch")
@@ -98,6 +100,11 @@ class FusionClassifier(L.LightningModule):
     # training
 
     def on_train_start(self) -> None:
+        if self._restored_means:  # the run goes on within an epoch
+            self.means.load_state_dict(self._restored_means[rank()], self.device)
+            self._restored_means = []
+
+    def on_train_epoch_start(self) -> None:
         self.means.reset()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
@@ -118,6 +125,7 @@ class FusionClassifier(L.LightningModule):
         """Lightning calls this before it writes a checkpoint: an error here leaves the last one as it was."""
         self.guard.look()
         check_state(self, self.global_step)
+        checkpoint["epoch_means"] = gathered(self.means.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning calls this before it loads the state.
@@ -129,6 +137,8 @@ class FusionClassifier(L.LightningModule):
         for name, here in self.structure.items():
             if there[name] != here:
                 raise InputError(f"the checkpoint is of a model with {name} {there[name]!r}, this one has {here!r}")
+        means = checkpoint.get("epoch_means", [])
+        self._restored_means = means if len(means) == world_size() else []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimiser = torch.optim.SGD(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import random
+import signal
 from pathlib import Path
 
 import numpy as np
+import torch
 from iprm.data.base import Batch
 from iprm.data.features import Features
 
@@ -48,3 +52,31 @@ class PoisonedFeatures(Features):
         if due and self.stage == ("train" if trainer.training else "validation"):
             batch[0]["text"][:] = math.nan
         return batch
+
+
+class NoisyFeatures(Features):
+    """`Features` with noise of torch's, numpy's and Python's generators on every training batch, whose process is sent a signal
+    once, when it reaches a step.
+
+    Args:
+        signal_step: before which optimiser step; -1 sends none.
+        signal_number: which signal.
+    """
+
+    def __init__(
+        self, path: str, batch_size: int = 13, seed: int = 0, signal_step: int = -1, signal_number: int = signal.SIGKILL
+    ) -> None:
+        super().__init__(path, batch_size, seed)
+        self.signal_step, self.signal_number = signal_step, signal_number
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        trainer = self.trainer
+        assert trainer is not None
+        if not trainer.training:
+            return batch
+        if trainer.global_step == self.signal_step:
+            self.signal_step = -1
+            os.kill(os.getpid(), self.signal_number)
+        inputs, target = batch
+        shift = float(np.random.normal()) + random.gauss(0, 1)  # noqa: NPY002 - the generator that others use
+        return {name: x + 0.1 * torch.randn_like(x) + 0.01 * shift for name, x in inputs.items()}, target

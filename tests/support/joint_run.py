@@ -1,6 +1,6 @@
 """Trains a fusion module under real processes, each on its part of the joint batches, and writes what every step gave.
 
-    python joint_run.py RANK PROCESSES STORE OPTIONS       OPTIONS: a Python dict, see `train`
+python joint_run.py RANK PROCESSES STORE OPTIONS       OPTIONS: a Python dict, see `train`
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from ..processes import rank, world_size
 
 #: Beyond this many workers a loader of decoded features no longer gets faster, and each holds some 300 MB.
 MOST_WORKERS = 8
@@ -41,20 +42,18 @@ class JointBatches(DistributedSampler[Any]):
             self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
-        joint = self.batch_size * _processes()[1]
-        whole, rest = divmod(self.rows, joint)
-        left_out = self.shuffle and whole > 0 and rest < 2 * _processes()[1]
+        whole, rest = divmod(self.rows, self.batch_size * world_size())
+        left_out = self.shuffle and whole > 0 and rest < 2 * world_size()
         return whole + (rest > 0 and not left_out)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        rank, processes = _processes()
-        joint = self.batch_size * processes
+        joint = self.batch_size * world_size()
         order = torch.arange(self.rows)
         if self.shuffle:
             generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
             order = torch.randperm(self.rows, generator=generator)
         for step in range(self.start, len(self)):
-            yield order[step * joint : (step + 1) * joint].tensor_split(processes)[rank]
+            yield order[step * joint : (step + 1) * joint].tensor_split(world_size())[rank()]
 
 
 class Loader(DataLoader[Any]):
@@ -74,10 +73,11 @@ class Loader(DataLoader[Any]):
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=as_it_is,
+            generator=torch.Generator(),  # of the workers' seeds: a loader takes nothing from the generator of the model
         )
         self._given = (0, 0)  # an epoch, and the batches of it that were given out
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         epoch, given = self.sampler.epoch, self.sampler.start
         for batch in super().__iter__():
             given += 1
@@ -104,13 +104,6 @@ def default_workers(dataset: Sized) -> int:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processes() -> tuple[int, int]:
-    """Rank and number of processes; 0 and 1 in a single one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def as_it_is(batch: Any) -> Any:

@@ -1,0 +1,98 @@
+"""Checkpoints: written whole or not at all, read without running code, and kept so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from .suggest import InputError
+
+STATES = "states"
+STATE = re.compile(r"step=(?P<step>\d+)\.ckpt")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's plugin for reading and writing checkpoints of one file, for ``Trainer(plugins=[AtomicCheckpointIO()])``.
+
+    A checkpoint is written beside its place, flushed to the disk, and renamed into it: a run that is killed at any moment
+    leaves the old file or the new one. Whatever is read holds tensors and plain values alone; anything else is refused.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)  # another file system than this one
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
+            try:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    Path(file.name).unlink()
+                raise
+        return None
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        return read_checkpoint(path)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint of a `FusionClassifier`, on the CPU. No code that the file may hold is run.
+
+    Raises:
+        InputError: there is none, or it is truncated, foreign, or holds more than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such checkpoint")
+    try:
+        # torch's own reader, faced with what is no archive, would try formats of long ago
+        content = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
+    except (RuntimeError, ValueError, KeyError, EOFError, AttributeError, OSError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: not a checkpoint of iprm fit, or a part of one") from error
+    if not isinstance(content, dict) or not isinstance(content.get("hyper_parameters"), dict) or "state_dict" not in content:
+        raise InputError(f"{path}: not a checkpoint of iprm fit, or a part of one")
+    return content
+
+
+def saved_states(run: Path) -> list[Path]:
+    """The states that a run can go on from, oldest first."""
+    steps = {path: STATE.fullmatch(path.name) for path in (run / STATES).glob("*.ckpt")}
+    return sorted((path for path, match in steps.items() if match), key=lambda path: int(STATE.fullmatch(path.name)["step"]))  # type: ignore[index]
+
+
+def state_to_resume(run: Path, previous: bool = False) -> Path:
+    """The last state of a run, or with `previous` the one before; it was found to be whole.
+
+    Raises:
+        InputError: no such run or state, or it cannot be read.
+    """
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: there is no such run; expected the folder of one, such as runs/digits/fit/version_0")
+    states = saved_states(run)
+    if len(states) < 1 + previous:
+        which = "no state before the last" if states else "no state"
+        raise InputError(f"{run}: {which} was saved to go on from")
+    state = states[-2 if previous else -1]
+    try:
+        read_checkpoint(state)
+    except InputError as error:
+        other = f"; to go on from the state before it: iprm resume {run} --previous" if not previous and states[1:] else ""
+        raise InputError(f"{error}{other}") from error
+    return state

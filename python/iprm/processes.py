@@ -1,0 +1,31 @@
+"""The processes of a distributed run, and the one of any other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+
+def process_group() -> dist.ProcessGroup | None:
+    """All processes of a distributed run; None in a single one."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if process_group() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if process_group() else 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` of every process, on every process, by rank."""
+    if process_group() is None:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,65 @@
+"""metrics.csv of a run."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class RunLog(CSVLogger):
+    """Lightning's CSV logger with one row a step that anything was logged at, which `RunState` can take back to where a run
+    was interrupted. The file is written anew as a whole, at most once a second and at the end of a run."""
+
+    def __init__(self, save_dir: str | Path, name: str = "fit", version: int | str | None = None) -> None:
+        super().__init__(save_dir, name, version)
+        self.rows: list[dict[str, float]] = []
+        self._changed, self._last = False, -1.0  # since the file was written, and when it was
+
+    @property
+    def path(self) -> Path:
+        return Path(self.log_dir) / "metrics.csv"
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        row = {"epoch": int(values.pop("epoch", 0)), "step": len(self.rows) if step is None else step}
+        if self.rows and row.items() <= self.rows[-1].items():
+            self.rows[-1].update(values)
+        else:
+            self.rows.append(row | values)
+        self._changed = True
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """config.yaml holds them."""
+
+    def restore(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Goes on from these rows."""
+        self.rows = [dict(row) for row in rows]
+        self._changed = True
+
+    @rank_zero_only
+    def save(self) -> None:
+        if self._changed and time.monotonic() - self._last > 1:
+            self._write()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._changed:
+            self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        part.replace(self.path)
+        self._changed, self._last = False, time.monotonic()
