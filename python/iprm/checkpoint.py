@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from .suggest import InputError
 
 STATES = "states"
 STATE = re.compile(r"step=(?P<step>\d+)\.ckpt")
+#: What of the state of a `ModelCheckpoint` is a path.
+PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -51,6 +54,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return read_checkpoint(path)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's callback that keeps the checkpoint best on validation, of a run whose folder may move before it goes on."""
+
+    def __init__(self, monitor: str = "val_accuracy", mode: str = "max", **options: Any) -> None:
+        super().__init__(monitor=monitor, mode=mode, **options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the names of files, and no folder."""
+        state = super().state_dict()
+        paths = {name: Path(path).name if path else "" for name, path in state.items() if name in PATHS}
+        best = {Path(path).name: score for path, score in state["best_k_models"].items()}
+        return {**state, **paths, "best_k_models": best, "dirpath": ""}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = Path(self.dirpath or "")
+        paths = {name: str(folder / path) if path else "" for name, path in state_dict.items() if name in PATHS}
+        best = {str(folder / path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+        self.current_score = state_dict["current_score"]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

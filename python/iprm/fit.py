@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from .checkpoint import AtomicCheckpointIO, read_checkpoint
+from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint
 from .configs import find_config
 from .data import dataset_class
 from .data.base import MultimodalData
@@ -25,7 +25,6 @@ from .run_log import RunLog
 from .run_state import RunState
 from .suggest import InputError
 from .trainer import FusionClassifier
-
 
 #: The exit code of a run that SIGTERM has stopped, as shells count it: 128 + 15.
 STOPPED = 143
@@ -86,7 +85,7 @@ class FusionCLI(LightningCLI):
         if trainer.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
         if fits and trainer.enable_checkpointing is not False:
-            callbacks += [ModelCheckpoint(monitor="val_accuracy", mode="max"), self._get(self.config_init, "state")]
+            callbacks += [BestCheckpoint(), self._get(self.config_init, "state")]
         self.trainer_defaults = {"callbacks": callbacks}
         if not fits:
             kwargs["logger"] = False
@@ -103,7 +102,8 @@ class FusionCLI(LightningCLI):
         """metrics.csv in a new folder, or in that of the run that goes on."""
         if self.folder is None:
             return RunLog(root)
-        return RunLog(self.folder.parents[1], self.folder.parent.name, self.folder.name)
+        folder = self.folder.absolute()
+        return RunLog(folder.parents[1], folder.parent.name, folder.name)
 
     def fit(self, **kwargs: Any) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -57,16 +57,32 @@ HELP = {
     "trainer.max_epochs": "times to go through the training split (default: 20)",
     "trainer.accelerator": "cpu, gpu, or auto, a GPU if there is one (default: auto)",
     "trainer.precision": "32-true, 16-mixed or bf16-mixed (default: 32-true)",
+    "trainer.devices": "how many GPUs, or processes on a CPU (default: auto, all GPUs)",
+    "trainer.strategy": "how processes share the work: ddp, or fsdp2, which shards parameters as well (default: auto)",
+    "trainer.num_nodes": "machines, each of which runs this command under torchrun or SLURM (default: 1)",
+    "trainer.accumulate_grad_batches": "batches whose gradients are added before a step; ω is measured on each (default: 1)",
+    "trainer.gradient_clip_val": "longest gradient of all parameters together (default: none)",
     "trainer.default_root_dir": "folder to write runs into (default: runs)",
     "state.every_n_steps": "steps between saves of what iprm resume goes on from, beside those at the beginning of each epoch",
     "data": f"{', '.join(DATASETS)}, or the import path of a MultimodalData class",
 }
-OF_TRAINING = ("seed_everything", "trainer.max_epochs", "trainer.default_root_dir", "state.every_n_steps")
+OF_TRAINING = (
+    "seed_everything",
+    "trainer.max_epochs",
+    "trainer.default_root_dir",
+    "state.every_n_steps",
+    *(f"trainer.{name}" for name in ("strategy", "num_nodes", "accumulate_grad_batches", "gradient_clip_val")),
+)
 TITLES = {"trainer": "the run", "model": "the model", "data": "the data", "state": "what is saved"}
 
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Types and defaults where nothing is said of them in HELP; examples as they are."""
+    """Types and defaults where nothing is said of them in HELP; examples as they are; nothing of what `explain` has hidden."""
+
+    def add_argument(self, action: Action) -> None:
+        # argparse's own way to hide a setting, SUPPRESS for its help, would keep it out of config.yaml as well
+        if not getattr(action, "hidden", False):
+            super().add_argument(action)
 
     def _get_help_string(self, action: Action) -> str:
         return action.help or "" if action.dest in (*HELP, "ckpt_path") else super()._get_help_string(action)
@@ -102,7 +118,8 @@ def explain(parser: LightningArgumentParser, command: str) -> None:
     parser._action_groups[-1].title = "the checkpoint"  # the arguments of Trainer.fit and its like, added last
     words = HELP | {"ckpt_path": CHECKPOINT[command]}
     for action in parser._actions:
-        action.help = words.get(action.dest, action.help) if _is_shown(action.dest, command) else SUPPRESS
+        action.help = words.get(action.dest, action.help)
+        action.hidden = not _is_shown(action.dest, command)  # type: ignore[attr-defined]
         if action.dest == "data":
             action.metavar = "NAME"
 

@@ -11,9 +11,9 @@ from .checkpoint import state_to_resume
 from .fit import lightning_command
 
 DESCRIPTION = """\
-Goes on with a run of iprm fit where its last saved state left it: after a crash, a kill, SIGTERM of a scheduler, or an interrupt.
-The run ends with the weights, metrics and checkpoints it would have had. States are saved at the beginning of every epoch, and
-within one if iprm fit was told how often (--state.every_n_steps N).
+Goes on with a run of iprm fit from its last saved state: after a crash, a kill, SIGTERM of a scheduler, or an interrupt. It
+ends with the weights, metrics and checkpoints it would have had. States are saved at the beginning of every epoch, and within
+one if iprm fit was told how often (--state.every_n_steps N).
 """
 
 EXAMPLES = """\
@@ -32,4 +32,4 @@ def resume_command(arguments: Sequence[str]) -> int:
     given, settings = p.parse_known_args(arguments)
     state = state_to_resume(given.run, given.previous)
     config = str(given.run / "config.yaml")
-    return lightning_command("fit", ["--config", config, "--ckpt_path", str(state), *settings], given.run.resolve())
+    return lightning_command("fit", ["--config", config, "--ckpt_path", str(state), *settings], given.run)

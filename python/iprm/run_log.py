@@ -22,6 +22,11 @@ class RunLog(CSVLogger):
         self._changed, self._last = False, -1.0  # since the file was written, and when it was
 
     @property
+    def experiment(self) -> Any:
+        """Lightning's own writer would delete the file of a run that goes on."""
+        return self
+
+    @property
     def path(self) -> Path:
         return Path(self.log_dir) / "metrics.csv"
 

@@ -54,6 +54,7 @@ class RunState(L.Callback):
         # Lightning has counted the epoch as begun, and would take a run that is restored here to be at its end
         loop = trainer.fit_loop
         loop.epoch_loop.batch_progress.reset_on_run()
+        loop.epoch_loop.val_loop.batch_progress.reset()  # of the last epoch
         counts = (loop.epoch_progress.current, loop.epoch_progress.total)
         for count in counts:
             count.ready -= 1

@@ -73,13 +73,13 @@ def test_the_version_is_the_packages(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("digits")
 
 
 @pytest.fixture(scope="module")
-def fitted(place) -> Outcome:
-    return iprm(place, "fit", "--config", "digits", "--trainer.max_epochs", "2")
+def fitted(folder) -> Outcome:
+    return iprm(folder, "fit", "--config", "digits", "--trainer.max_epochs", "2")
 
 
 @pytest.fixture(scope="module")
@@ -93,25 +93,25 @@ def table(out: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"│ +(test_\w+) +│ +([\d.]+) +│", out)}
 
 
-def test_fit_keeps_the_checkpoint_best_on_validation_and_the_course_of_the_run(place, fitted):
+def test_fit_keeps_the_checkpoint_best_on_validation_and_the_course_of_the_run(folder, fitted):
     assert fitted.code == 0
     checkpoint = CHECKPOINT.search(fitted.out)["path"]
-    assert (place / checkpoint).is_file()
-    with (place / checkpoint).parents[1].joinpath("metrics.csv").open() as file:
+    assert (folder / checkpoint).is_file()
+    with (folder / checkpoint).parents[1].joinpath("metrics.csv").open() as file:
         accuracy = {row["epoch"]: float(row["val_accuracy"]) for row in csv.DictReader(file) if row["val_accuracy"]}
     assert list(accuracy) == ["0", "1"]
     assert f"epoch={max(accuracy, key=accuracy.get)}-" in checkpoint
 
 
-def test_test_evaluates_the_checkpoint_and_predict_writes_a_row_an_input(place, trained, recwarn):
-    code, out, err = iprm(place, "test", *trained)
+def test_test_evaluates_the_checkpoint_and_predict_writes_a_row_an_input(folder, trained, recwarn):
+    code, out, err = iprm(folder, "test", *trained)
     assert (code, err) == (0, "")
-    code, printed, err = iprm(place, "predict", *trained, "--output", "new/predictions.csv")
+    code, printed, err = iprm(folder, "predict", *trained, "--output", "new/predictions.csv")
     assert (code, err) == (0, "")
     assert "predictions: new/predictions.csv" in printed
     assert not [warning for warning in recwarn if "checkpoint" in str(warning.message)]
 
-    with (place / "new/predictions.csv").open() as file:
+    with (folder / "new/predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     split = Digits().splits["test"]
     assert list(rows[0]) == ["row", "target", "prediction", *(f"p_{k}" for k in range(10))]
@@ -124,15 +124,15 @@ def test_test_evaluates_the_checkpoint_and_predict_writes_a_row_an_input(place, 
     assert table(out)["test_accuracy"] == pytest.approx(accuracy_score(split.target, prediction))
 
 
-def test_predict_can_be_given_another_split(place, trained):
-    assert iprm(place, "predict", *trained, "--data.predict_split", "val", "--output", "val.csv").code == 0
-    with (place / "val.csv").open() as file:
+def test_predict_can_be_given_another_split(folder, trained):
+    assert iprm(folder, "predict", *trained, "--data.predict_split", "val", "--output", "val.csv").code == 0
+    with (folder / "val.csv").open() as file:
         assert [int(row["target"]) for row in csv.DictReader(file)] == Digits().splits["val"].target.tolist()
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])
-def test_a_checkpoint_is_not_read_as_another_model(place, trained, command):
-    code, _, err = iprm(place, command, *trained, "--model.method", "sum")
+def test_a_checkpoint_is_not_read_as_another_model(folder, trained, command):
+    code, _, err = iprm(folder, command, *trained, "--model.method", "sum")
     assert (code, err) == (2, "iprm: the checkpoint is of a model with method 'iprm', this one has 'sum'\n")
 
 

@@ -178,7 +178,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, write, command):
 
 
 def test_predictions_that_cannot_be_written_are_refused_before_any_work(tmp_path, features):
-    torch.save({"hyper_parameters": {}}, tmp_path / "some.ckpt")
+    torch.save({"hyper_parameters": {}, "state_dict": {}}, tmp_path / "some.ckpt")
     arguments = ("--config", "features", "--data.path", "features.npz", "--ckpt_path", "some.ckpt")
     assert "File exists: 'features.npz'" in refused(tmp_path, "predict", *arguments, "--output", "features.npz/new.csv")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,22 @@ import torch
 from command import iprm
 from feature_files import arrays, save
 from forked import run_forked
+from iprm.checkpoint import AtomicCheckpointIO, read_checkpoint, state_to_resume
+from iprm.run_state import RunState
+from iprm.suggest import InputError
 from torch import Tensor
 
 RUN = Path("runs/fit/version_0")
 EPOCHS, STEPS = 5, 15  # 39 rows in batches of 13
 KILLED_AT = sorted(random.Random(4).sample(range(STEPS), 10))
+TERMINATED_AT = (0, 4, 5, 6, 14)
+RARELY = ("--state.every_n_steps", "0")
+ACCUMULATING = (
+    "--trainer.accumulate_grad_batches",
+    "2",
+    "--trainer.max_epochs",
+    "10",
+)  # two steps an epoch: of 2 batches and 1
 
 
 def fit(folder: Path, *more: str, signal_step: int = -1, number: int = signal.SIGKILL) -> tuple[Path, list[str]]:
@@ -46,12 +58,10 @@ def leaves(content: Any, path: str = "") -> dict[str, Any]:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What a run leaves: the leaves of its last states, but that paths name its folder, and metrics.csv."""
+    """What a run leaves: the leaves of its last states, and metrics.csv."""
     found: dict[str, Any] = {"metrics": (folder / RUN / "metrics.csv").read_text()}
     for path in sorted((folder / RUN / "states").glob("*.ckpt")):
-        for name, leaf in leaves(torch.load(path, weights_only=True)).items():
-            place = str(folder.resolve())
-            found[f"{path.name}{name.replace(place, '')}"] = leaf.replace(place, "") if isinstance(leaf, str) else leaf
+        found |= leaves(torch.load(path, weights_only=True), path.name)
     return found
 
 
@@ -66,15 +76,21 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
-    """Runs of all the tests below: one left alone, ten killed and resumed, and others."""
+    """Runs left alone, and runs that were ended in many ways and resumed."""
     place = tmp_path_factory.mktemp("resume")
-    killed = [
-        command
-        for step in KILLED_AT
-        for command in (fit(place / f"killed{step}", signal_step=step), resume(place / f"killed{step}"))
-    ]
-    codes = run_forked(place, [fit(place / "alone"), *killed])
-    assert codes == [0] + [-signal.SIGKILL, 0] * len(KILLED_AT)
+    commands, expected = [fit(place / "alone"), fit(place / "accumulating", *ACCUMULATING)], [0, 0]
+
+    def ended(name: str, *options: str, number: int, step: int, code: int) -> None:
+        commands.extend([fit(place / name, *options, signal_step=step, number=number), resume(place / name)])
+        expected.extend([code, 0])
+
+    for step in KILLED_AT:
+        ended(f"killed{step}", number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
+    for step in TERMINATED_AT:
+        ended(f"terminated{step}", *RARELY, number=signal.SIGTERM, step=step, code=143)
+        ended(f"interrupted{step}", number=signal.SIGINT, step=step, code=130)
+        ended(f"accumulating{step}", *ACCUMULATING, number=signal.SIGTERM, step=step, code=143)
+    assert run_forked(place, commands) == expected
     return place
 
 
@@ -83,3 +99,127 @@ def test_a_killed_run_resumes_to_the_same_bits(ran, step):
     expected = left(ran / "alone")
     assert len(expected) > 100
     assert difference(left(ran / f"killed{step}"), expected) == []
+
+
+@pytest.mark.parametrize("step", TERMINATED_AT)
+def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_to_the_same_bits(ran, step):
+    """In the middle of an epoch and in its last step, with no other save but at the beginning of epochs."""
+    log = (ran / f"terminated{step}" / "log.txt").read_text()
+    assert f"stopped by SIGTERM; to go on: iprm resume {RUN}" in log
+    assert "Traceback" not in log
+    found, expected = left(ran / f"terminated{step}"), left(ran / "alone")
+    last = f"step={STEPS - 3:08d}.ckpt"  # of the last epoch's beginning: what else is saved is saved by another rule
+    assert difference(*({n: v for n, v in of.items() if n.startswith(("metrics", last))} for of in (found, expected))) == []
+
+
+@pytest.mark.parametrize("step", TERMINATED_AT)
+def test_an_interrupted_run_resumes_to_the_same_bits(ran, step):
+    assert difference(left(ran / f"interrupted{step}"), left(ran / "alone")) == []
+
+
+@pytest.mark.parametrize("step", TERMINATED_AT)
+def test_gradients_that_were_being_accumulated_are_computed_anew(ran, step):
+    assert difference(left(ran / f"accumulating{step}"), left(ran / "accumulating")) == []
+
+
+def test_a_finished_run_can_be_made_longer(ran, tmp_path):
+    longer, folder = tmp_path / "longer", tmp_path / "short"
+    two, four = ("--trainer.max_epochs", "2"), ("--trainer.max_epochs", "4")
+    decay = ("--model.decay", "1")  # else the schedule of a run knows how long it was to be
+    commands = [fit(longer, *four, *decay), fit(folder, *two, *decay), resume(folder, *four)]
+    assert run_forked(tmp_path, commands) == [0, 0, 0]
+    assert left(folder)["metrics"] == left(longer)["metrics"]
+
+
+# what cannot be resumed
+
+
+def states(run: Path) -> list[Path]:
+    return sorted((run / "states").glob("*.ckpt"))
+
+
+@pytest.fixture
+def run(ran, tmp_path) -> Path:
+    """A copy of a run, elsewhere."""
+    return Path(shutil.copytree(ran / "alone" / RUN, tmp_path / "moved"))
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.999])
+def test_a_truncated_state_is_refused_and_the_one_before_is_offered(run, tmp_path, part):
+    last = states(run)[-1]
+    last.write_bytes(last.read_bytes()[: int(part * last.stat().st_size)])
+    code, _, err = iprm(tmp_path, "resume", str(run))
+    assert code == 2
+    assert err == (
+        f"iprm: {last}: not a checkpoint of iprm fit, or a part of one; to go on from the state before it: "
+        f"iprm resume {run} --previous\n"
+    )
+
+
+def test_the_state_before_the_last_is_used_on_request(run, tmp_path):
+    before, last = states(run)
+    last.write_bytes(b"")
+    assert state_to_resume(run, previous=True) == before
+    assert run_forked(tmp_path, [(tmp_path, ["resume", str(run), "--previous", "--data.path", save(tmp_path, arrays())])]) == [
+        0
+    ]
+    assert states(run)[-1] == last
+    assert read_checkpoint(last)["global_step"] == STEPS - 1, "written anew"
+
+
+@pytest.mark.parametrize(("content", "word"), [({"weights": torch.zeros(2)}, "foreign"), ([1, 2], "a list")])
+def test_a_foreign_file_is_refused(run, tmp_path, content, word):
+    torch.save(content, states(run)[-1])
+    code, _, err = iprm(tmp_path, "resume", str(run))
+    assert (code, "not a checkpoint of iprm fit" in err) == (2, True), word
+
+
+def test_a_checkpoint_that_holds_code_is_refused_and_the_code_not_run(run, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "trapped",))
+
+    torch.save({"hyper_parameters": {}, "state_dict": {}, "trap": Trap()}, states(run)[-1])
+    code, _, err = iprm(tmp_path, "resume", str(run))
+    assert (code, "not a checkpoint of iprm fit" in err) == (2, True)
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "message"),
+    [
+        ("", (), "there is no such run; expected the folder of one, such as runs/digits/fit/version_0"),
+        ("config.yaml", (), "no state was saved to go on from"),
+        ("config.yaml", ("--previous",), "no state was saved to go on from"),
+    ],
+)
+def test_a_folder_without_a_run_or_a_state_is_refused(tmp_path, made, options, message):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if made:
+        (folder / made).touch()
+    assert iprm(tmp_path, "resume", str(folder), *options) == (2, "", f"iprm: {folder}: {message}\n")
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.ckpt"
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"a": 1}, path)
+
+    def full(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.save_checkpoint({"a": 2}, path)
+    assert torch.load(path, weights_only=True) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"every_n_steps": -1}, "every_n_steps: expected a number from 0 up, got -1"), ({"keep": 1}, "keep: expected at least 2")],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        RunState(**options)

@@ -1,6 +1,6 @@
 """Commands of `iprm`, each in a process of its own that may be killed, forked from one that has imported everything already.
 
-    python forked.py LIST        LIST: a JSON file of [folder, arguments] to run in turn; prints a JSON list of exit codes
+python forked.py LIST        LIST: a JSON file of [folder, arguments] to run in turn; prints a JSON list of exit codes
 """
 
 from __future__ import annotations
