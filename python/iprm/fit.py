@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint
@@ -91,6 +92,8 @@ class FusionCLI(LightningCLI):
             kwargs["logger"] = False
         elif trainer.logger is None:
             kwargs["logger"] = self._logger(trainer.default_root_dir or "runs")
+        if trainer.strategy == "fsdp2":
+            kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         given = trainer.plugins or []
         kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), AtomicCheckpointIO()]
         try:
@@ -110,7 +113,7 @@ class FusionCLI(LightningCLI):
             self.trainer.fit(**kwargs)
         except SIGTERMException as end:
             if self.trainer.is_global_zero:
-                print(f"stopped by SIGTERM; to go on: iprm resume {self.trainer.log_dir}", file=sys.stderr)
+                print(f"stopped by SIGTERM; to go on: iprm resume {self._run()}", file=sys.stderr)
             raise SystemExit(STOPPED) from end
         except NonFiniteError as error:
             best = self._best_checkpoint() or "no checkpoint was due"
@@ -118,7 +121,11 @@ class FusionCLI(LightningCLI):
         best = self._best_checkpoint()
         if best and self.trainer.is_global_zero:
             print(f"best on validation: {best}")
-            print(f"to evaluate it on the test split: iprm test --config {self.trainer.log_dir}/config.yaml --ckpt_path {best}")
+            print(f"to evaluate it on the test split: iprm test --config {self._run()}/config.yaml --ckpt_path {best}")
+
+    def _run(self) -> str:
+        """The folder of the run. `Trainer.log_dir` would ask the other processes for it, which are gone by now."""
+        return getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
 
     def _best_checkpoint(self) -> str:
         """Its path; empty where none was written."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .output import FusionOutput
 
@@ -70,11 +71,16 @@ def check_state(module: nn.Module, step: int) -> None:
     state = {name: x for name, x in _tensors(module) if x.is_floating_point()}
     if not state:
         return
-    finite = torch.stack([x.detach().isfinite().all() for x in state.values()]).tolist()
+    finite = torch.stack([_local(x.detach()).isfinite().all() for x in state.values()]).tolist()
     broken = [name for name, good in zip(state, finite, strict=True) if not good]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise NonFiniteError(f"after training step {step}: {broken[0]}{more} is not finite, no checkpoint is written")
+
+
+def _local(x: Tensor) -> Tensor:
+    """This process's part of a parameter that FSDP2 has sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from .data.base import Batch
 from .encoders import build_encoders
@@ -88,6 +89,17 @@ class FusionClassifier(L.LightningModule):
         self.guard = FiniteGuard("training step")
         self.val_metrics, self.test_metrics = EpochMetrics(num_classes), EpochMetrics(num_classes)
         self.evaluation_guard = FiniteGuard("evaluation batch")
+
+    def configure_model(self) -> None:
+        """Under FSDP2 (Lightning's ``ModelParallelStrategy``): shards each encoder, and the fusion module as a whole, for its
+        operator takes the weights of all heads at once."""
+        if self.device_mesh is None or isinstance(self, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for module in (*self.encoders.values(), self.fusion):
+            if any(True for _ in module.parameters()):
+                fully_shard(module, mesh=mesh)
+        fully_shard(self, mesh=mesh)
 
     def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """modality -> (B, ...) to modality -> (B, D)."""
