@@ -11,7 +11,10 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_average_precision, multiclass_f1_score
 from torchmetrics.utilities import dim_zero_cat
 
+from iprm_kernels.collectives import all_reduce_sum
+
 from .output import FusionOutput
+from .processes import process_group, world_size
 
 
 def stacked_logits(output: FusionOutput) -> Tensor:
@@ -69,39 +72,34 @@ class EpochMetrics(Metric):
 
 
 class EpochMeans:
-    """Running means of a training epoch, and λ and ω, in a few small operations a step.
-
-    Each process has those of its own rows; Lightning averages them. The mean loss of all rows is that of the processes to
-    within one row a batch.
-    """
+    """Running means of a training epoch, and λ and ω, in a few small operations a step. Across processes they are those of all
+    rows."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.rows = 0
-        self.steps = 0
-        self.heads: tuple[str, ...] = ()
-        self.loss: Tensor | None = None  # (), summed over rows
+        self.rows: list[int] = []  # of each step
+        self.losses: list[Tensor] = []  # (), of each step
+        self.heads: list[str] = []
         self.correct: Tensor | None = None  # (1 + H,), counts
         self.strength: Tensor | None = None  # (2,) or (P, 2), summed over steps
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums so far, in tensors and plain values."""
-        return {**vars(self), "heads": list(self.heads)}
+        """What there is so far, in tensors and plain values."""
+        return {**vars(self), "losses": torch.stack(self.losses) if self.losses else torch.empty(0)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Goes on from these sums."""
+        """Goes on from there."""
         for name, value in state.items():
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
-        self.heads = tuple(self.heads)
+        self.losses = list(state["losses"].to(device))
 
     def update(self, output: FusionOutput, target: Tensor) -> None:
         """Adds one batch: `output` with a loss, target (B,)."""
-        self.rows += len(target)
-        self.steps += 1
-        self.heads = tuple(output.logits_by)
-        self.loss = _added(self.loss, loss_of(output) * len(target))
+        self.rows.append(len(target))
+        self.losses.append(loss_of(output).clone())
+        self.heads = list(output.logits_by)
         self.correct = _added(self.correct, (stacked_logits(output).argmax(2) == target).sum(1))
         if output.strength is not None:
             self.strength = _added(self.strength, output.strength.detach())
@@ -114,13 +112,17 @@ class EpochMeans:
             modalities: in the order of ω.
             weight: () or (P,), λ at the end of the epoch.
         """
-        if self.loss is None or self.correct is None:
+        if self.correct is None:
             return {}
-        values = {"train_loss": self.loss / self.rows}
-        for name, count in zip(("train_accuracy", *(f"train_accuracy_{h}" for h in self.heads)), self.correct, strict=True):
-            values[name] = count / self.rows
+        group = process_group()
+        losses = all_reduce_sum(torch.stack(self.losses), group) / world_size()  # each process has its share: see `joint_sums`
+        rows = all_reduce_sum(torch.tensor(self.rows, device=losses.device), group)
+        correct = all_reduce_sum(self.correct.clone(), group)
+        values = {"train_loss": (losses * rows).sum() / rows.sum()}
+        for name, count in zip(("train_accuracy", *(f"train_accuracy_{h}" for h in self.heads)), correct, strict=True):
+            values[name] = count / rows.sum()
         if weight is not None and self.strength is not None:
-            strength = self.strength / self.steps
+            strength = self.strength / len(self.rows)
             if weight.dim() == 0:
                 values["weight"] = weight
                 values |= {f"strength_{modality}": part for modality, part in zip(modalities, strength, strict=True)}

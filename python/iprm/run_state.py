@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import random
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from .checkpoint import STATES, saved_states
-from .processes import gathered, rank
+from .processes import gathered, rank, world_size
 from .run_log import RunLog
 from .suggest import InputError
+
+#: Steps after which several processes ask each other whether SIGTERM came: the answer takes them a wait for the GPU.
+ASK_EVERY = 20
 
 
 class RunState(L.Callback):
@@ -41,6 +47,7 @@ class RunState(L.Callback):
         self.saved: Path | None = None  # the last one
         self._trainer: L.Trainer | None = None
         self._restored: list[dict[str, Any]] = []  # the generators of each process
+        self._signal = _Termination()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._trainer = trainer
@@ -49,6 +56,10 @@ class RunState(L.Callback):
         if rank() < len(self._restored):
             restore_generators(self._restored[rank()])
         self._restored = []
+        # Lightning's own handler calls all processes from within a signal, in the middle of whatever they say to each other,
+        # and its loop asks them every step and waits for a GPU's answer
+        self._signal.catch(trainer)
+        setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010 - a method
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning has counted the epoch as begun, and would take a run that is restored here to be at its end
@@ -61,18 +72,28 @@ class RunState(L.Callback):
         self._save(trainer)
         for count in counts:
             count.ready += 1
+        if self._signal.came_to_any():
+            raise SIGTERMException
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         loop = trainer.fit_loop.epoch_loop
-        # nothing of an epoch's end is saved: its validation would be lost on the way
+        # neither gradients that are being accumulated nor an epoch's validation would be found in what was saved before them
+        if loop._should_accumulate() or loop.batch_progress.is_last_batch:
+            return
         due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if due and not loop._should_accumulate() and not loop.batch_progress.is_last_batch:
+        stops = (world_size() == 1 or batch_idx % ASK_EVERY == 0) and self._signal.came_to_any()
+        if due or stops:
             self._save(trainer)
+        if stops:
+            raise SIGTERMException
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signal.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        # gradients that were being accumulated are of no checkpoint: the run goes on from the last state
-        if isinstance(exception, SIGTERMException) and not trainer.fit_loop.epoch_loop._should_accumulate():
-            self._save(trainer)
+        self._signal.release()
 
     def _save(self, trainer: L.Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # the same on every process
@@ -94,6 +115,38 @@ class RunState(L.Callback):
         """The run's metrics.csv, if it has one."""
         loggers = self._trainer.loggers if self._trainer else []
         return [logger for logger in loggers if isinstance(logger, RunLog)][:1]
+
+
+class _Termination:
+    """Remembers that SIGTERM came, to this process or to any."""
+
+    def __init__(self) -> None:
+        self._came = False
+        self._before: Any = None  # the handler; None while none is set
+
+    def catch(self, trainer: L.Trainer) -> None:
+        def remember(number: int, frame: Any) -> None:
+            launcher = trainer.strategy.launcher
+            if not self._came and launcher is not None:
+                launcher.kill(number)  # the processes that this one has started
+            self._came = True
+
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, remember)
+
+    def release(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def came_to_any(self) -> bool:
+        """Asks all processes, and waits for their answers."""
+        if world_size() == 1:
+            return self._came
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        came = torch.tensor(int(self._came), device=device)
+        dist.all_reduce(came, op=dist.ReduceOp.MAX)
+        return bool(came.item())
 
 
 def generators() -> dict[str, Any]:

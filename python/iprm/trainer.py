@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from .data.base import Batch
@@ -95,7 +96,8 @@ class FusionClassifier(L.LightningModule):
         operator takes the weights of all heads at once."""
         if self.device_mesh is None or isinstance(self, FSDPModule):
             return
-        mesh = self.device_mesh["data_parallel"]
+        # over all processes: of Lightning's mesh those of one machine share tensors by default
+        mesh = init_device_mesh(self.device_mesh.device_type, (world_size(),))
         for module in (*self.encoders.values(), self.fusion):
             if any(True for _ in module.parameters()):
                 fully_shard(module, mesh=mesh)
@@ -130,7 +132,7 @@ class FusionClassifier(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         self.guard.look()
         weight = getattr(self.fusion, "weight", None)  # λ of a method that has one
-        self.log_dict(self.means.compute(tuple(self.encoders), weight), sync_dist=True)
+        self.log_dict(self.means.compute(tuple(self.encoders), weight))
         self.means.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command import Outcome, iprm
+from command import Outcome, iprm, table
 from iprm import __version__
 from iprm.cli import COMMANDS
 from iprm.data.digits import Digits
@@ -86,11 +86,6 @@ def fitted(folder) -> Outcome:
 def trained(fitted) -> tuple[str, ...]:
     """The configuration and the checkpoint that `fit` told to test with."""
     return tuple(re.search(r"iprm test (.+)", fitted.out)[1].split())
-
-
-def table(out: str) -> dict[str, float]:
-    """The metrics that `test` printed."""
-    return {name: float(value) for name, value in re.findall(r"│ +(test_\w+) +│ +([\d.]+) +│", out)}
 
 
 def test_fit_keeps_the_checkpoint_best_on_validation_and_the_course_of_the_run(folder, fitted):

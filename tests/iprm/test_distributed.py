@@ -17,6 +17,7 @@ CASES = {
     "labels left out": {"processes": 4, "ignored": 0.5},
     "linear mixup": {"processes": 2, "method": "iprm-linear"},
     "one pass": {"processes": 2, "method": "iprm-one-pass", "modalities": ("sound", "image", "text")},
+    "sharded": {"processes": 2, "sharded": True, "modalities": ("sound", "image", "text")},
     "a baseline": {"processes": 2, "method": "joint"},
 }
 

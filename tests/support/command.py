@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,3 +28,8 @@ def iprm(folder: Path, *arguments: str) -> Outcome:
     finally:
         os.chdir(before)
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def table(out: str) -> dict[str, float]:
+    """The metrics that `iprm test` printed."""
+    return {name: float(value) for name, value in re.findall(r"│ +(test_\w+) +│ +([\d.]+) +│", out)}

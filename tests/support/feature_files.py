@@ -55,8 +55,8 @@ class PoisonedFeatures(Features):
 
 
 class NoisyFeatures(Features):
-    """`Features` with noise of torch's, numpy's and Python's generators on every training batch, whose process is sent a signal
-    once, when it reaches a step.
+    """`Features` with noise of torch's, numpy's and Python's generators on every training batch, whose process, the first of
+    several, is sent a signal once, when it reaches a step.
 
     Args:
         signal_step: before which optimiser step; -1 sends none.
@@ -64,7 +64,7 @@ class NoisyFeatures(Features):
     """
 
     def __init__(
-        self, path: str, batch_size: int = 13, seed: int = 0, signal_step: int = -1, signal_number: int = signal.SIGKILL
+        self, path: str, batch_size: int = 13, seed: int = 0, signal_step: int = -1, signal_number: int = int(signal.SIGKILL)
     ) -> None:
         super().__init__(path, batch_size, seed)
         self.signal_step, self.signal_number = signal_step, signal_number
@@ -74,7 +74,7 @@ class NoisyFeatures(Features):
         assert trainer is not None
         if not trainer.training:
             return batch
-        if trainer.global_step == self.signal_step:
+        if trainer.global_step == self.signal_step and trainer.is_global_zero:
             self.signal_step = -1
             os.kill(os.getpid(), self.signal_number)
         inputs, target = batch

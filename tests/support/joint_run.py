@@ -17,6 +17,9 @@ import torch.distributed as dist
 from iprm.data.loading import JointBatches
 from iprm.methods import build
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 CLASSES, WIDTH = 5, 12
@@ -43,17 +46,19 @@ def train(
     modalities: tuple[str, ...] = ("sound", "image"),
     options: dict[str, Any] | None = None,
     ignored: float = 0.0,
+    sharded: bool = False,
 ) -> list[dict[str, Any]]:
     """What this process found in each step: loss, gradients, ω, λ, and the sizes of the sums it had added over processes.
 
     joint: rows of a joint batch; the last of an epoch has `rows` % `joint`. ignored: the part of the labels that are -100.
+    sharded: by FSDP2, and not by DistributedDataParallel.
     """
     torch.manual_seed(0)
     model = Model(method, modalities, options or {}).double()
     inputs = {name: torch.randn(rows, 7, dtype=torch.float64) for name in modalities}
     target = torch.randint(CLASSES, (rows,))
     target[torch.rand(rows) < ignored] = -100
-    runner = DistributedDataParallel(model) if dist.is_initialized() else model
+    runner = _distributed(model, sharded) if dist.is_initialized() else model
     optimiser = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     batches = JointBatches(rows, joint // processes, shuffle=True, seed=3)
     sums: list[int] = []
@@ -77,7 +82,7 @@ def train(
                 {
                     "rows": len(own),
                     "loss": out.loss.detach(),
-                    "gradients": [parameter.grad.clone() for parameter in model.parameters()],
+                    "gradients": [whole(parameter.grad) for parameter in model.parameters()],
                     "strength": out.strength,
                     "weight": weight if weight is None or isinstance(weight, nn.Parameter) else weight.clone(),
                     "sums": list(sums),
@@ -86,6 +91,19 @@ def train(
         batches.set_epoch(batches.epoch + 1)
     dist.all_reduce = added
     return course[:steps]
+
+
+def _distributed(model: Model, sharded: bool) -> nn.Module:
+    if not sharded:
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (*model.encoders.values(), model.fusion, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
 
 def run_processes(folder: Path, processes: int, **options: Any) -> list[list[dict[str, Any]]]:
