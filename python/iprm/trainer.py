@@ -15,12 +15,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from .data.base import Batch
 from .encoders import build_encoders
+from .graphs import GraphedStep
 from .guard import FiniteGuard, check_state
 from .methods import build
 from .metrics import EpochMeans, EpochMetrics
 from .output import FusionOutput
 from .processes import gathered, rank, world_size
-from .suggest import InputError
+from .suggest import InputError, unknown
 
 
 class FusionClassifier(L.LightningModule):
@@ -46,6 +47,10 @@ class FusionClassifier(L.LightningModule):
         weight_decay: of SGD.
         decay_at: the part of the epochs, from 0 to 1, after which the learning rate is multiplied by `decay`.
         decay: see `decay_at`.
+        channels_last: images and convolutions in the channels-last memory format, which GPUs with tensor cores prefer.
+        compile: a backend of torch.compile for encoders and fusion, such as "inductor"; none by default.
+        cuda_graph: whole training steps, but the optimiser's, as CUDA graphs; on a CPU, in mixed precision, in several
+            processes and for batches of another shape steps run as they are, and the log says so (see `GraphedStep`).
 
     Raises:
         InputError: an unknown method, option or encoder (the message suggests the closest), or a number out of its range.
@@ -69,6 +74,9 @@ class FusionClassifier(L.LightningModule):
         weight_decay: float = 1e-4,
         decay_at: float = 0.7,
         decay: float = 0.1,
+        channels_last: bool = False,
+        compile: str | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -85,6 +93,10 @@ class FusionClassifier(L.LightningModule):
             raise InputError(str(error)) from error
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.decay_at, self.decay = decay_at, decay
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        _prepare(self.encoders, self.fusion, self.memory_format, compile)
+        step = _Step(self.encoders, self.fusion, self.memory_format)
+        self._step = GraphedStep(step) if cuda_graph else step.forward  # no submodule, which would name all parameters twice
         self.means = EpochMeans()
         self._restored_means: list[dict[str, Any]] = []  # of each process
         self.guard = FiniteGuard("training step")
@@ -105,7 +117,7 @@ class FusionClassifier(L.LightningModule):
 
     def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """modality -> (B, ...) to modality -> (B, D)."""
-        return {modality: encoder(inputs[modality]) for modality, encoder in self.encoders.items()}
+        return _encode(self.encoders, inputs, self.memory_format)
 
     def forward(self, inputs: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         """modality -> (B, ...), target (B,) int64 or None -> FusionOutput."""
@@ -123,8 +135,7 @@ class FusionClassifier(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         inputs, target = batch
-        features = self.encode(inputs)
-        output = self.fusion(features, target)
+        features, output = self._step(inputs, target)
         self.guard.watch(self.global_step, inputs, features, output)
         self.means.update(output, target)
         return output.loss
@@ -200,6 +211,36 @@ class FusionClassifier(L.LightningModule):
         """probability (B, C) and target (B,): what `iprm predict` writes."""
         inputs, target = batch
         return {"probability": self(inputs).logits.float().softmax(1), "target": target}
+
+
+class _Step(nn.Module):
+    """What a training step computes: modality -> (B, ...), target (B,) -> features and FusionOutput."""
+
+    def __init__(self, encoders: nn.ModuleDict, fusion: nn.Module, memory_format: torch.memory_format) -> None:
+        super().__init__()
+        self.encoders, self.fusion, self.memory_format = encoders, fusion, memory_format
+
+    def forward(self, inputs: Mapping[str, Tensor], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
+        features = _encode(self.encoders, inputs, self.memory_format)
+        return features, self.fusion(features, target)
+
+
+def _encode(encoders: nn.ModuleDict, inputs: Mapping[str, Tensor], memory_format: torch.memory_format) -> dict[str, Tensor]:
+    def placed(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
+
+    return {modality: encoder(placed(inputs[modality])) for modality, encoder in encoders.items()}
+
+
+def _prepare(encoders: nn.ModuleDict, fusion: nn.Module, memory_format: torch.memory_format, backend: str | None) -> None:
+    """Weights in the memory format, and modules compiled where they are, so that nothing of a checkpoint has another name."""
+    encoders.to(memory_format=memory_format)  # type: ignore[call-overload]
+    if backend is None:
+        return
+    if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise InputError(unknown("backend of torch.compile", backend, known))
+    for module in (*encoders.values(), fusion):
+        module.compile(backend=backend)
 
 
 def _check_number(name: str, value: float, highest: float = math.inf) -> None:

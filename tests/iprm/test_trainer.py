@@ -189,3 +189,60 @@ def test_a_unimodal_method_predicts_from_its_modality_alone(data):
 def test_settings_that_cannot_be_are_named(data, options, message):
     with pytest.raises(InputError, match=message):
         classifier(data, **options)
+
+
+# options of speed
+
+
+def images(rows=32):
+    torch.manual_seed(3)
+    return {"image": torch.randn(rows, 1, 12, 12), "text": torch.randn(rows, 6)}, torch.arange(rows) % 3
+
+
+def image_classifier(**options):
+    L.seed_everything(0, verbose=False)
+    return FusionClassifier({"image": [1, 12, 12], "text": [6]}, 3, feature_dim=8, **options)
+
+
+@pytest.mark.parametrize("options", [{"channels_last": True}, {"compile": "aot_eager"}, {"cuda_graph": True}])
+def test_an_option_of_speed_changes_neither_names_nor_results(options):
+    plain, fast = image_classifier(), image_classifier(**options)
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    for seed in range(2):
+        torch.manual_seed(seed)
+        (_, one), (_, other) = plain._step(*images()), fast._step(*images())
+        torch.testing.assert_close(other.loss, one.loss)
+        one.loss.backward()
+        other.loss.backward()
+    gradients = [[parameter.grad for parameter in model.parameters()] for model in (plain, fast)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_is_the_format_of_convolutions_and_of_what_they_see():
+    model, seen = image_classifier(channels_last=True), []
+    convolution = next(module for module in model.encoders["image"].modules() if isinstance(module, torch.nn.Conv2d))
+    convolution.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    inputs, _ = images()
+    model.encode({**inputs, "image": inputs["image"].expand(-1, 3, -1, -1)[:, :1]})
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    wide = [p for p in model.encoders.parameters() if p.dim() == 4 and p.shape[1] > 1]
+    assert wide
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
+
+
+def test_an_unknown_backend_of_compilation_is_refused_with_a_suggestion():
+    with pytest.raises(InputError, match=r"unknown backend of torch\.compile 'inductr': did you mean 'inductor'"):
+        image_classifier(compile="inductr")
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"gradient_clip_val": 0.5}, {"accumulate_grad_batches": 2}])
+def test_settings_of_the_trainer_reach_the_step(tmp_path, data, options):
+    runner = fit(tmp_path, data, classifier(data), epochs=2, **options)
+    assert runner.global_step == (4 if "accumulate_grad_batches" in options else 6)
+    assert values(runner)["train_loss"] > 0
+
+
+def test_strength_is_measured_on_every_micro_batch(tmp_path, data):
+    model = classifier(data)
+    fit(tmp_path, data, model, epochs=1, accumulate_grad_batches=3)
+    assert model.fusion.steps == 3, "of one optimiser step"
