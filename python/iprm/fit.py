@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from .checkpoint import AtomicCheckpointIO, BestCheckpoint, read_checkpoint
+from .checkpoint import STATE, AtomicCheckpointIO, BestCheckpoint, read_checkpoint
 from .configs import find_config
 from .data import dataset_class
 from .data.base import MultimodalData
 from .fit_parser import Parser, explain
 from .guard import NonFiniteError
 from .predictions import write_predictions
+from .progress import RunProgress
 from .quiet import quiet_lightning
 from .run_log import RunLog
 from .run_state import RunState
@@ -84,14 +86,14 @@ class FusionCLI(LightningCLI):
         trainer, fits = self._get(self.config_init, "trainer"), self.subcommand == "fit"
         callbacks: list[Callback] = []
         if trainer.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar())
+            callbacks.append(RunProgress())
         if fits and trainer.enable_checkpointing is not False:
             callbacks += [BestCheckpoint(), self._get(self.config_init, "state")]
         self.trainer_defaults = {"callbacks": callbacks}
         if not fits:
             kwargs["logger"] = False
         elif trainer.logger is None:
-            kwargs["logger"] = self._logger(trainer.default_root_dir or "runs")
+            kwargs["logger"] = self._loggers(trainer.default_root_dir or "runs")
         if trainer.strategy == "fsdp2":
             kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         given = trainer.plugins or []
@@ -101,12 +103,16 @@ class FusionCLI(LightningCLI):
         except (TypeError, ValueError, ImportError) as error:
             raise InputError(f"trainer: {error}") from error
 
-    def _logger(self, root: str) -> RunLog:
-        """metrics.csv in a new folder, or in that of the run that goes on."""
-        if self.folder is None:
-            return RunLog(root)
-        folder = self.folder.absolute()
-        return RunLog(folder.parents[1], folder.parent.name, folder.name)
+    def _loggers(self, root: str) -> list[Logger]:
+        """metrics.csv and TensorBoard's events in a new folder, or in that of the run that goes on."""
+        log = RunLog(root)
+        if self.folder is not None:
+            folder = self.folder.absolute()
+            log = RunLog(folder.parents[1], folder.parent.name, folder.name)
+        state = STATE.fullmatch(Path(self._get(self.config, "ckpt_path") or "").name)
+        purged = int(state["step"]) if state and self.folder else None  # events from there on are written again
+        events = TensorBoardLogger(log.save_dir, log.name, log.version, default_hp_metric=False, purge_step=purged)
+        return [log, events]
 
     def fit(self, **kwargs: Any) -> None:
         try:

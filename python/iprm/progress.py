@@ -1,0 +1,33 @@
+"""The progress bar of `iprm fit`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+
+
+class RunProgress(RichProgressBar):
+    """Lightning's bar with what matters of the last epoch, in few letters: loss, λ, ω, and validation accuracies in percent,
+    of the prediction and of every head."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return summary({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def summary(metrics: dict[str, float]) -> dict[str, str]:
+    """What the bar says of the metrics of an epoch."""
+
+    def of(prefix: str) -> list[float]:
+        return [value for name, value in metrics.items() if name.startswith(prefix)]
+
+    heads = {name.removeprefix("val_accuracy_"): 100 * v for name, v in metrics.items() if name.startswith("val_accuracy_")}
+    said = {
+        "loss": "/".join(f"{value:.3f}" for value in of("train_loss")),
+        "λ": "/".join(f"{value:.2f}" for value in of("weight")),
+        "ω": "/".join(f"{value:.2f}" for value in of("strength_")),
+        "val %": "/".join(f"{100 * value:.1f}" for name, value in metrics.items() if name == "val_accuracy"),
+        **{name: f"{value:.1f}" for name, value in heads.items()},
+    }
+    return {name: text for name, text in said.items() if text}
