@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .suggest import InputError, closest
 
@@ -17,6 +18,7 @@ commands:
   fit       train one model and keep the checkpoint that is best on validation
   test      evaluate a checkpoint on the test split
   predict   write a checkpoint's predictions as CSV
+  export    write a checkpoint's model for use where torch alone is installed
   info      versions, and which implementation of each operator runs here
 
 start here:
@@ -35,7 +37,7 @@ NEEDS_CONFIGURATION = """\
 shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` explains the settings,
 `iprm fit --config digits --print_config` writes a configuration to start from."""
 
-COMMANDS = ("compare", "fit", "test", "predict", "info")
+COMMANDS = ("compare", "fit", "test", "predict", "export", "info")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,11 +83,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _training_command(command: str, arguments: list[str]) -> int:
-    if command != "compare" and not arguments:
+    if command in ("fit", "test", "predict") and not arguments:
         raise InputError(_needs_configuration(command))
     try:
-        from .compare_cli import compare_command
-        from .fit import lightning_command
+        run = _function(command, arguments)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("iprm"):
             raise
@@ -99,12 +100,27 @@ def _training_command(command: str, arguments: list[str]) -> int:
 
     check_variable()
     try:
-        return compare_command(arguments) if command == "compare" else lightning_command(command, arguments)
+        return run(arguments)
     except (MisconfigurationException, ik.BackendUnavailableError) as error:
         raise InputError(str(error)) from error
     except NonFiniteError as error:
         print(f"iprm: stopped at {error}", file=sys.stderr)
         return 1
+
+
+def _function(command: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
+    """What runs a command; importing it loads what it needs."""
+    if command == "compare":
+        from .compare_cli import compare_command
+
+        return compare_command
+    if command == "export":
+        from .export import export_command
+
+        return export_command
+    from .fit import lightning_command
+
+    return functools.partial(lightning_command, command)
 
 
 def _needs_configuration(command: str) -> str:
