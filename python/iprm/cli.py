@@ -17,7 +17,7 @@ commands:
   compare   train several methods with several seeds on a dataset; a table, a plot and CSV files
   fit       train one model and keep the checkpoint that is best on validation
   test      evaluate a checkpoint on the test split
-  predict   write a checkpoint's predictions as CSV
+  predict   write a checkpoint's predictions as CSV, of a dataset's split or of new samples
   export    write a checkpoint's model for use where torch alone is installed
   info      versions, and which implementation of each operator runs here
 
@@ -118,6 +118,11 @@ def _function(command: str, arguments: Sequence[str]) -> Callable[[Sequence[str]
         from .export import export_command
 
         return export_command
+    if command == "predict":
+        from .predict import is_for_samples, predict_command
+
+        if is_for_samples(arguments):
+            return predict_command
     from .fit import lightning_command
 
     return functools.partial(lightning_command, command)
