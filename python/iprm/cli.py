@@ -18,6 +18,7 @@ commands:
   fit       train one model and keep the checkpoint that is best on validation
   test      evaluate a checkpoint on the test split
   predict   write a checkpoint's predictions as CSV, of a dataset's split or of new samples
+  check     read a dataset through and say what is wrong with it
   export    write a checkpoint's model for use where torch alone is installed
   info      versions, and which implementation of each operator runs here
 
@@ -37,12 +38,12 @@ NEEDS_CONFIGURATION = """\
 shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` explains the settings,
 `iprm fit --config digits --print_config` writes a configuration to start from."""
 
-COMMANDS = ("compare", "fit", "test", "predict", "export", "info")
+COMMANDS = ("compare", "fit", "test", "predict", "check", "export", "info")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0, 1 for a run that met a number that is not finite, 2 for input that
-    cannot be used (the message says which and suggests another), 130 after an interrupt."""
+    """Runs the command line and returns the exit code: 0, 1 for a run that met a number that is not finite and for a dataset
+    with problems, 2 for input that cannot be used (the message says which and suggests another), 130 after an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(arguments)
@@ -114,6 +115,10 @@ def _function(command: str, arguments: Sequence[str]) -> Callable[[Sequence[str]
         from .compare_cli import compare_command
 
         return compare_command
+    if command == "check":
+        from .check_cli import check_command
+
+        return check_command
     if command == "export":
         from .export import export_command
 
