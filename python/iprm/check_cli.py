@@ -25,7 +25,8 @@ problems   files that cannot be read, each by name; values that are not finite; 
            that two splits share
 remarks    features without variance in train, rows that repeat another of their split, labels that no row has
 
-Rows count from 0 within their split. Exit code: 0 without problems, 1 with some, 2 where the dataset cannot be used at all.
+Rows count from 0 within their split; an item is the place that a row has in its source: the row of the file, the recording in
+order of name. Exit code: 0 without problems, 1 with some, 2 where the dataset cannot be used at all.
 """
 
 EXAMPLES = """\

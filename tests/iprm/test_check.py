@@ -108,26 +108,26 @@ PROBLEMS = {
     "values that are not finite, all of them": (
         changed("x_text", ([3, 17, 35], [0, 1, 2]), [NAN, np.inf, -np.inf]),
         [
-            "modality 'text': 2 rows of train with a value that is not finite, the first is row 3",
-            "modality 'text': 1 row of val with a value that is not finite, the first is row 5",
+            "modality 'text': 2 rows of train with a value that is not finite, the first is row 3 (item 3)",
+            "modality 'text': 1 row of val with a value that is not finite, the first is row 5 (item 35)",
         ],
     ),
     "beyond float32": (
         changed("x_audio", (47, 1), 1e300),
-        ["modality 'audio': 1 row of test with a value that is not finite, the first is row 5"],
+        ["modality 'audio': 1 row of test with a value that is not finite, the first is row 5 (item 47)"],
     ),
     "rows of zeros": (
         changed("x_text", [4, 5, 33], 0),
         [
-            "modality 'text': missing (every value 0 or NaN) in 2 rows of 30 of train, the first is row 4",
-            "modality 'text': missing (every value 0 or NaN) in 1 row of 12 of val, the first is row 3",
+            "modality 'text': missing (every value 0 or NaN) in 2 rows of 30 of train, the first is row 4 (item 4)",
+            "modality 'text': missing (every value 0 or NaN) in 1 row of 12 of val, the first is row 3 (item 33)",
         ],
     ),
     "a row of NaN": (
         changed("x_text", 4, NAN),
         [
-            "modality 'text': 1 row of train with a value that is not finite, the first is row 4",
-            "modality 'text': missing (every value 0 or NaN) in 1 row of 30 of train, the first is row 4",
+            "modality 'text': 1 row of train with a value that is not finite, the first is row 4 (item 4)",
+            "modality 'text': missing (every value 0 or NaN) in 1 row of 30 of train, the first is row 4 (item 4)",
         ],
     ),
     "a modality of zeros": (
@@ -152,20 +152,24 @@ PROBLEMS = {
     "rows of train in test": (
         copied([50, 51], [7, 8], "x_audio", "x_text"),
         [
-            "leakage: 2 rows of test identical to rows of train in every modality; row 8 of test is row 7 of train",
+            "leakage: 2 rows of test identical to rows of train in every modality; "
+            "row 8 (item 50) of test is row 7 (item 7) of train",
         ],
     ),
     "rows of train in val, in one modality": (
         copied([31, 33, 40], [4, 4, 9], "x_text"),
         [
-            "leakage: 3 rows of val identical to rows of train in modality 'text' alone; row 1 of val is row 4 of train",
+            "leakage: 3 rows of val identical to rows of train in modality 'text' alone; "
+            "row 1 (item 31) of val is row 4 (item 4) of train",
         ],
     ),
     "rows in every modality and rows in one": (
         copied([50, 51], [7, 8], "x_audio") | {"x_text": copied(50, 7, "x_text")["x_text"]},
         [
-            "leakage: 1 row of test identical to rows of train in every modality; row 8 of test is row 7 of train",
-            "leakage: 1 row of test identical to rows of train in modality 'audio' alone; row 9 of test is row 8 of train",
+            "leakage: 1 row of test identical to rows of train in every modality; "
+            "row 8 (item 50) of test is row 7 (item 7) of train",
+            "leakage: 1 row of test identical to rows of train in modality 'audio' alone; "
+            "row 9 (item 51) of test is row 8 (item 8) of train",
         ],
     ),
     "one class": (given() | {"y": np.zeros(60, int)}, ["labels: all rows are of class 0; expected at least 2 classes"]),
@@ -184,7 +188,7 @@ def test_a_problem_is_told_by_what_where_and_how_many(tmp_path, content, expecte
 REMARKS = {
     "rows that repeat another": (
         copied([12, 13, 20], [3, 3, 4], "x_audio", "x_text"),
-        "duplicates: 3 rows of train repeat an earlier one in every modality, the first is row 12, as row 3",
+        "duplicates: 3 rows of train repeating an earlier one in every modality; row 12 (item 12) is row 3 (item 3)",
     ),
     "a feature without variance": (
         changed("x_text", (slice(0, SECOND), 2), 0.5),
@@ -228,6 +232,16 @@ def test_an_item_of_the_source_in_two_splits_is_leakage_however_its_rows_differ(
     problem = "leakage: 2 items (8, 9) of the source in both train and test (a, b)"
     report = check.check("Shared", Shared().inspect([]))
     assert report.findings == [(True, problem)]
+
+
+def test_of_rows_that_were_drawn_at_random_the_row_of_the_file_is_told(tmp_path):
+    content = arrays()
+    content["x_text"][11] = NAN
+    _, lines = checked(tmp_path, content)
+    told = re.search(r"1 row of (\w+) with a value that is not finite, the first is row (\d+) \(item 11\)", lines[0])
+    content["x_text"][11] = 0
+    splits = make_data("features", path=save(tmp_path, content)).splits
+    assert splits[told[1]].origin["text"][int(told[2])] == 11
 
 
 # recordings
@@ -385,7 +399,7 @@ def test_one_row_alone_is_not_said_to_be_still():
 REFUSED = {
     "one class in train": (
         changed("y", slice(0, SECOND), 1),
-        "all rows of train are of class 1, others have 3: nothing to learn",
+        "all rows of train are of class 1, one of 3: nothing to learn",
     ),
     "no modality that varies": (
         changed("x_audio", slice(0, SECOND), 1) | {"x_text": changed("x_text", slice(0, SECOND), 0)["x_text"]},

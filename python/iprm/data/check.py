@@ -59,7 +59,7 @@ def check(source: str, splits: Splits) -> Report:
     scans = {m: {name: scan(split.inputs[m]) for name, split in splits.items()} for m in names}
     findings = [
         *_of_labels(classes, counts),
-        *(finding for modality, by_split in scans.items() for finding in _of_modality(modality, by_split)),
+        *(finding for modality, by_split in scans.items() for finding in _of_modality(modality, by_split, splits)),
         *_of_leakage(scans, splits),
     ]
     return Report(scans, classes, counts, sorted(findings, key=lambda finding: not finding.problem))
@@ -81,7 +81,7 @@ def check_at_start(source: str, splits: Splits) -> None:
         raise InputError(f"{source}: expected labels from 0 up, got {classes[0]}")
     taught = classes[counts["train"] > 0]
     if len(taught) == 1 < len(classes):
-        raise InputError(f"{source}: all rows of train are of class {taught[0]}, others have {len(classes)}: nothing to learn")
+        raise InputError(f"{source}: all rows of train are of class {taught[0]}, one of {len(classes)}: nothing to learn")
     still = {name: [m for m, x in split.inputs.items() if _is_still(x)] for name, split in splits.items()}
     if len(still["train"]) == len(splits["train"].inputs):
         raise InputError(f"{source}: every modality is the same in all rows of train: {', '.join(still['train'])}")
@@ -170,7 +170,7 @@ def _untaught(classes: np.ndarray, counts: Mapping[str, np.ndarray]) -> Iterator
 # modalities
 
 
-def _of_modality(modality: str, scans: Mapping[str, Scan]) -> Iterator[Finding]:
+def _of_modality(modality: str, scans: Mapping[str, Scan], splits: Splits) -> Iterator[Finding]:
     for name, found in scans.items():
         rows = len(found.digest)
         still = rows > 1 and len(found.constant) == found.low.size
@@ -178,10 +178,12 @@ def _of_modality(modality: str, scans: Mapping[str, Scan]) -> Iterator[Finding]:
             yield Finding(True, _stillness(modality, name, len(found.missing) == rows))
         if len(found.non_finite):
             what = f"{_rows(len(found.non_finite))} of {name} with a value that is not finite"
-            yield Finding(True, f"modality {modality!r}: {what}, the first is row {found.non_finite[0]}")
+            first = _row(found.non_finite[0], splits[name], modality)
+            yield Finding(True, f"modality {modality!r}: {what}, the first is {first}")
         if len(found.missing) and not still:
             what = f"missing (every value 0 or NaN) in {_rows(len(found.missing))} of {rows} of {name}"
-            yield Finding(True, f"modality {modality!r}: {what}, the first is row {found.missing[0]}")
+            first = _row(found.missing[0], splits[name], modality)
+            yield Finding(True, f"modality {modality!r}: {what}, the first is {first}")
     if len({found.dtype for found in scans.values()}) > 1:
         types = ", ".join(f"{found.dtype} in {name}" for name, found in scans.items())
         yield Finding(True, f"modality {modality!r}: expected one type, got {types}")
@@ -202,29 +204,37 @@ def _stillness(modality: str, split: str, zero: bool) -> str:
 def _of_leakage(scans: Mapping[str, Mapping[str, Scan]], splits: Splits) -> Iterator[Finding]:
     joint = {name: joint_digests([by_split[name].digest for by_split in scans.values()]) for name in splits}
     empty = {name: _in_all([by_split[name].missing for by_split in scans.values()]) for name in splits}
+    leading = next(iter(scans))  # its items stand for those of all
+
+    def pair(first: str, second: str, row: int, digests: Mapping[str, np.ndarray], modality: str) -> str:
+        other = _place_of(digests[first], digests[second][row])
+        here, there = _row(row, splits[second], modality), _row(other, splits[first], modality)
+        return f"{here} of {second} is {there} of {first}"
+
     known = {}
     for first, second in itertools.combinations(splits, 2):
         twice = known[first, second] = _shared(joint[first], joint[second], empty[second])
         if len(twice):
-            place = _place_of(joint[first], joint[second][twice[0]])
             what = f"{_rows(len(twice))} of {second} identical to rows of {first} in every modality"
-            yield Finding(True, f"leakage: {what}; row {twice[0]} of {second} is row {place} of {first}")
+            yield Finding(True, f"leakage: {what}; {pair(first, second, twice[0], joint, leading)}")
     if len(scans) > 1:
         for (first, second), twice in known.items():
             for modality, by_split in scans.items():
-                one, two = by_split[first].digest, by_split[second].digest
-                alone = np.setdiff1d(_shared(one, two, by_split[second].missing), twice)
+                digests = {first: by_split[first].digest, second: by_split[second].digest}
+                alone = np.setdiff1d(_shared(digests[first], digests[second], by_split[second].missing), twice)
                 if len(alone):
-                    place = _place_of(one, two[alone[0]])
                     what = f"{_rows(len(alone))} of {second} identical to rows of {first} in modality {modality!r} alone"
-                    yield Finding(True, f"leakage: {what}; row {alone[0]} of {second} is row {place} of {first}")
+                    yield Finding(True, f"leakage: {what}; {pair(first, second, alone[0], digests, modality)}")
     yield from _of_origins(splits)
     for name, digest in joint.items():
         repeated = np.setdiff1d(np.flatnonzero(_is_repetition(digest)), empty[name])
         if len(repeated):
-            row = repeated[0]
-            what = f"{_rows(len(repeated))} of {name} repeat an earlier one in every modality"
-            yield Finding(False, f"duplicates: {what}, the first is row {row}, as row {_place_of(digest, digest[row])}")
+            what = f"{_rows(len(repeated))} of {name} repeating an earlier one in every modality"
+            row, earlier = repeated[0], _place_of(digest, digest[repeated[0]])
+            yield Finding(
+                False,
+                f"duplicates: {what}; {_row(row, splits[name], leading)} is {_row(earlier, splits[name], leading)}",
+            )
 
 
 def _of_origins(splits: Splits) -> Iterator[Finding]:
@@ -264,6 +274,12 @@ def _is_repetition(digest: np.ndarray) -> np.ndarray:
 
 def _rows(count: int) -> str:
     return f"{count} row{'' if count == 1 else 's'}"
+
+
+def _row(row: int, split: Split, modality: str) -> str:
+    """``row 3 (item 17)``: its place in the split, and in the source where that is known."""
+    items = split.origin.get(modality)
+    return f"row {row}" + ("" if items is None else f" (item {int(items[row])})")
 
 
 def _named(one: str, several: str, which: Iterable[int]) -> str:
