@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -189,10 +190,17 @@ def _alone(file: Path, shape: Sequence[int]) -> Array:
 
 
 def _read_header(file: IO[bytes]) -> Header:
-    """Of the array itself nothing is read, and no object of it is made."""
+    """Of the array itself nothing is read, and no object of it is made.
+
+    Raises:
+        ValueError: it is no header. What numpy lets through of its parser's own errors is among them.
+    """
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return Header(*read(file))
+    try:
+        return Header(*read(file))
+    except (TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        raise ValueError(f"its header is not one of an array ({error})") from error
 
 
 def _checked(file: Path, member: str | None, header: Header, held: int, shape: Sequence[int]) -> Array:

@@ -274,7 +274,18 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def unbalance(file: Path) -> None:
+    """A header that numpy's parser ends on with an error of its own."""
+    file.write_bytes(file.read_bytes().replace(b"(23,", b"((3,", 1))
+
+
+def mix_keys(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b" 'shape'", b"b'shape'", 1))
+
+
 DAMAGE = {
+    "a header without its end": ("image.npy", unbalance, "new/image.npy cannot be read: its header is not one of an array"),
+    "a header of bytes and words": ("image.npy", mix_keys, "new/image.npy cannot be read: its header is not one of an array"),
     "an archive cut off": ("a.npz", cut, "new/a.npz: not a readable .npz file"),
     "an archive with a flipped bit": ("a.npz", flip, "new/a.npz: array 'x_image' is broken: Bad CRC"),
     "an archive that is none": ("a.npz", lambda file: file.write_text("x"), "new/a.npz: not a readable .npz file"),
