@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,20 @@ def test_a_checkpoint_runs_no_code_when_it_is_read(tmp_path):
     message = refused(tmp_path, lambda content: content["hyper_parameters"].update(encoders=Harm()))
     assert "not a checkpoint of iprm fit" in message
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x80\x020.", b"\x80\x02}}}s.", b"\x80\x02K\x01Q."], ids=["of nothing", "of no key", "of no tensor"]
+)
+def test_a_checkpoint_whose_pickle_is_broken_is_refused(tmp_path, content):
+    path, _ = checkpoint(tmp_path)
+    with zipfile.ZipFile(path) as whole:
+        parts = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w") as broken:
+        for name, part in parts.items():
+            broken.writestr(name, content if name.endswith("data.pkl") else part)
+    err = iprm(tmp_path, "export", "--ckpt_path", "model.ckpt", "--output", "new")[2]
+    assert err == "iprm: model.ckpt: not a checkpoint of iprm fit, or a part of one\n"
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
