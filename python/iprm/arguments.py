@@ -1,4 +1,4 @@
-"""argparse for `iprm compare` and `iprm info`, with suggestions."""
+"""argparse for the commands that are not Lightning's, with suggestions."""
 
 from __future__ import annotations
 

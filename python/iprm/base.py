@@ -90,9 +90,10 @@ class FusionModule(nn.Module, ABC):
             _check_features(f"features[{name!r}]", features[name], width, parameter)
         ordered = {name: features[name] for name in self.modalities}
         first = self.modalities[0]
+        rows = ordered[first].shape[0]  # len() would fix the batch size of a model that torch.export traces
         for name, x in ordered.items():
-            if len(x) != len(ordered[first]):
-                expected = f"expected a batch of {len(ordered[first])}, as features[{first!r}] has"
+            if x.shape[0] != rows:
+                expected = f"expected a batch of {rows}, as features[{first!r}] has"
                 raise ValueError(f"features[{name!r}]: {expected}, got shape {tuple(x.shape)}")
         return ordered, None if target is None else self._checked_target(target, ordered[first])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .suggest import InputError, closest
 
@@ -17,7 +19,9 @@ commands:
   fit       train one model and keep the checkpoint that is best on validation
   resume    go on with a run of fit that was killed or stopped
   test      evaluate a checkpoint on the test split
-  predict   write a checkpoint's predictions as CSV
+  predict   write a checkpoint's predictions as CSV, of a dataset's split or of new samples
+  check     read a dataset through and say what is wrong with it
+  export    write a checkpoint's model for use where torch alone is installed
   info      versions, and which implementation of each operator runs here
 
 start here:
@@ -36,12 +40,14 @@ NEEDS_CONFIGURATION = """\
 shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` explains the settings,
 `iprm fit --config digits --print_config` writes a configuration to start from."""
 
-COMMANDS = ("compare", "fit", "resume", "test", "predict", "info")
+COMMANDS = ("compare", "fit", "resume", "test", "predict", "check", "export", "info")
+#: Where the function <command>_command of a command is that is not Lightning's.
+MODULES = {"check": "check_cli", "compare": "compare_cli", "export": "export", "resume": "resume"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0, 1 for a run that met a number that is not finite, 2 for input that
-    cannot be used (the message says which and suggests another), 130 after an interrupt."""
+    """Runs the command line and returns the exit code: 0, 1 for a run that met a number that is not finite and for a dataset
+    with problems, 2 for input that cannot be used (the message says which and suggests another), 130 after an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(arguments)
@@ -85,9 +91,7 @@ def _training_command(command: str, arguments: list[str]) -> int:
     if command in ("fit", "test", "predict") and not arguments:
         raise InputError(_needs_configuration(command))
     try:
-        from .compare_cli import compare_command
-        from .fit import lightning_command
-        from .resume import resume_command
+        run = _function(command, arguments)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("iprm"):
             raise
@@ -101,14 +105,26 @@ def _training_command(command: str, arguments: list[str]) -> int:
 
     check_variable()
     try:
-        if command in ("fit", "test", "predict"):
-            return lightning_command(command, arguments)
-        return {"compare": compare_command, "resume": resume_command}[command](arguments)
+        return run(arguments)
     except (MisconfigurationException, ik.BackendUnavailableError) as error:
         raise InputError(str(error)) from error
     except NonFiniteError as error:
         print(f"iprm: stopped at {error}", file=sys.stderr)
         return 1
+
+
+def _function(command: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
+    """What runs a command; importing it loads what it needs."""
+    if command == "predict":
+        from .predict import is_for_samples, predict_command
+
+        if is_for_samples(arguments):
+            return predict_command
+    if command in MODULES:
+        return getattr(importlib.import_module(f".{MODULES[command]}", __package__), f"{command}_command")
+    from .fit import lightning_command
+
+    return functools.partial(lightning_command, command)
 
 
 def _needs_configuration(command: str) -> str:

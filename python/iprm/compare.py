@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +113,7 @@ _epochs: Any = None  # in a worker: where it tells its parent of each epoch
 def _start_worker(epochs: Any) -> None:
     global _epochs
     _epochs = epochs
+    logging.getLogger("iprm.data.check").setLevel(logging.ERROR)  # what it warns of, the parent has said
     torch.set_num_threads(1)
 
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import datetime
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_type_hints
 
-import jsonargparse
 from rich.console import Console
 
 from .arguments import Parser, at_least_one, key_value
 from .compare import check, compare, default_jobs
 from .configs import load_config, shipped
-from .data import DATASETS, dataset_class, options_of
+from .data import DATASETS, options_of
 from .experiment import Settings
 from .methods import METHODS
+from .options import dataset_options, typed
 from .report import rich_table, write_report
-from .suggest import InputError, unknown
+from .suggest import InputError
 from .trainer import FusionClassifier
 
 DESCRIPTION = """\
@@ -79,40 +78,19 @@ def settings_from(
     Raises:
         InputError: no such dataset, or option of it or of the model, or a value of a wrong type.
     """
-    cls = dataset_class(data)
-    config = load_config(data) if data in shipped() else {}
     given = dict(options) | ({} if path is None else {"path": path})
     if "seed" in given:
         raise InputError("seed: a comparison gives every run its own; choose their number by --seeds")
-    data_options = dict(config.get("data", {}).get("init_args", {})) | _typed(f"dataset {data!r}", cls, options_of(cls), given)
+    data_options = dataset_options(data, given)
     data_options.pop("seed", None)
+    config = load_config(data) if data in shipped() else {}
     model_options = {name: value for name, value in config.get("model", {}).items() if name != "method"}
-    model_options |= _typed("the model", FusionClassifier, _model_options(), dict(model))
+    model_options |= typed("the model", FusionClassifier, _model_options(), dict(model))
     return Settings(data, data_options, model_options, epochs or config.get("trainer", {}).get("max_epochs", 20))
 
 
 def _model_options() -> list[str]:
     return [name for name in options_of(FusionClassifier) if name not in ("shapes", "num_classes", "method")]
-
-
-def _typed(owner: str, cls: type, known: Iterable[str], given: Mapping[str, str]) -> dict[str, Any]:
-    """The values of `given`, converted to the types that `cls.__init__` declares."""
-    types = get_type_hints(cls.__init__)  # type: ignore[misc]
-    typed = {}
-    for name, text in given.items():
-        if name not in known:
-            raise InputError(unknown(f"option of {owner}", name, known))
-        values = jsonargparse.ArgumentParser(exit_on_error=False)
-        values.add_argument("--value", type=types[name])
-        try:
-            typed[name] = values.parse_args([f"--value={text}"]).as_dict()["value"]
-        except jsonargparse.ArgumentError as error:
-            raise InputError(f"{name}: expected {_type_name(types[name])}, got {text!r}") from error
-    return typed
-
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def compare_command(arguments: Sequence[str]) -> int:

@@ -41,7 +41,8 @@ EXAMPLES = {
     "test": "  iprm test --config runs/digits/fit/version_0/config.yaml --ckpt_path CHECKPOINT",
     "predict": """\
   iprm predict --config runs/digits/fit/version_0/config.yaml --ckpt_path CHECKPOINT
-  iprm predict --config mine.yaml --ckpt_path CHECKPOINT --data.predict_split val --output val.csv""",
+  iprm predict --config mine.yaml --ckpt_path CHECKPOINT --data.predict_split val --output val.csv
+  iprm predict --ckpt_path CHECKPOINT --input FOLDER           new samples: iprm predict --input --help explains""",
 }
 CHECKPOINT = {
     "fit": "checkpoint of an interrupted run that is to be continued",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,17 @@ def write_predictions(path: Path, batches: Sequence[dict[str, Tensor]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["row", "target", "prediction", *(f"p_{k}" for k in range(probability.shape[1]))])
-        prediction = probability.argmax(1)
-        for row, (t, k, p) in enumerate(zip(target.tolist(), prediction.tolist(), probability.tolist(), strict=True)):
-            writer.writerow([row, t, k, *(f"{value:.6g}" for value in p)])
+        writer.writerow(["row", "target", *columns(probability.shape[1])])
+        for row, (t, predicted) in enumerate(zip(target.tolist(), cells(probability), strict=True)):
+            writer.writerow([row, t, *predicted])
+
+
+def columns(classes: int) -> list[str]:
+    """The titles of a prediction: the class, and the probability of each."""
+    return ["prediction", *(f"p_{k}" for k in range(classes))]
+
+
+def cells(probability: Tensor) -> Iterator[list[Any]]:
+    """What stands below `columns`, a list an input.  (B, C) -> B lists"""
+    for k, p in zip(probability.argmax(1).tolist(), probability.tolist(), strict=True):
+        yield [k, *(f"{value:.6g}" for value in p)]

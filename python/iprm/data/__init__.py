@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..suggest import InputError, unknown
@@ -42,7 +43,11 @@ def make_data(name: str, **options: Any) -> MultimodalData:
     Raises:
         InputError: no such dataset or option (the message suggests the closest), or a required option is missing.
     """
-    cls = dataset_class(name)
+    return construct(dataset_class(name), name, options)
+
+
+def construct(cls: type[MultimodalData], name: str, options: Mapping[str, Any]) -> MultimodalData:
+    """The dataset of a class, called `name` in messages; see `make_data`."""
     known = options_of(cls)
     for option in options:
         if option not in known:

@@ -10,7 +10,7 @@ import torch
 from ..suggest import InputError
 from .base import MultimodalData, Split, check_fractions, stratified
 from .digits import scanned_digits
-from .recordings import Recordings, default_cache_dir, load_recordings
+from .recordings import Recordings, default_cache_dir, load_recordings, readable_recordings
 from .spectrogram import LogMel
 
 #: The test recordings of the Free Spoken Digit Dataset are those of index 0 to 4 of every speaker and digit.
@@ -61,7 +61,12 @@ class AvDigits(MultimodalData):
         return load_recordings(self.path, self.log_mel, self.cache_dir)
 
     def read(self) -> dict[str, Split]:
-        recordings = self._recordings()
+        return self._paired(self._recordings())
+
+    def inspect(self, faults: list[str]) -> dict[str, Split]:
+        return self._paired(readable_recordings(self.path, self.log_mel, self.cache_dir, faults))
+
+    def _paired(self, recordings: Recordings) -> dict[str, Split]:
         pixels, labels = scanned_digits()
         splitter, image_splitter, pairer, noiser = (np.random.default_rng([self.seed, stream]) for stream in range(4))
         audio_rows = self._audio_split(recordings.digits, recordings.indices, splitter)

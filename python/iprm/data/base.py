@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..suggest import InputError, unknown
+from .check import check_at_start
 from .loading import JointBatches, Loader, as_it_is, default_workers
 
 Batch = tuple[dict[str, Tensor], Tensor]
@@ -65,17 +66,26 @@ class MultimodalData(L.LightningDataModule, ABC):
     def read(self) -> dict[str, Split]:
         """The splits "train", "val" and "test", determined by the options and the seed alone."""
 
+    def inspect(self, faults: list[str]) -> dict[str, Split]:
+        """What `iprm check` looks at: as `read`, but a dataset that refuses a value or a single file tells it in `faults`, or
+        leaves it in the tensors for the check to find, and reads on."""
+        return self.read()
+
+    @property
+    def source(self) -> str:
+        """What messages call it: its class, and its `path` where it has one."""
+        path = getattr(self, "path", None)
+        return type(self).__name__ + ("" if path is None else f" {path}")
+
     @functools.cached_property
     def splits(self) -> dict[str, Split]:
         """What `read` returned, read on first use.
 
         Raises:
-            InputError: a split has no rows.
+            InputError: `check_at_start` sees that nothing can be trained or evaluated on it.
         """
         splits = self.read()
-        for name, split in splits.items():
-            if len(split) == 0:
-                raise InputError(f"{type(self).__name__}: the {name} split is empty")
+        check_at_start(self.source, splits)
         return splits
 
     def setup(self, stage: str) -> None:

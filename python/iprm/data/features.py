@@ -48,9 +48,18 @@ class Features(MultimodalData):
         self.fractions = {"test": test_fraction, "val": val_fraction}
 
     def read(self) -> dict[str, Split]:
+        return self._read(finite=True)
+
+    def inspect(self, faults: list[str]) -> dict[str, Split]:
+        return self._read(finite=False)
+
+    def _read(self, finite: bool) -> dict[str, Split]:
+        """The splits, of which values that are not finite are refused if `finite`."""
         arrays = self._arrays()
         labels = self._labels(arrays)
         features = self._features(arrays, len(labels))
+        if finite:
+            self._refuse_non_finite(features)
         if "split" in arrays:
             rows = self._given_split(arrays["split"], len(labels))
         else:
@@ -120,14 +129,15 @@ class Features(MultimodalData):
             raise self._error(f"{name}: expected shape (N, D) with D of at least 1, got {x.shape}")
         if len(x) != count:
             raise self._error(f"{name}: expected as many rows as y, {count}, got {len(x)}")
-        with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is named below
-            x = x.astype(np.float32)
-        broken = np.flatnonzero(~np.isfinite(x).all(axis=1))
-        if len(broken):
-            modality = name.removeprefix(PREFIX)
-            more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
-            raise self._error(f"modality {modality!r}: row {broken[0]} has a feature that is not finite in float32{more}")
-        return x
+        with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is named as such
+            return x.astype(np.float32)
+
+    def _refuse_non_finite(self, features: Mapping[str, np.ndarray]) -> None:
+        for modality, x in features.items():
+            broken = np.flatnonzero(~np.isfinite(x).all(axis=1))
+            if len(broken):
+                more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
+                raise self._error(f"modality {modality!r}: row {broken[0]} has a feature that is not finite in float32{more}")
 
     def _given_split(self, split: np.ndarray, count: int) -> dict[str, np.ndarray]:
         if split.shape != (count,):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from ..suggest import InputError
 from .spectrogram import LogMel
@@ -48,25 +49,55 @@ def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path) -> Recording
         InputError: no such folder, no recordings in it, or a file that is foreign or broken, by name.
     """
     files = _list(folder)
-    names = [NAME.fullmatch(file.name) for file in files]
-    digits = np.array([int(match["digit"]) for match in names if match], np.int64)
-    indices = np.array([int(match["index"]) for match in names if match], np.int64)
+    for file in files:
+        _check_name(file)
     key = _key(files, log_mel)
     cache = cache_dir / f"recordings-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.npz"
     spectrograms = _cached(cache, key)
     if spectrograms is None:
         spectrograms = _compute(files, log_mel)
         _store(cache, key, spectrograms)
+    return _recordings(files, spectrograms)
+
+
+def readable_recordings(folder: Path, log_mel: LogMel, cache_dir: Path, faults: list[str]) -> Recordings:
+    """As `load_recordings`, but every file that it would refuse is left out, and told in `faults`.
+
+    Raises:
+        InputError: no such folder, or nothing in it that can be read.
+    """
+    files = _list(folder)
+    try:
+        return load_recordings(folder, log_mel, cache_dir)
+    except InputError:  # of the first file that is no good: look at each
+        spectrograms = {}
+        for file in track(files, "Recordings", transient=True):
+            try:
+                _check_name(file)
+                spectrograms[file] = _spectrogram(file, log_mel)
+            except InputError as error:
+                faults.append(str(error))
+    if not spectrograms:
+        raise InputError(f"{folder}: none of its {len(files)} files is a recording that can be read")
+    return _recordings(list(spectrograms), np.stack(list(spectrograms.values())))
+
+
+def _recordings(files: list[Path], spectrograms: np.ndarray) -> Recordings:
+    names = [NAME.fullmatch(file.name) for file in files]
+    digits = np.array([int(match["digit"]) for match in names if match], np.int64)
+    indices = np.array([int(match["index"]) for match in names if match], np.int64)
     return Recordings(spectrograms, digits, indices)
+
+
+def _check_name(file: Path) -> None:
+    if not NAME.fullmatch(file.name):
+        raise InputError(f"{file}: a foreign file; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav alone")
 
 
 def _list(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder of recordings")
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-    for file in files:
-        if not NAME.fullmatch(file.name):
-            raise InputError(f"{file}: a foreign file; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav alone")
     if not files:
         raise InputError(f"{folder}: the folder is empty; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav")
     return files
@@ -105,8 +136,6 @@ def _store(cache: Path, key: str, spectrograms: np.ndarray) -> None:
 
 
 def _compute(files: list[Path], log_mel: LogMel) -> np.ndarray:
-    from rich.progress import track
-
     return np.stack([_spectrogram(file, log_mel) for file in track(files, "Spectrograms", transient=True)])
 
 

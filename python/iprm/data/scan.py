@@ -1,0 +1,88 @@
+"""One modality of one split, read once in chunks: what is missing, not finite or constant, and a digest of every row.
+
+A row is called missing where every value of it is 0 or NaN: what features are filled with where there was nothing to extract
+them from.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Of a modality that is looked at together: what numpy computes with stays in a core's cache.
+CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What `scan` found.
+
+    shape: of a row; missing, non_finite: the rows that are; digest: (N,) uint64, equal where the bytes of rows are (two that
+    differ share one with probability 2⁻⁶⁴); low, high: (D,) extremes of every feature, NaN left aside.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    missing: np.ndarray
+    non_finite: np.ndarray
+    digest: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @property
+    def constant(self) -> np.ndarray:
+        """The features (their place in a flattened row) that have one value in all rows."""
+        return np.flatnonzero(self.low == self.high)
+
+
+def scan(x: Tensor) -> Scan:
+    """Reads a modality once, in chunks.  (N, ...)"""
+    rows, width = len(x), int(np.prod(x.shape[1:]))
+    step = max(1, CHUNK_BYTES // max(1, width * x.element_size()))
+    missing, non_finite, digest = np.zeros(rows, bool), np.zeros(rows, bool), np.zeros(rows, np.uint64)
+    low = high = np.full(width, np.nan)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        values = _numpy(x[part]).reshape(-1, width)
+        not_a_number = np.isnan(values)
+        missing[part] = ((values == 0) | not_a_number).all(axis=1)
+        non_finite[part] = ~np.isfinite(values).all(axis=1)
+        digest[part] = row_digests(values)
+        low, high = np.fmin(low, np.fmin.reduce(values)), np.fmax(high, np.fmax.reduce(values))
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Scan(tuple(x.shape[1:]), dtype, np.flatnonzero(missing), np.flatnonzero(non_finite), digest, low, high)
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    """The values, of bfloat16, which numpy has not, in float32: equal where they were, and different where they were."""
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def row_digests(values: np.ndarray) -> np.ndarray:
+    """The sum over 8-byte words of SplitMix64 of the word and its place.  (N, D) -> (N,) uint64"""
+    content = np.ascontiguousarray(values).view(np.uint8)
+    if content.shape[1] % 8:
+        content = np.pad(content, ((0, 0), (0, -content.shape[1] % 8)))
+    words = content.view(np.uint64)
+    return _mixed(words + _places(words.shape[1])).sum(axis=1, dtype=np.uint64)
+
+
+@functools.lru_cache(maxsize=8)
+def _places(count: int) -> np.ndarray:
+    return np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mixed(bits: np.ndarray) -> np.ndarray:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def joint_digests(digests: Sequence[np.ndarray]) -> np.ndarray:
+    """One digest of the digests of a row in several modalities.  (N,) each -> (N,)"""
+    return row_digests(np.stack(digests, axis=1))
