@@ -1,0 +1,59 @@
+"""README.md and docs/: every block of code and every command is executed, page by page; links, folders and targets exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from documents import PAGES, ROOT, blocks, execute
+
+EXECUTED = {"python", "console", "bash"}
+SHOWN = {"text"}  # what a command prints
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.set_num_threads(1)
+    y = np.arange(60) % 3  # what the README calls "your own features"
+    rows = np.random.default_rng(0).normal(size=(60, 4)) + y[:, None]
+    np.savez(tmp_path / "my_features.npz", x_audio=rows, x_text=-rows, y=y)
+    for block in blocks(page):
+        execute(block)
+
+
+def test_there_is_something_to_execute_and_nothing_is_left_out():
+    languages = [block.language for page in PAGES for block in blocks(page)]
+    assert set(languages) <= EXECUTED | SHOWN
+    assert languages.count("python") >= 12
+    assert languages.count("console") >= 15
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = PAGES[page].read_text(encoding="utf-8")
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (PAGES[page].parent / path).exists(), path
+
+
+def test_the_folders_and_targets_that_the_readme_names_exist():
+    text = PAGES["README.md"].read_text(encoding="utf-8")
+    folders = re.findall(r"^\| `([\w/]+/)`", text, re.MULTILINE)
+    assert len(folders) >= 5
+    assert all((ROOT / folder).is_dir() for folder in folders)
+    for target in {target for page in PAGES.values() for target in re.findall(r"`make ([\w-]+)`", page.read_text())}:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [str(Path(sys.executable).parent / "mkdocs"), "build", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)
+    assert (tmp_path / "distributed" / "index.html").is_file()
