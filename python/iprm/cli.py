@@ -1,4 +1,4 @@
-"""The command `iprm`. Only the commands that train load Lightning."""
+"""The command `iprm`. Only the commands that train load Lightning, and `report` not even torch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ commands:
   fit       train one model and keep the checkpoint that is best on validation
   test      evaluate a checkpoint on the test split
   predict   write a checkpoint's predictions as CSV
+  report    an HTML page about one or several runs of fit
   info      versions, and which implementation of each operator runs here
 
 start here:
@@ -35,7 +36,7 @@ NEEDS_CONFIGURATION = """\
 shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` explains the settings,
 `iprm fit --config digits --print_config` writes a configuration to start from."""
 
-COMMANDS = ("compare", "fit", "test", "predict", "info")
+COMMANDS = ("compare", "fit", "test", "predict", "report", "info")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +78,10 @@ def _dispatch(arguments: list[str]) -> int:
         from .info import info_command
 
         return info_command(arguments[1:])
+    if command == "report":
+        from .html.command import report_command
+
+        return report_command(arguments[1:])
     return _training_command(command, arguments[1:])
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from .configs import find_config
 from .data import dataset_class
 from .data.base import MultimodalData
+from .diagnostics import Diagnostics
 from .fit_parser import Parser, explain
 from .guard import NonFiniteError
 from .predictions import write_predictions
@@ -63,6 +64,7 @@ class FusionCLI(LightningCLI):
             callbacks.append(RichProgressBar())
         if fits and trainer.enable_checkpointing is not False:
             callbacks.append(ModelCheckpoint(monitor="val_accuracy", mode="max"))
+        callbacks += [Diagnostics()] if fits else []
         self.trainer_defaults = {"callbacks": callbacks}
         if not fits:
             kwargs["logger"] = False
