@@ -19,7 +19,7 @@ MOST_CELLS = 60  # classes: above it a cell of the matrix would be smaller than 
 MOST_NUMBERED = 12  # classes: up to it a cell has room for its count
 MOST_BARS = 48
 
-COLOURS = 7  # of the palette in style.css; then the same ones dashed
+COLOURS = 6  # of the palette in style.css; then the same ones dashed
 
 
 class Series(NamedTuple):
@@ -67,8 +67,9 @@ def lines(
     if not epochs:
         return element("p", "No epoch yet.", class_="empty")
     values = [value for s in series for value in s.course.values()]
-    limit = 1.0 if unit is percent else math.inf
-    marks = ticks(*bounds) if bounds else [t for t in ticks(min(values), max(values)) if t <= limit + 1e-9]
+    marks = ticks(*bounds) if bounds else ticks(min(values), max(values))
+    if unit is percent and marks[-1] > 1:  # there is nothing above 100 %
+        marks = [t for t in marks if t < 1] + [1.0] if marks[0] < 1 else [0.0, 0.5, 1.0]
     low, high = marks[0], marks[-1]
     first, last = epochs[0], epochs[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,10 @@ class Strength:
 
 @dataclass(frozen=True)
 class Record:
-    """What a run measured on validation at its end. confusion: (target, prediction) -> count, zeros left out."""
+    """What a run measured on validation at its end. confusion: (target, prediction) -> count, zeros left out.
+
+    best: with the weights best on validation, not the last; epoch: the one that ended with these weights.
+    """
 
     method: str | None
     modalities: tuple[str, ...]
@@ -40,7 +44,8 @@ class Record:
     confusion: dict[tuple[int, int], int]
     angles: list[Angles]
     strength: list[Strength]
-    weights: Mapping[str, Any]
+    best: bool
+    epoch: int
     environment: Mapping[str, Any]
 
     @property
@@ -58,34 +63,48 @@ def read_record(path: Path, missing: list[str]) -> Record | None:
         return None
     try:
         return _record(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         missing.append(f"{path.name} cannot be read: {type(error).__name__}: {error}")
         return None
 
 
 def _record(content: Mapping[str, Any]) -> Record:
     classes = int(content["num_classes"])
-    cells = content["confusion"]
-    confusion = {}
-    for target, prediction, count in zip(cells["target"], cells["prediction"], cells["count"], strict=True):
-        if not (0 <= target < classes and 0 <= prediction < classes):
-            raise ValueError(f"confusion: expected classes below {classes}, got {target} and {prediction}")
-        confusion[int(target), int(prediction)] = int(count)
+    class_counts = [int(count) for count in content["class_counts"]]
+    weights = content["weights"]
     return Record(
         method=content.get("method"),
         modalities=tuple(str(name) for name in content["modalities"]),
         classes=classes,
-        rows=int(content["rows"]),
-        class_counts=[int(count) for count in content["class_counts"]],
-        confusion=confusion,
-        angles=[
-            Angles(_pair(a["pair"]), [int(count) for count in a["counts"]], _optional(a["mean"]), int(a["undirected"]))
-            for a in content["angles"]
-        ],
+        rows=sum(class_counts),
+        class_counts=class_counts,
+        confusion=_confusion(content["confusion"], class_counts, classes),
+        angles=[_angles(angles, len(content["angles"][0]["counts"])) for angles in content["angles"]],
         strength=[Strength(_pair(s["pair"]), _two(s["kl"], classes), _two(s["omega"], classes)) for s in content["strength"]],
-        weights=dict(content["weights"]),
+        best=weights["from"] == "best",
+        epoch=int(weights["epoch"]),
         environment={key: content[key] for key in ("versions", "platform", "device", "precision", "backends")},
     )
+
+
+def _confusion(cells: Mapping[str, Any], class_counts: list[int], classes: int) -> dict[tuple[int, int], int]:
+    confusion: dict[tuple[int, int], int] = {}
+    sums = [0] * classes
+    for target, prediction, count in zip(cells["target"], cells["prediction"], cells["count"], strict=True):
+        if not (0 <= target < classes and 0 <= prediction < classes):
+            raise ValueError(f"confusion: expected classes below {classes}, got {target} and {prediction}")
+        confusion[int(target), int(prediction)] = int(count)
+        sums[int(target)] += int(count)
+    if sums != class_counts:
+        raise ValueError("confusion: its rows are expected to sum to class_counts")
+    return confusion
+
+
+def _angles(angles: Mapping[str, Any], bins: int) -> Angles:
+    counts = [int(count) for count in angles["counts"]]
+    if len(counts) != bins or not counts:
+        raise ValueError(f"angles: expected {bins or 'some'} bins, got {len(counts)}")
+    return Angles(_pair(angles["pair"]), counts, _optional(angles["mean"]), int(angles["undirected"]))
 
 
 def _pair(names: Any) -> tuple[str, str]:
@@ -101,4 +120,5 @@ def _two(rows: Any, classes: int) -> tuple[list[float | None], list[float | None
 
 
 def _optional(value: Any) -> float | None:
-    return None if value is None else float(value)
+    """None for what is not there, and for what is not finite."""
+    return float(value) if value is not None and math.isfinite(value) else None

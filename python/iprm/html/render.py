@@ -76,7 +76,11 @@ def _courses_of_one(run: Run) -> list[Card]:
     for pair in run.pairs:
         title = "λ and ω" if len(run.pairs) == 1 else f"λ and ω: {pair.name}"
         first, second = pair.strengths
-        lines = [Series(f"ω {pair.first}", first, 0), Series(f"ω {pair.second}", second, 1), Series("λ", pair.weight, 6)]
+        lines = [
+            Series(f"ω {pair.first}", first, 0),
+            Series(f"ω {pair.second}", second, 1),
+            Series("λ", pair.weight, charts.COLOURS - 1),
+        ]
         cards.append(_card(title, lines, f"λ weighs {pair.first} in the probe, and follows its strength ω.", **WEIGHTS))
     return cards
 

@@ -38,12 +38,15 @@ def picture(width: float, height: float, label: str, *children: object) -> Marku
 
 
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
-    """About `count` round numbers from at or below `low` to at or above `high`; `whole` ones for epochs."""
-    span = high - low or abs(high) or 1.0
+    """About `count` round numbers, two at least, from at or below `low` to at or above `high`; `whole` ones for epochs."""
+    size = max(abs(low), abs(high))
+    span = high - low
+    if span <= 1e-9 * size or span < 1e-300:
+        span = size if size > 1e-300 else 1.0
     raw = span / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     if whole:
         step = max(1.0, math.ceil(step))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, max(last, first + 1) + 1)]
+    return [float(f"{k * step:.12g}") for k in range(first, max(last, first + 1) + 1)]
