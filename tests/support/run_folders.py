@@ -53,9 +53,7 @@ def diagnostics(modalities: Sequence[str], classes: int, mixes: bool, method: st
             "prediction": [*every, *((k + 1) % classes for k in every)],
             "count": [5] * classes + [1] * classes,
         },
-        "angles": [
-            {"pair": pair, "counts": [0] * 12 + [6 * classes] + [0] * 23, "mean": 1.1, "undirected": 0} for pair in pairs
-        ],
+        "angles": [{"pair": pair, "counts": angles, "mean": 1.1, "undirected": 0} for pair in pairs],
         "strength": [
             {"pair": pair, "kl": [[1.0] * classes, [2.0] * classes], "omega": [omega, [1 - w for w in omega]]}
             for pair in (pairs if mixes else [])

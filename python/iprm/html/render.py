@@ -116,7 +116,8 @@ def _both(run: Run, metric: str, name: str, place: int) -> list[Series]:
 def _by_run(title: str, runs: Sequence[Run], metric: str, **options: Any) -> Card:
     series = [line for place, run in enumerate(runs) for line in _both(run, metric, run.label, place)]
     series.sort(key=lambda line: line.faint)  # training lies behind
-    return Card(title, charts.lines(title, series, **options), note=f"{BOTH} {_without(runs, series)}".strip())
+    note = f"{BOTH} Dots: the best epochs. {_without(runs, series)}"
+    return Card(title, charts.lines(title, series, **options), note=note.rstrip())
 
 
 def _without(runs: Sequence[Run], series: Sequence[Series]) -> str:

@@ -12,12 +12,12 @@ ABSENT = "–"
 
 
 class Column(NamedTuple):
-    """A column of the summary: its title, and a cell a run. `best` is the row to set in bold."""
+    """A column of the summary: its title, and a cell a run. `best` is the cell to set in bold, in all rows that have it."""
 
     title: str
     cells: list[str]
     numeric: bool = True
-    best: int | None = None
+    best: str | None = None
 
 
 def summary(runs: Sequence[Run]) -> list[Column]:
@@ -26,7 +26,7 @@ def summary(runs: Sequence[Run]) -> list[Column]:
     known = [value for value in accuracy if value is not None]
     # of different data the accuracies are not to be compared
     comparable = len(known) > 1 and len({run.data for run in runs}) == 1
-    best = accuracy.index(max(known)) if comparable else None
+    best = percent(max(known)) if comparable else None
     columns = [
         Column("method", [run.method for run in runs], numeric=False),
         Column("seed", [run.seed for run in runs]),
