@@ -43,7 +43,7 @@ class SplitMeasurement:
         output = self.fusion(features, target)
         mixtures = self.fusion.mixtures(features) if isinstance(self.fusion, ProbeRebalance) else []
         divergences = [
-            ik.batch_kl(output.logits_by[modality].float(), logits.float(), reduction="none")
+            ik.batch_kl(output.logits_by[modality], logits, reduction="none")
             for pair, logits in zip(self.mixed, mixtures, strict=True)
             for modality in pair
         ]
@@ -96,7 +96,7 @@ class SplitMeasurement:
 
 
 def _rows(rows: list[Tensor], like: Tensor) -> Tensor:
-    """(R, B) of rows (B,), in float32, with R = 0 as well."""
+    """(R, B) of rows (B,), with R = 0 as well."""
     return torch.stack(rows) if rows else like.new_zeros((0, len(like)), dtype=torch.float32)
 
 
@@ -106,7 +106,8 @@ def _angle(x: Tensor, y: Tensor) -> Tensor:
     As 2 atan2(‖x̂ - ŷ‖, ‖x̂ + ŷ‖): near 0 and π the cosine of a float32 has lost half of the digits of θ.
     """
     directed = (x != 0).any(1) & (y != 0).any(1)
-    x, y = ik.normalize(x.float()), ik.normalize(y.float())
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, y = ik.normalize(x.to(wide)), ik.normalize(y.to(wide))
     theta = 2 * torch.atan2((x - y).norm(dim=1), (x + y).norm(dim=1))
     return torch.where(directed, theta, math.nan)
 

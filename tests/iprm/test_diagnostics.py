@@ -192,6 +192,15 @@ def test_versions_platform_and_backend_are_recorded(tmp_path, data):
     assert record["precision"] == "32-true"
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_it_computes_in_the_precision_of_the_run(tmp_path, data, precision):
+    record, runner = recorded(tmp_path, data, precision=precision)
+    assert record["precision"] == precision
+    assert np.trace(dense(record)) / record["rows"] == pytest.approx(runner.checkpoint_callback.best_model_score.item())
+    assert record["angles"][0]["undirected"] == 0
+    assert all(value > 0 for row in record["strength"][0]["kl"] for value in row)
+
+
 # the run
 
 

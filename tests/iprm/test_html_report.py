@@ -112,15 +112,15 @@ def test_every_epoch_tells_the_values_of_every_head_in_validation_and_training(t
         assert accuracy[epoch].splitlines() == [
             f"epoch {epoch}",
             *(
-                f"{name}: {percent(values[f'{split}_accuracy{suffix}'])}"
+                f"{head}: {percent(validation[f'val_accuracy{suffix}'])} "
+                f"(training {percent(training[f'train_accuracy{suffix}'])})"
                 for suffix, head in (("", "fusion"), ("_video", "video head"), ("_audio", "audio head"), ("_mix", "mixture"))
-                for split, values, name in (("val", validation, head), ("train", training, f"{head}, training"))
             ),
         ]
         omega = [f"ω {name}: {training[f'strength_{name}']:.3f}" for name in ("video", "audio")]
         assert hovers(card(page, "λ and ω"))[epoch].splitlines()[1:] == [*omega, f"λ: {training['weight']:.3f}"]
-        losses = [f"loss: {validation['val_loss']:.3f}", f"loss, training: {training['train_loss']:.3f}"]
-        assert hovers(card(page, "Loss"))[epoch].splitlines()[1:] == losses
+        losses = f"loss: {validation['val_loss']:.3f} (training {training['train_loss']:.3f})"
+        assert hovers(card(page, "Loss"))[epoch].splitlines()[1:] == [losses]
 
 
 def test_the_confusion_matrix_has_a_cell_for_every_count_that_is_not_zero(tmp_path):
@@ -241,7 +241,7 @@ def test_runs_are_told_apart_by_colour_in_a_chart_a_quantity_and_have_their_own_
         *("Confusion matrix", "Angle between the modalities", "ω by class: video × audio"),
     ]
     fusion = card(page, "Accuracy of the fusion")
-    assert {f"line c{run} d0{thin}" for run in range(3) for thin in ("", " faint")} == set(
+    assert {f"line c{run} d0{thin}" for run in range(3) for thin in ("", " thin")} == set(
         re.findall('class="(line.*?)"', fusion)
     )
     assert "concat · seed 0: " in hovers(fusion)[0]
@@ -381,6 +381,28 @@ def test_three_modalities_without_diagnostics_have_pairs_by_number(tmp_path):
     )
 
 
+def test_an_epoch_that_is_not_validated_yet_is_drawn_of_training_alone(tmp_path):
+    run = write_run(tmp_path / "version_0")
+    write_metrics(run / "metrics.csv", [{"epoch": 0, "train_loss": 1.5}])
+    assert hovers(card(report(tmp_path, run), "Loss")) == ["epoch 0\nloss: training 1.500"]
+
+
+def test_a_run_that_iprm_fit_did_not_start_is_known_by_what_a_logger_writes(tmp_path):
+    run = write_run(tmp_path / "version_0")
+    (run / "config.yaml").unlink()
+    (run / "hparams.yaml").write_text("method: iprm-linear\nlearning_rate: 0.5\n")
+    (read,) = read_runs([run])
+    assert (read.method, read.settings["model.learning_rate"]) == ("iprm-linear", 0.5)
+    assert read.missing == ["No config.yaml: of the settings only the model's are known."]
+
+
+def test_of_a_continued_run_the_epochs_before_it_count(tmp_path):
+    run = write_run(tmp_path / "version_0", epochs=5)
+    write_metrics(run / "metrics.csv", course(("video", "audio"), 5, mixes=True)[6:])
+    assert figures(report(tmp_path, run))["epochs"] == "5"
+    assert read_runs([run])[0].missing == []
+
+
 def test_a_value_that_is_not_finite_is_left_out_and_a_later_row_of_an_epoch_is_the_one_that_counts(tmp_path):
     run = write_run(tmp_path / "version_0")
     write_metrics(
@@ -422,8 +444,10 @@ def test_the_file_asks_for_nothing_from_elsewhere_and_forbids_it(tmp_path):
 # size
 
 
-def test_ten_runs_of_100_epochs_and_31_classes_take_at_most_2_mb(tmp_path):
-    runs = [write_run(tmp_path / f"version_{k}", method="iprm-one-pass", seed=k, epochs=100, classes=31) for k in range(10)]
+@pytest.mark.parametrize("modalities", [("video", "audio"), ("video", "audio", "text")], ids=["two", "three"])
+def test_ten_runs_of_100_epochs_and_31_classes_take_at_most_2_mb(tmp_path, modalities):
+    size = {"epochs": 100, "classes": 31, "modalities": modalities}
+    runs = [write_run(tmp_path / f"version_{k}", method="iprm-one-pass", seed=k, **size) for k in range(10)]
     every = [(target, prediction) for target in range(31) for prediction in range(31)]
     for run in runs:
         record = json.loads((run / "diagnostics.json").read_text())

@@ -23,13 +23,13 @@ COLOURS = 6  # of the palette in style.css; then the same ones dashed
 
 
 class Series(NamedTuple):
-    """A line of a chart: epoch -> value, its place in the palette, and whether it is drawn faintly."""
+    """A line of a chart: epoch -> value, its place in the palette, the same of training, drawn thin, and an epoch to mark."""
 
     name: str
     course: Mapping[int, float]
     colour: int
-    faint: bool = False
-    marked: int | None = None  # an epoch to put a dot on
+    training: Mapping[int, float] = {}
+    marked: int | None = None
 
 
 def percent(value: float) -> str:
@@ -62,11 +62,10 @@ def lines(
         bounds: of the vertical axis; None takes them from the values.
         reference: a value to draw a thin line at.
     """
-    series = [s for s in series if s.course]
-    epochs = sorted({epoch for s in series for epoch in s.course})
+    epochs = sorted({epoch for s in series for epoch in (*s.course, *s.training)})
     if not epochs:
         return element("p", "No epoch yet.", class_="empty")
-    values = [value for s in series for value in s.course.values()]
+    values = [value for s in series for value in (*s.course.values(), *s.training.values())]
     marks = ticks(*bounds) if bounds else ticks(min(values), max(values))
     if unit is percent and marks[-1] > 1:  # there is nothing above 100 %
         marks = [t for t in marks if t < 1] + [1.0] if marks[0] < 1 else [0.0, 0.5, 1.0]
@@ -87,8 +86,9 @@ def lines(
     axes = [*_vertical(marks, y, short), *_horizontal([t for t in ticks(first, last, 6, whole=True) if first <= t <= last], x)]
     if reference is not None:
         axes.append(element("path", d=f"M{LEFT} {y(reference):.1f}H{WIDTH - RIGHT}", class_="ref"))
-    drawn = [_line(s, x, y) for s in reversed(series)]
-    return picture(WIDTH, HEIGHT, label, *axes, *drawn, _columns(series, epochs, x, unit))
+    thin = [_line(s.training, f"{colour_class(s.colour)} thin", None, x, y) for s in reversed(series) if s.training]
+    thick = [_line(s.course, colour_class(s.colour), s.marked, x, y) for s in reversed(series) if s.course]
+    return picture(WIDTH, HEIGHT, label, *axes, *thin, *thick, _columns(series, epochs, x, unit))
 
 
 def _vertical(marks: Sequence[float], y: Callable[[float], float], short: Callable[[float], str]) -> list[Markup]:
@@ -104,25 +104,31 @@ def _horizontal(marks: Sequence[float], x: Callable[[float], float], title: str 
     ]
 
 
-def _line(series: Series, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
-    points = [f"{x(epoch):.1f} {y(value):.1f}" for epoch, value in sorted(series.course.items())]
-    parts: list[Markup] = []
-    if len(points) > 1:
-        parts.append(element("path", d="M" + "L".join(points)))
-    dot = next(iter(series.course)) if len(points) == 1 else series.marked
-    if dot is not None and dot in series.course:
-        parts.append(element("circle", cx=x(dot), cy=y(series.course[dot]), r=3.5))
-    return group(parts, class_=f"line {colour_class(series.colour)}{' faint' if series.faint else ''}")
+def _line(
+    course: Mapping[int, float], style: str, marked: int | None, x: Callable[[float], float], y: Callable[[float], float]
+) -> Markup:
+    points = [f"{x(epoch):.1f} {y(value):.1f}" for epoch, value in sorted(course.items())]
+    parts = [element("path", d="M" + "L".join(points))] if len(points) > 1 else []
+    dot = next(iter(course)) if len(points) == 1 else marked
+    if dot is not None and dot in course:
+        parts.append(element("circle", cx=x(dot), cy=y(course[dot]), r=3.5))
+    return group(parts, class_=f"line {style}")
 
 
 def _columns(
     series: Sequence[Series], epochs: Sequence[int], x: Callable[[float], float], unit: Callable[[float], str]
 ) -> Markup:
+    def said(s: Series, epoch: int) -> str:
+        training = f"training {unit(s.training[epoch])}" if epoch in s.training else ""
+        if epoch not in s.course:
+            return f"{s.name}: {training}"
+        return f"{s.name}: {unit(s.course[epoch])}" + (f" ({training})" if training else "")
+
     edges = [LEFT, *((x(a) + x(b)) / 2 for a, b in itertools.pairwise(epochs)), WIDTH - RIGHT]
     columns = []
     for epoch, (left, right) in zip(epochs, itertools.pairwise(edges), strict=True):
-        said = [f"{s.name}: {unit(s.course[epoch])}" for s in series if epoch in s.course]
-        title = element("title", "\n".join([f"epoch {epoch}", *said]))
+        known = [said(s, epoch) for s in series if epoch in s.course or epoch in s.training]
+        title = element("title", "\n".join([f"epoch {epoch}", *known]))
         columns.append(element("rect", title, x=left, y=TOP, width=float(right - left), height=HEIGHT - TOP - BOTTOM))
     return group(columns, class_="hit")
 

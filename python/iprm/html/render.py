@@ -67,12 +67,10 @@ WEIGHTS: dict[str, Any] = {"bounds": (0, 1), "reference": 0.5}  # of charts of �
 def _courses_of_one(run: Run) -> list[Card]:
     """Accuracy, the loss, and λ and ω: heads and modalities are told apart by colour."""
     names = {"": "fusion"} | {f"_{head}": _head(head) for head in run.heads}
-    lines = [
-        line for place, (suffix, name) in enumerate(names.items()) for line in _both(run, f"accuracy{suffix}", name, place)
-    ]
+    lines = [_both(run, f"accuracy{suffix}", name, place) for place, (suffix, name) in enumerate(names.items())]
     note = "" if run.best_epoch is None else f" Dots: the best epoch, {run.best_epoch}."
     cards = [_card("Accuracy", lines, BOTH + note, unit=charts.percent)]
-    cards.append(Card("Loss", charts.lines("Loss", _both(run, "loss", "loss", 0)), note=BOTH + note))
+    cards.append(Card("Loss", charts.lines("Loss", [_both(run, "loss", "loss", 0)]), note=BOTH + note))
     for pair in run.pairs:
         title = "λ and ω" if len(run.pairs) == 1 else f"λ and ω: {pair.name}"
         first, second = pair.strengths
@@ -105,24 +103,21 @@ def _head(name: str) -> str:
     return "mixture" if name == "mix" else f"{name} head"
 
 
-def _both(run: Run, metric: str, name: str, place: int) -> list[Series]:
-    """The course on validation, and faintly that of training."""
-    return [
-        Series(name, run.courses.get(f"val_{metric}", {}), place, marked=run.best_epoch),
-        Series(f"{name}, training", run.courses.get(f"train_{metric}", {}), place, faint=True),
-    ]
+def _both(run: Run, metric: str, name: str, place: int) -> Series:
+    """The course on validation and in training."""
+    validation, training = (run.courses.get(f"{split}_{metric}", {}) for split in ("val", "train"))
+    return Series(name, validation, place, training, run.best_epoch)
 
 
 def _by_run(title: str, runs: Sequence[Run], metric: str, **options: Any) -> Card:
-    series = [line for place, run in enumerate(runs) for line in _both(run, metric, run.label, place)]
-    series.sort(key=lambda line: line.faint)  # training lies behind
+    series = [_both(run, metric, run.label, place) for place, run in enumerate(runs)]
     note = f"{BOTH} Dots: the best epochs. {_without(runs, series)}"
     return Card(title, charts.lines(title, series, **options), note=note.rstrip())
 
 
 def _without(runs: Sequence[Run], series: Sequence[Series]) -> str:
     """The runs that a chart does not show."""
-    shown = {line.name for line in series if line.course}
+    shown = {line.name for line in series if line.course or line.training}
     absent = [run.label for run in runs if run.label not in shown]
     if not absent or len(absent) == len(runs):
         return ""
@@ -130,7 +125,7 @@ def _without(runs: Sequence[Run], series: Sequence[Series]) -> str:
 
 
 def _card(title: str, series: Sequence[Series], note: str = "", **options: Any) -> Card:
-    keys = [Key(line.name, charts.colour_class(line.colour)) for line in series if line.course and not line.faint]
+    keys = [Key(line.name, charts.colour_class(line.colour)) for line in series if line.course or line.training]
     return Card(title, charts.lines(title, series, **options), keys, note)
 
 

@@ -16,6 +16,7 @@ from ..suggest import InputError, closest
 from .record import Record, read_record
 
 CONFIG, METRICS, DIAGNOSTICS = "config.yaml", "metrics.csv", "diagnostics.json"
+MODEL = "hparams.yaml"  # of a run that was not started by iprm fit
 FILES = (METRICS, CONFIG, DIAGNOSTICS)
 
 Course = dict[int, float]  # epoch -> value
@@ -175,18 +176,24 @@ def _closest_run(folder: Path) -> Path | None:
 
 
 def _settings(folder: Path, missing: list[str]) -> dict[str, Any]:
-    """Of config.yaml, by dotted name."""
-    path = folder / CONFIG
-    if not path.is_file():
-        missing.append(f"No {CONFIG}: method, seed and settings are not known.")
-        return {}
+    """Of config.yaml, by dotted name; or those of the model, which Lightning's loggers write in any run."""
+    if (folder / CONFIG).is_file():
+        return _yaml(folder / CONFIG, missing)
+    model = _yaml(folder / MODEL, missing) if (folder / MODEL).is_file() else {}
+    known = {f"model.{name}": value for name, value in model.items()}
+    unknown = "of the settings only the model's are" if known else "method, seed and settings are not"
+    missing.append(f"No {CONFIG}: {unknown} known.")
+    return known
+
+
+def _yaml(path: Path, missing: list[str]) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        missing.append(f"{CONFIG} cannot be read: {' '.join(str(error).split())}")
+        missing.append(f"{path.name} cannot be read: {' '.join(str(error).split())}")
         return {}
     if not isinstance(content, Mapping):
-        missing.append(f"{CONFIG} holds no settings.")
+        missing.append(f"{path.name} holds no settings.")
         return {}
     return dict(flattened(content))
 

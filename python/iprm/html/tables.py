@@ -53,8 +53,9 @@ def heads_of(runs: Sequence[Run]) -> list[str]:
 
 
 def _epochs(run: Run) -> str:
-    done = str(len(run.epochs))
-    return f"{done} of {run.max_epochs}" if run.max_epochs and run.max_epochs != len(run.epochs) else done
+    """How far it came: of a continued run metrics.csv has the last part alone."""
+    done = max(run.epochs, default=-1) + 1
+    return f"{done} of {run.max_epochs}" if run.max_epochs and run.max_epochs != done else str(done)
 
 
 def _at_best(run: Run, metric: str) -> float | None:
