@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,9 @@ import pytest
 from command import iprm
 from run_folders import write_run
 
-BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 if not BROWSER:
-    pytest.skip("needs Chromium: apt-get install chromium, or CHROMIUM=its path", allow_module_level=True)
+    pytest.skip("needs Chromium: apt-get install chromium", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
