@@ -137,7 +137,7 @@ def test_a_wheel_from_the_source_distribution_works_elsewhere(source: Path, buil
     extension = {name for name in names if re.fullmatch(r"iprm_kernels/_C\..*\.(so|pyd)", name)}
     assert len(extension) == 1
     operators = files_of(source / "iprm_kernels", "*.py", "py.typed")
-    packages = operators | files_of(source / "python" / "iprm", "*.py", "*.yaml", "py.typed")
+    packages = operators | files_of(source / "python" / "iprm", "*.py", "*.yaml", "*.jinja", "*.css", "py.typed")
     assert {name for name in names if ".dist-info/" not in name} == packages | extension
     assert not wheel.stem.endswith("-any")
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==).*$", metadata, re.MULTILINE)

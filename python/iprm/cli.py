@@ -1,4 +1,4 @@
-"""The command `iprm`. Only the commands that train load Lightning."""
+"""The command `iprm`. Only the commands that train load Lightning, and `report` not even torch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ commands:
   resume    go on with a run of fit that was killed or stopped
   test      evaluate a checkpoint on the test split
   predict   write a checkpoint's predictions as CSV, of a dataset's split or of new samples
+  report    an HTML page about one or several runs of fit
   check     read a dataset through and say what is wrong with it
   export    write a checkpoint's model for use where torch alone is installed
   info      versions, and which implementation of each operator runs here
@@ -40,7 +41,7 @@ NEEDS_CONFIGURATION = """\
 shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` explains the settings,
 `iprm fit --config digits --print_config` writes a configuration to start from."""
 
-COMMANDS = ("compare", "fit", "resume", "test", "predict", "check", "export", "info")
+COMMANDS = ("compare", "fit", "resume", "test", "predict", "report", "check", "export", "info")
 #: Where the function <command>_command of a command is that is not Lightning's.
 MODULES = {"check": "check_cli", "compare": "compare_cli", "export": "export", "resume": "resume"}
 
@@ -84,6 +85,10 @@ def _dispatch(arguments: list[str]) -> int:
         from .info import info_command
 
         return info_command(arguments[1:])
+    if command == "report":
+        from .html.command import report_command
+
+        return report_command(arguments[1:])
     return _training_command(command, arguments[1:])
 
 

@@ -19,6 +19,7 @@ from .checkpoint import STATE, AtomicCheckpointIO, BestCheckpoint, read_checkpoi
 from .configs import find_config
 from .data import dataset_class
 from .data.base import MultimodalData
+from .diagnostics import Diagnostics
 from .fit_parser import Parser, explain
 from .guard import NonFiniteError
 from .predictions import write_predictions
@@ -89,6 +90,7 @@ class FusionCLI(LightningCLI):
             callbacks.append(RunProgress())
         if fits and trainer.enable_checkpointing is not False:
             callbacks += [BestCheckpoint(), self._get(self.config_init, "state")]
+        callbacks += [Diagnostics()] if fits else []
         self.trainer_defaults = {"callbacks": callbacks}
         if not fits:
             kwargs["logger"] = False

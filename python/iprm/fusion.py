@@ -226,8 +226,18 @@ class ProbeRebalance(FusionModule):
     def _evaluate(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
         weight = self.eval_weight.clone()
         unimodal = {name: self.heads[name](x) for name, x in features.items()}
-        mixed = [self._mixed(pair, features, weight.reshape(-1)[pair]) for pair in range(len(self.pairs))]
-        return self._output(unimodal, mixed, target, weight)
+        return self._output(unimodal, self._mixtures(features, weight), target, weight)
+
+    def mixtures(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """Each pair's mixed logits as evaluation makes them, with the newest λ, in the order of ``pairs``.
+
+        ``logits_by["mix"]`` of an evaluation is their mean.  (B, D_modality) each -> (B, C) each
+        """
+        features, _ = self._checked(features, None)
+        return self._mixtures(self._projected(features), self.eval_weight)
+
+    def _mixtures(self, features: dict[str, Tensor], weight: Tensor) -> list[Tensor]:
+        return [self._mixed(pair, features, weight.reshape(-1)[pair]) for pair in range(len(self.pairs))]
 
     def _mixed(self, pair: int, features: dict[str, Tensor], weight: Tensor) -> Tensor:
         """The pair's mixture with the given weight of its first modality, through its head.  () -> (B, C)"""
