@@ -11,6 +11,7 @@ from typing import Any
 import cases
 import hostile
 import hostile_results as results
+import pytest
 import torch
 import truths
 from hostile import BATCHES, CLASSES, DTYPES, LAYOUTS, LOGITS, ROWS, SEEDS, UPSTREAM, WIDTHS, kinds_of, layouts

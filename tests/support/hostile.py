@@ -100,19 +100,24 @@ class Subclass(Tensor):
     """A tensor of a class of the user's own."""
 
 
+def _filler(t: Tensor) -> float:
+    """What no result may have read."""
+    return math.nan if t.is_floating_point() else torch.iinfo(t.dtype).max
+
+
 def _columns_first(t: Tensor) -> Tensor:
     return t.movedim(-1, 0).contiguous().movedim(0, -1) if t.dim() > 1 else t
 
 
 def _every_other(t: Tensor) -> Tensor:
-    wide = t.new_full([2 * size + 1 for size in t.shape], math.nan)
+    wide = t.new_full([2 * size + 1 for size in t.shape], _filler(t))
     view = wide[tuple(slice(1, None, 2) for _ in t.shape)]
     view.copy_(t)
     return view
 
 
 def _unaligned(t: Tensor) -> Tensor:
-    return torch.cat([t.new_full((1,), math.nan), t.reshape(-1)])[1:].view(t.shape)
+    return torch.cat([t.new_full((1,), _filler(t)), t.reshape(-1)])[1:].view(t.shape)
 
 
 def _one_row_for_all(t: Tensor) -> Tensor:
