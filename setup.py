@@ -7,8 +7,8 @@ IPRM_KERNELS_BUILD decides what is built, never whether the build machine happen
     none    no extension: a pure Python package
     unset   cuda where there are CUDA sources, nvcc and a CUDA build of torch, else cpu, else (no compiler) none with a warning
 
-IPRM_KERNELS_SANITIZE=1 compiles the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize` alone: slow, and
-loaded only by a process that has preloaded the libraries of both. build_info()["flags"] says so.
+IPRM_KERNELS_SANITIZE=1 compiles the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize` alone: slow,
+and loaded only by a process that has preloaded the libraries of both. build_info()["flags"] says so.
 
 CUDA architectures are those of TORCH_CUDA_ARCH_LIST. The extension keeps to LibTorch's stable ABI from torch 2.10 on, so that
 the torch it is compiled against need not be the torch it runs with.

@@ -41,6 +41,8 @@ ROWS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "infinite both": lambda x, y: (_at_one_place(x, -math.inf), _at_one_place(y, math.inf)),
     "all NaN": lambda x, y: (x + math.nan, y + math.nan),
 }
+#: Of these the ones that leave numbers behind, and angles below 154° in more than one column.
+TAME = {kind: ROWS[kind] for kind in ("ordinary", "identical", "close", "zero", "both zero", "dead", "subnormal", "one-hot")}
 #: Likewise of logits.
 LOGITS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "ordinary": lambda p, q: (3 * p, 3 * q),
