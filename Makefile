@@ -1,6 +1,6 @@
 # make demo   a private environment, the build, and IPRM against its baselines on scanned digits
 # make test   linters, then the whole suite, then the Triton kernels under the interpreter
-# make fuzz   hostile arguments and files: the suite's fuzz tests with ten times the examples, 5,000 and more, counted
+# make fuzz   hostile arguments and files: the suite's fuzz tests with six times the examples, 5,000 and more, counted
 # make sanitize  the operators' tests on C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (gcc), in build/sanitize
 # make bench  operators, head step and epochs against plain and compiled torch: a table, JSON and a plot
 # make gpu-check  build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, by the Python that is there

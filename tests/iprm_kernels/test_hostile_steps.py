@@ -39,7 +39,7 @@ def steps(draw: st.DrawFn, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str
     """Inputs by name, as of `heads.inputs`, and options."""
     batch, width, classes, seed = draw(BATCHES), draw(WIDTHS), draw(CLASSES), draw(SEEDS)
     inputs = heads.inputs(max(1, batch), width, classes, dtype)
-    kinds = draw(kinds_of(draw(st.sampled_from([TAME, TAME, ROWS])), batch))
+    kinds = draw(kinds_of(draw(st.sampled_from([TAME, TAME, TAME, ROWS])), batch))
     for name, rows in zip("xy", hostile.rows(ROWS, kinds, width, seed), strict=True):
         inputs[name] = LAYOUTS[draw(layouts())](rows.to(dtype))
     kind = draw(st.just("ordinary") | st.sampled_from(sorted(HEADS)))

@@ -42,14 +42,17 @@ def results_of(step: Step) -> dict[str, Tensor]:
 
 
 def magnitudes_of(inputs: dict[str, Any], truth: dict[str, Truth], ignore_index: int) -> dict[str, Tensor]:
-    """Those of head_accuracy.py, whose means are over all rows, for means over the rows that count."""
+    """Those of head_accuracy.py, whose means are over all rows, for means over the rows that count. A softmax is wrong by as
+    many ulps as its logits have, so that gradients are by as much more as the logits of hostile heads are larger."""
     target = inputs["target"]
     counted = target != ignore_index
     place = torch.where(counted, target, 0)
     biases = {name: torch.zeros(len(inputs["weight_x"])) for name in ("bias_x", "bias_y", "bias_mix") if inputs[name] is None}
     sizes = head_accuracy.magnitudes(inputs | biases | {"target": place}, truth)
     share = len(target) / max(1, int(counted.sum()))
-    return {name: size * share if name in LEAVES or name.startswith("loss") else size for name, size in sizes.items()}
+    logits = 1 + max(float(sizes[f"logits_{m}"].max()) for m in ("mix", "x", "y"))
+    factors = dict.fromkeys(LEAVES, share * logits) | {"loss": share, "losses": share}
+    return {name: size * factors.get(name, 1.0) for name, size in sizes.items()}
 
 
 @functools.cache
@@ -63,7 +66,7 @@ def ordinary(width: int, classes: int, dtype: torch.dtype, call: StepCall) -> di
             name: Truth.of(t) for name, t in results_of(by_reference(in_double(inputs), call, label_smoothing=0.1)).items()
         }
     values = results_of(by_reference(inputs, call, label_smoothing=0.1))
-    sizes = head_accuracy.magnitudes(inputs, truth)
+    sizes = magnitudes_of(inputs, truth, ignore_index=-100)
     return {name: (value, truth[name], sizes[name]) for name, value in values.items()}
 
 
