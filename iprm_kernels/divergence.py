@@ -9,10 +9,8 @@ from torch import Tensor
 
 from . import _checks, autocast
 from ._library import register
-from .backends import kernels
+from .backends import REDUCTIONS, kernels
 from .dtypes import arithmetic_dtype
-
-REDUCTIONS = ("sum", "mean", "none")
 
 
 def batch_kl(p_logits: Tensor, q_logits: Tensor, *, reduction: str = "sum") -> Tensor:
