@@ -36,8 +36,8 @@ def in_double(fusion: FusionModule) -> FusionModule:
     return copy.deepcopy(fusion).double()
 
 
-@counted
 @given(st.data(), st.sampled_from(NAMES), BATCHES, SEEDS, st.booleans(), st.booleans(), st.sampled_from([D, {"x": 7, "y": D}]))
+@counted
 def test_a_method_agrees_with_float64(
     data: Any, name: str, batch: int, seed: int, training: bool, labelled: bool, widths: Any
 ) -> None:
@@ -93,8 +93,8 @@ FEATURES = hostile.NO_TENSOR | hostile.NOT_DENSE
 LABELS = {kind: make for kind, make in FEATURES.items() if kind not in ("integers", "None", "float8 of exponents")}
 
 
-@counted
 @given(st.sampled_from(NAMES), st.booleans(), st.sampled_from(sorted(FEATURES)), st.sampled_from(sorted(LABELS)), st.booleans())
+@counted
 def test_wrong_features_and_labels_are_refused_by_name(
     name: str, training: bool, kind: str, label_kind: str, labels: bool
 ) -> None:
@@ -108,10 +108,10 @@ def test_wrong_features_and_labels_are_refused_by_name(
         results.assert_refused(lambda: fusion({"x": wrong, "y": x}, target), "features")
 
 
-@counted
 @given(
     st.sampled_from(NAMES), st.booleans(), st.sampled_from(sorted(hostile.MISFITS)), st.sampled_from(["x", "target", "mapping"])
 )
+@counted
 def test_what_does_not_fit_is_refused_by_name(name: str, training: bool, kind: str, place: str) -> None:
     fusion, x = module(name).train(training), cases.randn(4, D)
     target = torch.arange(4) % C
@@ -127,13 +127,13 @@ def test_what_does_not_fit_is_refused_by_name(name: str, training: bool, kind: s
     results.assert_refused(lambda: fusion(features, target), "features", "target")
 
 
-@counted
 @given(
     st.sampled_from(NAMES),
     st.booleans(),
     st.sampled_from([-1, C, 2**31, -(2**31), 127]),
     st.sampled_from([torch.int64, torch.int32]),
 )
+@counted
 def test_a_label_out_of_range_is_refused(name: str, training: bool, label: int, dtype: torch.dtype) -> None:
     fusion, x = module(name).train(training), cases.randn(4, D)
     target = torch.tensor([0, min(label, torch.iinfo(dtype).max), 1, -100], dtype=dtype)
@@ -157,8 +157,8 @@ WRONG_SETTINGS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@counted
 @given(st.data(), st.sampled_from(sorted(WRONG_SETTINGS)))
+@counted
 def test_a_wrong_setting_is_refused_by_name(data: Any, setting: str) -> None:
     value = data.draw(WRONG_SETTINGS[setting])
     given_ = {"name": "iprm", "feature_dim": D, "num_classes": C, "modalities": ("x", "y")} | {setting: value}

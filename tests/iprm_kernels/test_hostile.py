@@ -19,18 +19,20 @@ from hostile_calls import calls
 from hostile_results import assert_agrees, counted, exact
 from hypothesis import given
 from hypothesis import strategies as st
-from places import Place
+from places import INTERPRETED, Place
 from torch import Tensor
 
 import iprm_kernels as ik
 from iprm_kernels.dtypes import arithmetic_dtype
 
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="a hundred examples would take the interpreter minutes")
+
 LEADS = st.sampled_from([lambda batch: (batch,), lambda batch: (1, batch), lambda batch: (2, batch, 1), lambda batch: ()])
 WEIGHTS = [0.0, 0.3, 0.5, 1.0, -2.0, 3.0, 1e4, 1e30]
 
 
-@counted
 @given(st.data(), BATCHES, LEADS, WIDTHS, DTYPES, st.booleans(), st.sampled_from([1e-18, 1e-12, 1e-3, 1e18]))
+@counted
 def test_normalize_agrees_with_float64(
     fused: Place, data: Any, batch: int, lead: Any, width: int, dtype: torch.dtype, gradient: bool, eps: float
 ) -> None:
@@ -77,8 +79,8 @@ def weights(draw: st.DrawFn, lead: tuple[int, ...], dtype: torch.dtype) -> float
     return torch.tensor(several, dtype=own).view(lead)
 
 
-@counted
 @given(st.data(), BATCHES, LEADS, WIDTHS, DTYPES, st.tuples(*[st.booleans()] * 3))
+@counted
 def test_geodesic_mixup_agrees_with_float64(
     fused: Place, data: Any, batch: int, lead: Any, width: int, dtype: torch.dtype, needed: tuple[bool, bool, bool]
 ) -> None:
@@ -129,8 +131,8 @@ def test_geodesic_mixup_agrees_with_float64(
     assert (z[inside].norm(dim=1) <= longest).all()
 
 
-@counted
 @given(st.data(), BATCHES, CLASSES, DTYPES, st.sampled_from(["sum", "mean", "none"]), st.tuples(*[st.booleans()] * 2))
+@counted
 def test_batch_kl_agrees_with_float64(
     fused: Place, data: Any, batch: int, classes: int, dtype: torch.dtype, reduction: str, needed: tuple[bool, bool]
 ) -> None:
@@ -164,12 +166,12 @@ def test_batch_kl_agrees_with_float64(
     assert (lowest >= 0).all()
 
 
-@counted
 @given(
     st.data(),
     st.lists(st.sampled_from([0.0, 1e-40, 1e-38, 1e-3, 1.0, 7.0, 1e4, 1e38, math.inf, math.nan]), min_size=1, max_size=6),
     DTYPES,
 )
+@counted
 def test_strength_weights_agree_with_float64(fused: Place, data: Any, kl: list[float], dtype: torch.dtype) -> None:
     values = LAYOUTS[data.draw(layouts())](torch.tensor(kl, dtype=torch.float64).to(dtype))
     own = values.detach().requires_grad_()
@@ -196,8 +198,8 @@ def test_strength_weights_agree_with_float64(fused: Place, data: Any, kl: list[f
 TAKEN = {"bias": ("None",), "pairs": (None,), "group": (None,)}
 
 
-@counted
 @given(st.data(), st.sampled_from(sorted(calls(torch.float32))), DTYPES)
+@counted
 def test_what_cannot_be_an_argument_is_refused_by_its_name(data: Any, operator: str, dtype: torch.dtype) -> None:
     call = calls(dtype)[operator]
     call.run(call.arguments)
@@ -215,8 +217,8 @@ def test_what_cannot_be_an_argument_is_refused_by_its_name(data: Any, operator: 
     results.assert_refused(call.with_argument(name, wrong[kind](valid)), name)
 
 
-@counted
 @given(st.data(), st.sampled_from(sorted(calls(torch.float32))), DTYPES)
+@counted
 def test_what_does_not_fit_the_others_is_refused_or_served(data: Any, operator: str, dtype: torch.dtype) -> None:
     """Refused by the name of one that does not fit; served where it fits after all, as one more dimension does of features."""
     call = calls(dtype)[operator]

@@ -164,7 +164,7 @@ def layouts(gradient: bool = True) -> st.SearchStrategy[str]:
 # what must be refused by the argument's name
 
 NO_TENSOR: dict[str, Callable[[Tensor], Any]] = {
-    "a list": lambda t: t.tolist(),
+    "a list": lambda t: [t.tolist()],
     "an array": lambda t: t.detach().float().numpy(),
     "None": lambda t: None,
     "a string": lambda t: "0.5",
