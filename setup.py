@@ -7,6 +7,9 @@ IPRM_KERNELS_BUILD decides what is built, never whether the build machine happen
     none    no extension: a pure Python package
     unset   cuda where there are CUDA sources, nvcc and a CUDA build of torch, else cpu, else (no compiler) none with a warning
 
+IPRM_KERNELS_SANITIZE=1 compiles the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize` alone: slow,
+and loaded only by a process that has preloaded the libraries of both. build_info()["flags"] says so.
+
 CUDA architectures are those of TORCH_CUDA_ARCH_LIST. The extension keeps to LibTorch's stable ABI from torch 2.10 on, so that
 the torch it is compiled against need not be the torch it runs with.
 """
@@ -43,7 +46,22 @@ CXX_FLAGS = [
     "-Wno-psabi",
     "-Wno-unknown-pragmas",
 ]
-
+# In the place of -O3 and -g0. Python's own flags carry -fwrapv, under which no signed overflow is one. vptr asks for the type
+# information of libtorch's classes. The assertions are libstdc++'s, of a vector's index and the like. gcc 12 says of its own
+# AVX-512 intrinsics that they read what is not initialised.
+SANITIZERS = "-fsanitize=address,undefined"
+SANITIZE_FLAGS = [
+    SANITIZERS,
+    "-fno-sanitize=vptr",
+    "-fno-wrapv",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-D_GLIBCXX_ASSERTIONS",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+    "-O1",
+    "-g",
+]
 
 # -U: torch's own flags take the conversions of 16-bit types away
 NVCC_FLAGS = [
@@ -60,6 +78,19 @@ def wanted() -> str:
     if choice not in ("", "cpu", "cuda", "none"):
         raise SystemExit(f"IPRM_KERNELS_BUILD: expected cpu, cuda or none, got {choice!r}")
     return choice
+
+
+def sanitized() -> bool:
+    choice = os.environ.get("IPRM_KERNELS_SANITIZE", "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"IPRM_KERNELS_SANITIZE: expected 0 or 1, got {choice!r}")
+    return choice == "1"
+
+
+def cxx_flags() -> list[str]:
+    if not sanitized():
+        return CXX_FLAGS
+    return [flag for flag in CXX_FLAGS if flag not in ("-O3", "-g0")] + SANITIZE_FLAGS
 
 
 def find_torch() -> bool:
@@ -106,7 +137,7 @@ def write_settings(kind: str) -> None:
 
     settings = {
         "IPRM_EXTENSION": kind,
-        "IPRM_FLAGS": " ".join(CXX_FLAGS),
+        "IPRM_FLAGS": " ".join(cxx_flags()),
         "IPRM_CUDA_VERSION": (torch.version.cuda or "") if kind == "cuda" else "",
         "IPRM_CUDA_ARCHITECTURES": os.environ["TORCH_CUDA_ARCH_LIST"] if kind == "cuda" else "",
         "IPRM_TORCH_FLOOR": TORCH_FLOOR,
@@ -131,7 +162,8 @@ def extension(kind: str):
         sources=["csrc/extension.cpp", *sources, *(cuda_sources() if kind == "cuda" else [])],
         include_dirs=[pybind11.get_include(), str(GENERATED)],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": cxx_flags(), "nvcc": NVCC_FLAGS},
+        extra_link_args=[SANITIZERS] if sanitized() else [],
     )
     # without c10 and torch_python, which hold nothing of the stable ABI
     built.libraries = [library for library in built.libraries if library in STABLE_LIBRARIES]

@@ -18,9 +18,9 @@ STABLE_TORCH_LIBRARY(iprm_cpp, m) {
       "geodesic_mixup_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor stats, float eps, "
       "Tensor(a!)? grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_w) -> ()");
   m.def("geodesic_remix(Tensor x, Tensor y, Tensor weight, Tensor stats, float eps, Tensor(a!) z) -> ()");
-  m.def("batch_kl(Tensor p_logits, Tensor q_logits, str reduction, Tensor(a!) value, Tensor(b!) stats) -> ()");
+  m.def("batch_kl(Tensor p_logits, Tensor q_logits, int reduction, Tensor(a!) value, Tensor(b!) stats) -> ()");
   m.def(
-      "batch_kl_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor stats, str reduction, "
+      "batch_kl_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor stats, int reduction, "
       "Tensor(a!)? grad_p, Tensor(b!)? grad_q) -> ()");
   m.def("batch_kl_pair(Tensor p_logits, Tensor other_logits, Tensor q_logits, Tensor(a!) kl) -> ()");
   m.def("strength_weights(Tensor kl, Tensor(a!) strength) -> ()");

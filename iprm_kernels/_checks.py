@@ -12,8 +12,10 @@ from torch.distributed import ProcessGroup
 
 from .dtypes import FLOATING, arithmetic_dtype
 
-#: The smallest eps: 1 / eps² enters gradients, and must be representable.
-SMALLEST_EPS = {torch.float32: 1e-18, torch.float64: 1e-150}
+#: The smallest and the largest eps: 1 / eps² enters gradients, and must be representable.
+EPS_RANGE = {torch.float32: (1e-18, 1e18), torch.float64: (1e-150, 1e150)}
+#: The largest finite weight.
+LARGEST_WEIGHT = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 
 def rows(name: str, value: Any, shape: str = "(..., D)") -> None:
@@ -22,8 +24,16 @@ def rows(name: str, value: Any, shape: str = "(..., D)") -> None:
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
+    dense(name, value)
     if value.dim() < 1 or value.shape[-1] < 1:
         raise ValueError(f"{name}: expected shape {shape} with a last dimension of at least 1, got {tuple(value.shape)}")
+
+
+def dense(name: str, value: Tensor) -> None:
+    """`value` has elements at strides: it is neither sparse, nor nested, nor in a layout of a library's own."""
+    if value.layout is not torch.strided or value.is_nested:
+        came = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: expected a dense tensor (layout torch.strided), got {came}")
 
 
 def matrix(name: str, value: Any, shape: str = "(B, D)") -> None:
@@ -54,9 +64,11 @@ def epsilon(eps: Any, like: Tensor) -> float:
         raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
     if not (0 < eps < math.inf):
         raise ValueError(f"eps: expected a positive finite number, got {eps}")
-    smallest = SMALLEST_EPS[arithmetic_dtype(like.dtype)]
+    smallest, largest = EPS_RANGE[arithmetic_dtype(like.dtype)]
     if eps < smallest:
         raise ValueError(f"eps: expected at least {smallest} for {like.dtype}, got {eps}")
+    if eps > largest:
+        raise ValueError(f"eps: expected at most {largest} for {like.dtype}, got {eps}")
     return float(eps)
 
 
@@ -68,6 +80,7 @@ def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
     if isinstance(weight, Tensor):
         if not weight.is_floating_point():
             raise TypeError(f"weight: expected a floating tensor, got {weight.dtype}")
+        dense("weight", weight)
         if weight.device != like.device:
             raise ValueError(f"weight: expected the device of x, {like.device}, got {weight.device}")
         if weight.dim() != 0 and weight.shape != lead:
@@ -78,7 +91,10 @@ def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
         raise TypeError(f"weight: expected a float or a tensor, got {type(weight).__name__}")
     if not -math.inf < weight < math.inf:  # and not math.isfinite, which torch.compile cannot trace
         raise ValueError(f"weight: expected a finite number, got {weight}")
-    return torch.full((), weight, dtype=arithmetic_dtype(like.dtype), device=like.device)
+    dtype = arithmetic_dtype(like.dtype)
+    if not -LARGEST_WEIGHT[dtype] <= weight <= LARGEST_WEIGHT[dtype]:
+        raise ValueError(f"weight: expected a number that is finite in {dtype}, got {weight}")
+    return torch.full((), weight, dtype=dtype, device=like.device)
 
 
 # the head step
@@ -113,6 +129,8 @@ def linear_heads(heads: Mapping[str, Any], x: Tensor, autocast: bool) -> None:
             raise TypeError(f"{name}: expected (weight (C, D), bias (C,) or None), got {came}")
         weight, bias = head
         matrix(f"{name} weight", weight, "(C, D)")
+        if weight.shape[0] < 1:
+            raise ValueError(f"{name} weight: expected shape (C, D) with C at least 1, got {tuple(weight.shape)}")
         classes = weight.shape[0] if classes is None else classes
         if weight.shape != (classes, x.shape[1]):
             raise ValueError(f"{name} weight: expected shape {(classes, x.shape[1])}, got {tuple(weight.shape)}")
@@ -132,6 +150,8 @@ def _fits(head: Any, classes: int, x: Tensor) -> bool:
         isinstance(weight, Tensor)
         and isinstance(bias, Tensor)
         and weight.dtype == bias.dtype == x.dtype
+        and weight.layout == bias.layout == x.layout
+        and not (weight.is_nested or bias.is_nested)
         and weight.device == bias.device == x.device
         and weight.shape == (classes, x.shape[1])
         and bias.shape == (classes,)
@@ -144,6 +164,7 @@ def target(value: Any, x: Tensor) -> None:
         raise TypeError(f"target: expected an int64 tensor (B,), got {type(value).__name__}")
     if value.dtype != torch.int64:
         raise TypeError(f"target: expected int64 class indices, got {value.dtype}")
+    dense("target", value)
     if value.shape != x.shape[:1]:
         raise ValueError(f"target: expected shape {tuple(x.shape[:1])}, got {tuple(value.shape)}")
     if value.device != x.device:
@@ -170,6 +191,8 @@ def cross_entropy_options(label_smoothing: Any, ignore_index: Any) -> None:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index}")
 
 
 def process_group(group: Any) -> None:

@@ -71,7 +71,9 @@ def probe_rebalance(
             logits_x, logits_y, probe = autocast.widest(logits_x, logits_y, probe)
         kl = all_reduce_sum(batch_kl_pair(logits_x, logits_y, probe), group)
         strength = strength_weights(kl)
-    return ProbeResult(head(remix(strength[0])), strength, kl)
+    logits = head(remix(strength[0]))
+    _check_output(logits, logits_x)
+    return ProbeResult(logits, strength, kl)
 
 
 def _check_probe(x: Tensor, y: Tensor, logits_x: Tensor, logits_y: Tensor, head: Any) -> None:
@@ -91,6 +93,7 @@ def _check_probe(x: Tensor, y: Tensor, logits_x: Tensor, logits_y: Tensor, head:
 def _check_output(probe: Any, logits_x: Tensor) -> None:
     if not isinstance(probe, Tensor):
         raise TypeError(f"head: expected an output tensor (B, C), got {type(probe).__name__}")
+    _checks.dense("head", probe)
     if probe.shape != logits_x.shape:
         raise ValueError(
             f"head: expected an output of the shape of logits_x, {tuple(logits_x.shape)}, got {tuple(probe.shape)}"

@@ -64,6 +64,7 @@ KERNELS = (
     "head_pairs_backward",
 )
 PROBE, REBALANCE = 1, 2
+REDUCTIONS = ("sum", "mean", "none")
 
 
 class Choice(NamedTuple):
@@ -143,8 +144,16 @@ def _load_cpp() -> _Loaded:
             "with IPRM_KERNELS_BUILD=cpu to make a failed build an error"
         )
         return _Loaded(None, (), reason)
-    ops = torch.ops.iprm_cpp
-    return _Loaded(SimpleNamespace(**{name: getattr(ops, name).default for name in KERNELS}), ("cpu",), "")
+    ops = {name: getattr(torch.ops.iprm_cpp, name).default for name in KERNELS}
+    by_place, backward_by_place = ops["batch_kl"], ops["batch_kl_backward"]  # they take no string, see divergence.cpp
+
+    def batch_kl(p_logits: Any, q_logits: Any, reduction: str, *outputs: Any) -> None:
+        by_place(p_logits, q_logits, REDUCTIONS.index(reduction), *outputs)
+
+    def batch_kl_backward(grad: Any, p_logits: Any, q_logits: Any, stats: Any, reduction: str, *outputs: Any) -> None:
+        backward_by_place(grad, p_logits, q_logits, stats, REDUCTIONS.index(reduction), *outputs)
+
+    return _Loaded(SimpleNamespace(**{**ops, "batch_kl": batch_kl, "batch_kl_backward": batch_kl_backward}), ("cpu",), "")
 
 
 def _load_triton() -> _Loaded:

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from . import _checks, autocast
 from ._library import register
-from .backends import kernels
+from .backends import REDUCTIONS, kernels
 from .dtypes import arithmetic_dtype
-
-REDUCTIONS = ("sum", "mean", "none")
 
 
 def batch_kl(p_logits: Tensor, q_logits: Tensor, *, reduction: str = "sum") -> Tensor:
@@ -42,7 +40,7 @@ def batch_kl(p_logits: Tensor, q_logits: Tensor, *, reduction: str = "sum") -> T
     _checks.matrix("p_logits", p_logits, "(B, C)")
     _checks.matrix("q_logits", q_logits, "(B, C)")
     _checks.alike("q_logits", q_logits, "p_logits", p_logits, autocast=casting)
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if casting:
         p_logits, q_logits = autocast.widest(p_logits, q_logits)

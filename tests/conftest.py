@@ -26,6 +26,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # poison and backend outlive an example by design
 )
 hypothesis.settings.load_profile("repeatable")
+hypothesis.settings.register_profile("fuzz", hypothesis.settings.get_profile("repeatable"), max_examples=600)  # make fuzz
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -208,6 +208,33 @@ def test_what_cannot_be_built_is_refused(source: Path, build: Build, choice: str
     assert re.search(message, result.stdout), result.stdout[-4000:]
 
 
+def test_an_unknown_choice_of_sanitizers_is_refused(source: Path, build: Build) -> None:
+    result = build("wheel", source, "cpu", IPRM_KERNELS_SANITIZE="thread")
+    assert result.returncode != 0
+    assert "IPRM_KERNELS_SANITIZE: expected 0 or 1, got 'thread'" in result.stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize(("choice", "instrumented"), [("1", True), ("0", False), ("", False)])
+def test_sanitizers_come_and_optimisation_goes_by_one_variable(
+    source: Path, tmp_path: Path, choice: str, instrumented: bool
+) -> None:
+    """Seen by a compiler that compiles nothing and says how it was called."""
+    calls = tmp_path / "calls"
+    compiler = tmp_path / "compiler"
+    real = os.environ.get("CXX", "c++")  # for torch, which asks the compiler what it is
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *.cpp*) echo "$@" >> {calls}; exit 1;; *) exec {real} "$@";; esac\n')
+    compiler.chmod(0o755)
+    command = ["setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "objects")]
+    assert python(command, source, "cpu", CXX=str(compiler), IPRM_KERNELS_SANITIZE=choice).returncode != 0
+    ours = calls.read_text().split("-std=c++20", 1)[1]
+    settings = (source / "build" / "generated" / "build_settings.h").read_text()
+    for text in (ours, settings):
+        assert ("-fsanitize=address,undefined" in text) == instrumented
+        assert ("-O1 -g" in text) == instrumented
+    assert ("-O3" in settings) != instrumented
+
+
 @needs_compiler
 @pytest.mark.parametrize("choice", ["cpu", None])
 def test_a_failed_compilation_is_an_error(source: Path, build: Build, choice: str | None) -> None:
@@ -238,7 +265,7 @@ def test_make_builds_again_after_any_change_to_a_source(source: Path) -> None:
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["demo", "test", "bench", "clean"])
+@pytest.mark.parametrize("target", ["demo", "test", "fuzz", "sanitize", "bench", "clean"])
 def test_make_names_files_that_exist(source: Path, target: str) -> None:
     recipe = subprocess.check_output(["make", "-n", target], cwd=source, text=True)
     for name in re.findall(r"(?:^|\s)((?:tests|benchmarks)/\S+|\S+\.(?:py|txt))", recipe):

@@ -111,11 +111,11 @@ struct SlerpWeight {
   // 2 radians, nothing cancels and the series would alternate.
   IPRM_INLINE V dc(const Angle<T, V>& angle) const {
     const V closed = (angle.c * sine - s * cosine * angle.sine) / (angle.sine * angle.sine * angle.sine);
-    V sum = V{}, a = V{} + T(1), power = V{} + T(1);
+    V sum = V{}, term = V{} + T(1);  // a_n h^(n-1), which stays small where a_n alone would overflow
     for (int n = 1; n <= SlerpLimits<T>::kSeriesTerms; ++n) {
-      a = a * ((T(n * n) - s * s) * (T(1) / (T(n) * (T(n) + T(0.5)))));
-      sum = sum + T(n) * a * power;
-      power = power * angle.h;
+      term = term * ((T(n * n) - s * s) * (T(1) / (T(n) * (T(n) + T(0.5)))));
+      sum = sum + T(n) * term;
+      term = term * angle.h;
     }
     const V series = T(-0.5) * s * sum;
     const V slope = (angle.h < kSeriesBelow<T>) & (s * s * angle.h < T(1)) ? series : closed;

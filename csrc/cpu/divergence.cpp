@@ -1,7 +1,6 @@
 // batch_kl and strength_weights on the CPU. No softmax is written: a row's maximum and sum are taken, then its terms.
 #include <cstring>
 #include <memory>
-#include <string>
 
 #include "../core/strength.h"
 #include "rows.h"
@@ -32,14 +31,18 @@ struct KlBackwardArgs {
 namespace iprm {
 namespace {
 
+// Places in REDUCTIONS of iprm_kernels/backends.py, after "sum". A number and no string: of each that comes through the stable ABI
+// torch 2.13 loses one (ToImpl<std::string>), 48 bytes a call and more.
+constexpr int64_t kMean = 1, kNone = 2;
+
 void batch_kl(
-    const Tensor& p_logits, const Tensor& q_logits, const std::string& reduction, const Tensor& value, const Tensor& stats) {
+    const Tensor& p_logits, const Tensor& q_logits, int64_t reduction, const Tensor& value, const Tensor& stats) {
   const int64_t rows = p_logits.size(0), columns = p_logits.size(1);
   const ScalarType dtype = p_logits.scalar_type(), arithmetic = arithmetic_type(dtype);
   check_matrix(p_logits, "p_logits", rows, columns, dtype);
   check_matrix(q_logits, "q_logits", rows, columns, dtype);
   check_output(stats, "stats", 5, rows, arithmetic);
-  if (reduction == "none") check_output(value, "value", rows, arithmetic);
+  if (reduction == kNone) check_output(value, "value", rows, arithmetic);
   else check_scalar(value, "value", arithmetic);
   const KlArgs args{MatrixView(p_logits), MatrixView(q_logits), stats.mutable_data_ptr(), rows, columns};
   dispatch_type(dtype, [&]<class T>() {
@@ -47,8 +50,8 @@ void batch_kl(
     const auto kernel = IPRM_BEST(batch_kl_rows<T>);
     parallel_rows(rows, kExpCost * columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
     const S* kl = output<S>(stats) + 4 * rows;
-    if (reduction == "none") std::copy_n(kl, rows, output<S>(value));
-    else *output<S>(value) = S(ordered_sum(kl, rows) / (reduction == "mean" ? double(rows) : 1.0));
+    if (reduction == kNone) std::copy_n(kl, rows, output<S>(value));
+    else *output<S>(value) = S(ordered_sum(kl, rows) / (reduction == kMean ? double(rows) : 1.0));
   });
 }
 
@@ -78,21 +81,21 @@ void batch_kl_backward(
     const Tensor& p_logits,
     const Tensor& q_logits,
     const Tensor& stats,
-    const std::string& reduction,
+    int64_t reduction,
     const std::optional<Tensor>& grad_p,
     const std::optional<Tensor>& grad_q) {
   const int64_t rows = p_logits.size(0), columns = p_logits.size(1);
   const ScalarType dtype = p_logits.scalar_type(), arithmetic = arithmetic_type(dtype);
-  if (reduction == "none") check_vector(grad, "grad", rows, arithmetic);
+  if (reduction == kNone) check_vector(grad, "grad", rows, arithmetic);
   else check_scalar(grad, "grad", arithmetic);
   check_matrix(p_logits, "p_logits", rows, columns, dtype);
   check_matrix(q_logits, "q_logits", rows, columns, dtype);
   check_output(stats, "stats", 5, rows, arithmetic);
   if (grad_p) check_output(*grad_p, "grad_p", rows, columns, dtype);
   if (grad_q) check_output(*grad_q, "grad_q", rows, columns, dtype);
-  const int64_t grad_stride = reduction == "none" ? grad.stride(0) : 0;
+  const int64_t grad_stride = reduction == kNone ? grad.stride(0) : 0;
   const KlBackwardArgs args{
-      grad.const_data_ptr(), grad_stride, reduction == "mean" ? 1.0 / double(rows) : 1.0, MatrixView(p_logits),
+      grad.const_data_ptr(), grad_stride, reduction == kMean ? 1.0 / double(rows) : 1.0, MatrixView(p_logits),
       MatrixView(q_logits), stats.const_data_ptr(), output<void>(grad_p), output<void>(grad_q), rows, columns};
   dispatch_type(dtype, [&]<class T>() {
     const auto kernel = IPRM_BEST(batch_kl_backward_rows<T>);

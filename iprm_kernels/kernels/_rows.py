@@ -133,13 +133,12 @@ def slerp(s, c):
     ds = tl.where(at_one, 1.0, theta * cosine / sine_theta)
     # ∂S/∂c: near c = 1 the closed form cancels like θ³, and the series of the reference takes its place
     closed = (clamped * sine - s * cosine * sine_theta) / (sine_theta * sine_theta * sine_theta)
-    a = tl.full(h.shape, 1.0, h.dtype)
-    power = tl.full(h.shape, 1.0, h.dtype)
+    term = tl.full(h.shape, 1.0, h.dtype)
     series = tl.zeros(h.shape, h.dtype)
     for n in tl.static_range(TERMS):
-        a = a * ((n + 1) * (n + 1) - s * s) * (1 / ((n + 1) * (n + 1.5)))
-        series = series + (n + 1) * a * power
-        power = power * h
+        term = term * ((n + 1) * (n + 1) - s * s) * (1 / ((n + 1) * (n + 1.5)))
+        series = series + (n + 1) * term
+        term = term * h
     dc = tl.where((h < SERIES_BELOW) & (s * s * h < 1), -0.5 * s * series, closed)
     return value, ds, tl.where(c <= floor, 0.0, dc)
 

@@ -53,13 +53,18 @@ def slerp_weight_dc(s: Tensor, c: Tensor) -> Tensor:
     theta = 2 * torch.atan2(h.sqrt(), k.sqrt())
     sine = 2 * (h * k).sqrt()
     closed = (clamped * torch.sin(s * theta) - s * torch.cos(s * theta) * sine) / sine**3
-    series, a, power = torch.zeros_like(h), torch.ones_like(h), torch.ones_like(h)
+    series, term = torch.zeros_like(h), torch.ones_like(h)  # aₙ hⁿ⁻¹, which stays small where aₙ alone would overflow
     for n in range(SERIES_TERMS[c.dtype]):
-        a = a * ((n + 1) ** 2 - s * s) / ((n + 1) * (n + 1.5))
-        series = series + (n + 1) * a * power
-        power = power * h
+        term = term * ((n + 1) ** 2 - s * s) / ((n + 1) * (n + 1.5))
+        series = series + (n + 1) * term
+        term = term * h
     value = torch.where((h < SERIES_BELOW) & (s * s * h < 1), -0.5 * s * series, closed)
     return torch.where(c <= floor, torch.zeros_like(c), value)
+
+
+def row_norm(rows: Tensor) -> Tensor:
+    """‖x‖, infinite where the squared length overflows: of one column torch would take no square.  (B, D) -> (B,)"""
+    return rows.norm(dim=1) if rows.shape[1] > 1 else rows.square().sum(1).sqrt()
 
 
 def inverse_norm(norm: Tensor, eps: float) -> Tensor:
@@ -75,7 +80,7 @@ def live_inverse_norm(norm: Tensor, eps: float) -> Tensor:
 def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x̂ = x / max(‖x‖, eps).  (B, D) -> (B, D), norm (B,)"""
     rows = x.to(arithmetic_dtype(x.dtype))
-    norm = rows.norm(dim=1)
+    norm = row_norm(rows)
     return (rows * inverse_norm(norm, eps)[:, None]).to(x.dtype), norm
 
 

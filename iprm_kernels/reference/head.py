@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..dtypes import arithmetic_dtype
 from .divergence import batch_kl_pair, strength_weights
-from .geodesic import inverse_norm, live_inverse_norm, slerp_weight, slerp_weight_dc
+from .geodesic import inverse_norm, live_inverse_norm, row_norm, slerp_weight, slerp_weight_dc
 
 EPS = 1e-12  # the smallest length divided by, as in `normalize`
 
@@ -82,7 +82,7 @@ def head_probe(
     stats, projected, sums = [], [], []
     for k, (i, j) in enumerate(pairs_of(pairs)):
         x, y, weight = wide[i], wide[j], weights[k].to(dtype)
-        x_norm, y_norm = x.norm(dim=1), y.norm(dim=1)
+        x_norm, y_norm = row_norm(x), row_norm(y)
         c = (x * y).sum(1) * (inverse_norm(x_norm, EPS) * inverse_norm(y_norm, EPS))
         stats.append(torch.stack([x_norm, y_norm, c]))
         projected.append(torch.stack([x @ weight.T, y @ weight.T]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iprm_kernels._checks import dense
 from iprm_kernels.collectives import joint_sums, weighted
 
 from .output import FusionOutput
@@ -33,7 +34,7 @@ class FusionModule(nn.Module, ABC):
 
     def __init__(self, feature_dim: int | Mapping[str, int], num_classes: int, modalities: Sequence[str]) -> None:
         super().__init__()
-        self.modalities = _checked_modalities(modalities, self.minimum_modalities)
+        self.modalities = checked_modalities(modalities, self.minimum_modalities)
         self.widths = _checked_widths(feature_dim, self.modalities)
         if not _is_integer(num_classes):
             raise TypeError(f"num_classes: expected an integer, got {num_classes!r}")
@@ -105,6 +106,7 @@ class FusionModule(nn.Module, ABC):
     def _checked_target(self, target: Tensor, like: Tensor) -> Tensor:
         if not isinstance(target, Tensor):
             raise TypeError(f"target: expected a tensor (B,) of class indices, got {type(target).__name__}")
+        dense("target", target)
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise TypeError(f"target: expected integer class indices, got {target.dtype}")
         if target.shape != like.shape[:1]:
@@ -147,8 +149,9 @@ def _is_integer(value: object) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
 
 
-def _checked_modalities(modalities: Sequence[str], minimum: int) -> tuple[str, ...]:
-    if isinstance(modalities, str) or not all(isinstance(name, str) for name in modalities):
+def checked_modalities(modalities: Sequence[str], minimum: int) -> tuple[str, ...]:
+    """The names as a tuple, once they were found to be names, different ones, and enough of them."""
+    if not isinstance(modalities, Iterable) or isinstance(modalities, str) or not all(isinstance(m, str) for m in modalities):
         raise TypeError(f"modalities: expected a sequence of names, got {modalities!r}")
     names = tuple(modalities)
     if len(names) < minimum:
@@ -192,6 +195,7 @@ def _out_of_range(target: Tensor, classes: int) -> Tensor:
 def _check_features(name: str, x: Tensor, width: int, parameter: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor (B, {width}), got {type(x).__name__}")
+    dense(name, x)
     if x.dim() != 2 or x.shape[1] != width:
         raise ValueError(f"{name}: expected shape (B, {width}), got {tuple(x.shape)}")
     if x.device != parameter.device:

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .base import FusionModule
+from .checkpoint import read_checkpoint
+from .data.loading import Loader
 from .info import chosen_backends
 from .measurement import SplitMeasurement
+from .suggest import InputError
 from .trainer import FusionClassifier
 from .versions import versions
 
@@ -117,9 +119,9 @@ def _has_best(callback: ModelCheckpoint) -> bool:
 
 def _load(path: str) -> dict[str, Any] | None:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        rank_zero_warn(f"Diagnostics: {path} cannot be read, the last weights are measured: {error}")
+        return read_checkpoint(path)
+    except InputError as error:
+        rank_zero_warn(f"Diagnostics: the last weights are measured: {error}")
         return None
 
 
@@ -127,7 +129,10 @@ def _batches(trainer: L.Trainer) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """The validation split on the model's device; all of it, where the processes of a run have divided it."""
     loader: Any = trainer.val_dataloaders
     count = trainer.num_val_batches[0]
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
+    if isinstance(loader, Loader):
+        count *= trainer.world_size
+        loader = loader.undivided()
+    elif isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
         count *= trainer.world_size
         loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
     for batch in itertools.islice(loader, None if count == math.inf else int(count)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -82,3 +84,10 @@ def test_a_single_array_is_told_from_an_archive(tmp_path):
 def test_a_missing_file_is_named():
     with pytest.raises(InputError, match=r"/nowhere\.npz: there is no such file"):
         _ = make_data("features", path="/nowhere.npz").splits
+
+
+def test_an_entry_that_is_no_array_is_named(tmp_path):
+    with zipfile.ZipFile(save(tmp_path, arrays()), "a") as file:
+        file.writestr("notes.txt", "features of our encoders")
+    with pytest.raises(InputError, match=r"features\.npz: array 'notes\.txt' is broken: the magic string is not correct"):
+        _ = make_data("features", path=str(tmp_path / "features.npz")).splits

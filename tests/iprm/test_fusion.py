@@ -300,6 +300,7 @@ def test_two_processes_measure_the_joined_batch(options, tmp_path):
         ({"ema_start": "late"}, ValueError, "ema_start: expected one of 'paper', 'released'"),
         ({"modalities": ("x",)}, ValueError, "modalities: expected at least 2, got 1"),
         ({"modalities": "xy"}, TypeError, "modalities: expected a sequence of names"),
+        ({"modalities": None}, TypeError, "modalities: expected a sequence of names, got None"),
         ({"modalities": ("x", "x")}, ValueError, "modalities: expected different names"),
         ({"modalities": ("x", "mix")}, ValueError, "modalities: 'mix' cannot name a modality"),
         ({"modalities": ("a", "b_c", "a_b", "c")}, ValueError, "modalities: names whose pairs are distinct"),
@@ -324,6 +325,7 @@ def test_constructor_errors(arguments, error, message):
         (lambda f: f.update(y=f["y"][:3]), ValueError, r"features\['y'\]: expected a batch of 16"),
         (lambda f: f.update(y=f["y"].double()), TypeError, r"features\['y'\]: expected the dtype of the parameters"),
         (lambda f: f.update(y=f["y"].to("meta")), ValueError, r"features\['y'\]: expected the device of the parameters"),
+        (lambda f: f.update(y=f["y"].to_sparse()), TypeError, r"features\['y'\]: expected a dense tensor"),
         (lambda f: f.update(y=[1.0]), TypeError, r"features\['y'\]: expected a tensor \(B, 12\), got list"),
     ],
 )
@@ -343,6 +345,7 @@ def test_feature_errors_leave_the_state(change, error, message):
         (lambda t: t[:3], ValueError, r"target: expected shape \(16,\), got \(3,\)"),
         (lambda t: t.index_fill(0, torch.tensor(2), C), ValueError, r"target: expected labels in \[0, 5\), got 5 in row 2"),
         (lambda t: t.tolist(), TypeError, "target: expected a tensor"),
+        (lambda t: t.to_sparse(), TypeError, "target: expected a dense tensor"),
         (lambda t: t.to("meta"), ValueError, "target: expected the device of the features"),
     ],
 )

@@ -96,6 +96,7 @@ def test_unimodal_says_what_it_misses():
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
+        (None, {}, TypeError, "method: expected a name, got None"),
         ("concta", {}, ValueError, "method: expected one of .*did you mean 'concat'"),
         ("unimodal-z", {}, ValueError, "did you mean 'unimodal-"),
         ("iprm", {"alhpa": 0.5}, TypeError, "option of 'iprm'.*did you mean 'alpha'"),

@@ -14,6 +14,7 @@ from iprm_kernels.backends import KERNELS, kernels
 X = torch.ones(2, 3)
 META = torch.ones(2, 3, device="meta")
 KL = torch.ones(2)
+NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 
 def mixup(x: Any = X, y: Any = X, weight: Any = 0.5, **options: Any) -> Any:
@@ -46,6 +47,20 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ik.normalize(X, eps=0.0), ValueError, r"eps: expected a positive finite number, got 0\.0"),
     (lambda: ik.normalize(X, eps=float("nan")), ValueError, r"eps: expected a positive finite number, got nan"),
     (lambda: ik.normalize(X, eps=1e-30), ValueError, r"eps: expected at least 1e-18 for torch\.float32, got 1e-30"),
+    (lambda: ik.normalize(X, eps=1e39), ValueError, r"eps: expected at most 1e\+18 for torch\.float32, got 1e\+39"),
+    (lambda: ik.normalize(X, eps=10**400), ValueError, r"eps: expected at most 1e\+18 for torch\.float32, got 1000"),
+    (lambda: ik.normalize(X.to_sparse()), TypeError, r"x: expected a dense tensor .*, got torch\.sparse_coo"),
+    (lambda: ik.normalize(X.to_sparse_csr()), TypeError, r"x: expected a dense tensor .*, got torch\.sparse_csr"),
+    (lambda: ik.normalize(NESTED), TypeError, r"x: expected a dense tensor .*, got a nested tensor"),
+    (lambda: mixup(weight=torch.ones(2).to_sparse()), TypeError, r"weight: expected a dense tensor .*, got torch\.sparse_coo"),
+    (lambda: mixup(weight=1e39), ValueError, r"weight: expected a number that is finite in torch\.float32, got 1e\+39"),
+    (lambda: mixup(weight=10**400), ValueError, r"weight: expected a number that is finite in torch\.float32, got 1000"),
+    (lambda: kl(reduction=X.numpy()), ValueError, r"reduction: expected one of sum, mean, none, got array"),
+    (lambda: step(X, X, (HEAD[0][:0], None), HEAD, HEAD), ValueError, r"head_x weight: .*with C at least 1, got \(0, 3\)"),
+    (lambda: step(X, X, HEAD, (HEAD[0], NESTED), HEAD), TypeError, r"head_y bias: expected a dense tensor"),
+    (lambda: step(X, X, HEAD, HEAD, (HEAD[0].to_sparse(), HEAD[1])), TypeError, r"head_mix weight: expected a dense tensor"),
+    (lambda: step(target=T.to_sparse()), TypeError, r"target: expected a dense tensor .*, got torch\.sparse_coo"),
+    (lambda: step(ignore_index=2**70), ValueError, r"ignore_index: expected an integer of 64 bits, got 1180591620717411303424"),
     (lambda: ik.normalize(X, eps="1"), TypeError, r"eps: expected a float, got str"),
     (lambda: ik.normalize(X, eps=True), TypeError, r"eps: expected a float, got bool"),
     (lambda: mixup(x=None), TypeError, r"x: expected a tensor \(\.\.\., D\), got NoneType"),
@@ -133,9 +148,16 @@ def test_label_out_of_range(backend: str, shift: int, message: str) -> None:
     [
         (torch.nn.Identity(), ValueError, r"head: expected an output of the shape of logits_x, \(2, 4\), got \(2, 3\)"),
         (lambda z: z.tolist(), TypeError, r"head: expected an output tensor \(B, C\), got list"),
+        (lambda z: LOGITS.to_sparse(), TypeError, r"head: expected a dense tensor .*, got torch\.sparse_coo"),
         (lambda z: LOGITS.double(), TypeError, r"head: expected the dtype of logits_x, torch\.float32, got torch\.float64"),
     ],
 )
 def test_wrong_output_of_a_head(head: Callable[..., Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         probe(head=head)
+
+
+def test_the_second_output_of_a_head_is_looked_at_too() -> None:
+    outputs = iter([LOGITS, None])
+    with pytest.raises(TypeError, match=r"^head: expected an output tensor \(B, C\), got NoneType"):
+        probe(head=lambda z: next(outputs))

@@ -113,6 +113,21 @@ def test_weight_beyond_the_ends_continues_the_circle(place: Place) -> None:
     torch.testing.assert_close(ik.geodesic_mixup(x, y, -1.0), -x, rtol=0, atol=1e-6)
 
 
+@FLOATS
+@pytest.mark.parametrize("weight", [30.0, 1e3, 1e6])
+def test_identical_vectors_have_finite_gradients_by_any_weight(place: Place, dtype: torch.dtype, weight: float) -> None:
+    """The coefficients of the series of ∂S/∂c overflow, their products with powers of h = 0 do not. In one column ŷ = x̂."""
+    x = torch.full((3, 1), 2.0, dtype=dtype, device=place.device)
+    _, dx, dy, _ = gradients(x, x, torch.full((3,), weight, dtype=arithmetic_dtype(dtype), device=place.device), x / 2)
+    assert dx.isfinite().all()
+    assert dy.isfinite().all()
+
+
+def test_one_column_overflows_as_many_do(place: Place) -> None:
+    x = torch.tensor([[1e38], [1.0]], device=place.device)
+    assert ik.normalize(x).isnan().tolist() == [[True], [False]]
+
+
 # rows that are dead or not finite
 
 

@@ -84,3 +84,38 @@ class TestPeak:
     def test_the_measurement_sees_temporaries(self) -> None:
         """Plain torch, which makes many (B, D) temporaries, is caught by the same measurement."""
         assert extra_bytes("reference", 8192) > 5 * 8192 * 1024 * 4
+
+
+REPEAT = """
+import torch, iprm_kernels as ik
+
+def resident():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+torch.set_num_threads(1)
+x, y = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+heads, target = [(torch.randn(3, 6), torch.randn(3))] * 3, torch.zeros(4, dtype=torch.int64)
+calls = {
+    "geodesic_mixup": lambda: ik.geodesic_mixup(x, y, 0.3).sum(),
+    "batch_kl": lambda: ik.batch_kl(x, y),
+    "strength_weights": lambda: ik.strength_weights(x[0])[0],
+    "linear_probe_rebalance": lambda: ik.linear_probe_rebalance(x, y, *heads, target, 0.3).loss,
+    "linear_probe_rebalance_pairs": lambda: ik.linear_probe_rebalance_pairs([x, y, x], heads, heads, target, 0.3).loss,
+}
+for name, call in calls.items():
+    for count in (1000, 5000):
+        before = resident()
+        for _ in range(count):
+            torch.autograd.grad(call(), x)
+    print(name, (resident() - before) // count)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_calls_leave_nothing_behind() -> None:
+    """No call of 5,000 leaves 32 bytes; a string that went through the stable ABI left 48 each way."""
+    if not ik.backends()["cpp"].available:
+        pytest.skip(str(ik.backends()["cpp"]))
+    lines = subprocess.check_output([sys.executable, "-c", REPEAT], text=True).splitlines()
+    assert len(lines) == 5
+    assert not [line for line in lines if int(line.split()[1]) >= 32]

@@ -37,7 +37,8 @@ def magnitudes(inputs: dict, truth: dict[str, Truth]) -> dict[str, Tensor]:
     i = {name: t.double() if isinstance(t, Tensor) else t for name, t in inputs.items()}
     logits = {m: truth[f"logits_{m}"].high for m in ("mix", "x", "y")}
     batch, classes = logits["mix"].shape
-    norms = {m: i[m].norm(dim=1) for m in "xy"}
+    norms = {m: i[m].norm(dim=1).clamp(min=reference.head.EPS) for m in "xy"}
+    live = {m: torch.where(i[m].norm(dim=1) > reference.head.EPS, norms[m], torch.inf) for m in "xy"}
     cosine = sum((i["x"] / norms["x"][:, None] * i["y"] / norms["y"][:, None]).T)
     unit = sum(
         reference.slerp_weight(truth["strength"].high[k].expand(batch), cosine)[:, None] * i[m].abs() / norms[m][:, None]
@@ -48,7 +49,7 @@ def magnitudes(inputs: dict, truth: dict[str, Truth]) -> dict[str, Tensor]:
     rows = {m: value.amax(1) for m, value in terms.items()}
 
     # |∂/∂logits| by element: a softmax and a label over the batch, and what came to the logits themselves
-    label = torch.nn.functional.one_hot(inputs["target"], classes)
+    label = torch.nn.functional.one_hot(inputs["target"].clamp(min=0), classes)
     grads = {m: (value.softmax(1) + label) / batch for m, value in logits.items()}
     grads["mix"] = grads["mix"] + heads.weights((batch, classes), torch.float64)
     kl = truth["kl"].high[:, 0]
@@ -61,7 +62,7 @@ def magnitudes(inputs: dict, truth: dict[str, Truth]) -> dict[str, Tensor]:
         "losses": means,
         "kl": kl_terms,
         "strength": (strength.prod() * (kl_terms / kl).sum() + strength),
-        **{m: grads["mix"].norm(dim=1) * i["weight_mix"].norm() / norms[m] + (grads[m] @ i[f"weight_{m}"].abs()).amax(1)
+        **{m: grads["mix"].norm(dim=1) * i["weight_mix"].norm() / live[m] + (grads[m] @ i[f"weight_{m}"].abs()).amax(1)
            for m in "xy"},
         **{f"weight_{m}": (grads[m].T @ i[m].abs()).amax(1) for m in "xy"},
         "weight_mix": (grads["mix"].T @ unit).amax(1),

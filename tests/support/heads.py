@@ -55,18 +55,23 @@ def call(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
     )
 
 
-def two_pass(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
-    """The same step as it reads, in plain torch: a probe through the mixed head, a second mixture, autograd."""
+def any_head(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
+    """The same step by `probe_rebalance`, the backend's, and plain torch: two passes through the mixed head, autograd."""
     x, y, target = arguments["x"], arguments["y"], arguments["target"]
     own = {m: F.linear(arguments[m], arguments[f"weight_{m}"], arguments[f"bias_{m}"]) for m in "xy"}
-    with ik.use_backend("reference"):
-        mixed = ik.probe_rebalance(
-            x, y, own["x"], own["y"],
-            lambda z: F.linear(z, arguments["weight_mix"], arguments["bias_mix"]), arguments["weight"],
-        )  # fmt: skip
+    mixed = ik.probe_rebalance(
+        x, y, own["x"], own["y"],
+        lambda z: F.linear(z, arguments["weight_mix"], arguments["bias_mix"]), arguments["weight"],
+    )  # fmt: skip
     wide = arithmetic_dtype(x.dtype)
     losses = torch.stack([F.cross_entropy(z.to(wide), target, **options) for z in (mixed.logits, own["x"], own["y"])])
     return ik.StepResult(losses.sum(), losses, mixed.logits, own["x"], own["y"], mixed.strength, mixed.kl)
+
+
+def two_pass(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
+    """The same step as it reads, in plain torch."""
+    with ik.use_backend("reference"):
+        return any_head(arguments, **options)
 
 
 def run(

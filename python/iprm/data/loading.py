@@ -29,11 +29,12 @@ class JointBatches(DistributedSampler[Any]):
         shuffle: a new order every epoch, drawn from seed and epoch alone; a rest of fewer than two rows a process, too few to
             normalise over, is left out of that epoch. Otherwise in order, and whole.
         seed: of the order.
+        divided: among processes; else each has all rows.
     """
 
-    def __init__(self, rows: int, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> None:
+    def __init__(self, rows: int, batch_size: int, *, shuffle: bool = False, seed: int = 0, divided: bool = True) -> None:
         # not the parent's, which asks for the processes now: a loader may be made before there are any
-        self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
+        self.rows, self.batch_size, self.shuffle, self.seed, self.divided = rows, batch_size, shuffle, seed, divided
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -41,19 +42,24 @@ class JointBatches(DistributedSampler[Any]):
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
+    @property
+    def processes(self) -> int:
+        """How many share in a joint batch."""
+        return world_size() if self.divided else 1
+
     def __len__(self) -> int:
-        whole, rest = divmod(self.rows, self.batch_size * world_size())
-        left_out = self.shuffle and whole > 0 and rest < 2 * world_size()
+        whole, rest = divmod(self.rows, self.batch_size * self.processes)
+        left_out = self.shuffle and whole > 0 and rest < 2 * self.processes
         return whole + (rest > 0 and not left_out)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        joint = self.batch_size * world_size()
+        joint, part = self.batch_size * self.processes, rank() if self.divided else 0
         order = torch.arange(self.rows)
         if self.shuffle:
             generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
             order = torch.randperm(self.rows, generator=generator)
         for step in range(self.start, len(self)):
-            yield order[step * joint : (step + 1) * joint].tensor_split(world_size())[rank()]
+            yield order[step * joint : (step + 1) * joint].tensor_split(self.processes)[part]
 
 
 class Loader(DataLoader[Any]):
@@ -83,6 +89,11 @@ class Loader(DataLoader[Any]):
             given += 1
             self._given = (epoch, given)
             yield batch
+
+    def undivided(self) -> Loader:
+        """A loader of the same rows in order, all of them on every process."""
+        batches = JointBatches(self.sampler.rows, self.sampler.batch_size, divided=False)
+        return Loader(self.dataset, batches, num_workers=self.num_workers)
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and the batches of it that were given out; Lightning keeps it in checkpoints."""

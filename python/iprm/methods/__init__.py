@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from iprm.base import FusionModule
+from iprm.base import FusionModule, checked_modalities
 from iprm.fusion import ProbeRebalance
 
 from .late import Joint, Sum, Unimodal
@@ -54,7 +54,9 @@ def build(
         ValueError: an unknown method, or an argument out of its range.
         TypeError: an option that the method does not take or is missing.
     """
-    unimodal = {f"unimodal-{modality}": modality for modality in modalities}
+    if not isinstance(name, str):
+        raise TypeError(f"method: expected a name, got {name!r}")
+    unimodal = {f"unimodal-{modality}": modality for modality in checked_modalities(modalities, 1)}
     if name in unimodal:
         method = Method(Unimodal, {"modality": unimodal[name]})
     elif name in METHODS:

@@ -1,0 +1,108 @@
+"""Hostile features, heads and labels in a head step: refused by the argument's name, or the step of the float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import heads
+import hostile
+import hostile_results as results
+import pytest
+import torch
+from heads import LEAVES
+from hostile import DTYPES, LAYOUTS, ROWS, SEEDS, TAME, kinds_of, layouts
+from hostile_results import counted, exact
+from hostile_steps import THROUGH, assert_step_agrees
+from hypothesis import given
+from hypothesis import strategies as st
+from places import INTERPRETED, Place
+
+import iprm_kernels as ik
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="a hundred examples would take the interpreter minutes")
+
+BATCHES = st.sampled_from([0, 1, 2, 5, 16, 33])
+WIDTHS, CLASSES = st.sampled_from([1, 3, 16, 33, 64]), st.sampled_from([1, 2, 6, 17])
+#: What becomes of the three heads.
+HEADS = {
+    "ordinary": lambda weight: weight,
+    "zero": lambda weight: 0 * weight,
+    "without a bias": lambda weight: weight,
+    "huge": lambda weight: 1e30 * weight,
+    "NaN": lambda weight: weight * torch.nan,
+    "infinite": lambda weight: weight / 0,
+}
+#: Out of range unless it is the label ignored.
+LABELS = st.sampled_from([-100, -1, 0, 1, 5, 2**63 - 1, -(2**63)])
+
+
+@st.composite
+def steps(draw: st.DrawFn, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs by name, as of `heads.inputs`, and options."""
+    batch, width, classes, seed = draw(BATCHES), draw(WIDTHS), draw(CLASSES), draw(SEEDS)
+    inputs = heads.inputs(max(1, batch), width, classes, dtype)
+    kinds = draw(kinds_of(draw(st.sampled_from([TAME, TAME, TAME, ROWS])), batch))
+    for name, rows in zip("xy", hostile.rows(ROWS, kinds, width, seed), strict=True):
+        inputs[name] = LAYOUTS[draw(layouts())](rows.to(dtype))
+    kind = draw(st.just("ordinary") | st.sampled_from(sorted(HEADS)))
+    for name in ("x", "y", "mix"):
+        inputs[f"weight_{name}"] = LAYOUTS[draw(layouts())](HEADS[kind](inputs[f"weight_{name}"]))
+        inputs[f"bias_{name}"] = None if kind == "without a bias" else LAYOUTS[draw(layouts())](inputs[f"bias_{name}"])
+    target = inputs["target"][:batch]
+    for label in draw(st.lists(LABELS, max_size=2)):
+        if batch:
+            target[seed % batch] = label
+    inputs["target"] = LAYOUTS[draw(st.sampled_from(["contiguous", "every other", "unaligned"]))](target)
+    weight = draw(st.floats(0, 1) | st.sampled_from([0.0, 1.0, 0.5]))
+    inputs["weight"] = draw(st.sampled_from([weight, torch.tensor(weight), torch.tensor(weight, dtype=torch.float64)]))
+    options = {"label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])), "ignore_index": draw(st.sampled_from([-100, 0]))}
+    return inputs, options
+
+
+def wrong_label(inputs: dict[str, Any], ignore_index: int) -> bool:
+    target = exact(inputs["target"])
+    return bool(((target != ignore_index) & ((target < 0) | (target >= len(inputs["weight_x"])))).any())
+
+
+#: Of each step, whether its digits were known: else it was held to less.
+KNOWN: list[bool] = []
+
+
+def as_pairs(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
+    """The step by the operator of many pairs, which here are one."""
+    own, mixing = ([(arguments[f"weight_{m}"], arguments[f"bias_{m}"]) for m in names] for names in (("x", "y"), ("mix",)))
+    found = ik.linear_probe_rebalance_pairs(
+        [arguments["x"], arguments["y"]], own, mixing, arguments["target"], arguments["weight"], **options
+    )
+    losses = torch.cat([found.mix_losses, found.losses])
+    return ik.StepResult(found.loss, losses, found.mix_logits[0], *found.logits, found.strength[0], found.kl[0])
+
+
+@given(st.data(), DTYPES, st.sets(st.sampled_from(LEAVES)), st.sampled_from([heads.call, as_pairs]))
+@counted
+def test_linear_probe_rebalance_agrees_with_float64(
+    fused: Place, data: Any, dtype: torch.dtype, needed: set[str], call: Any
+) -> None:
+    inputs, options = data.draw(steps(dtype))
+    if wrong_label(inputs, options["ignore_index"]):
+        results.assert_refused(lambda: call(inputs, **options), "target")
+        return
+    present = {name for name in needed if inputs[name] is not None} or {"x"}
+    step = heads.run(inputs, needed=tuple(present), through=THROUGH, call=call, **options)
+    KNOWN.append(assert_step_agrees(step, heads.call, dtype))
+
+
+@given(st.data(), DTYPES)
+@counted
+def test_probe_rebalance_agrees_with_float64(fused: Place, data: Any, dtype: torch.dtype) -> None:
+    inputs, options = data.draw(steps(dtype))
+    if wrong_label(inputs, options["ignore_index"]):
+        inputs["target"] = torch.zeros_like(inputs["target"])  # labels are torch's to refuse, where the head is anyone's
+    step = heads.run(inputs, call=heads.any_head, through=THROUGH, **options)
+    KNOWN.append(assert_step_agrees(step, heads.any_head, dtype))
+
+
+def test_of_the_steps_drawn_a_quarter_is_held_to_the_budget() -> None:
+    if not KNOWN:
+        pytest.skip("for runs of the tests above")
+    assert sum(KNOWN) >= len(KNOWN) / 4, f"{sum(KNOWN)} of {len(KNOWN)}"

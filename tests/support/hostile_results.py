@@ -1,0 +1,172 @@
+"""What may come of a call with hostile arguments: a refusal that names the argument, or what the float64 reference gives."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import error_budget
+import pytest
+import torch
+import truths
+from error_budget import Truth
+from torch import Tensor
+
+from iprm_kernels import reference
+from iprm_kernels.dtypes import arithmetic_dtype
+
+#: Examples that ran to their end, by the name of the test: what `make fuzz` counts.
+EXAMPLES: collections.Counter[str] = collections.Counter()
+
+
+def counted(test: Callable[..., None]) -> Callable[..., None]:
+    """The test, counting its examples."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        test(*args, **kwargs)
+        EXAMPLES[test.__name__] += 1
+
+    return run
+
+
+def assert_refused(call: Callable[[], Any], *names: str) -> None:
+    """`call` raises a TypeError or ValueError that begins with one of the names."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert_named(caught.value, *names)
+
+
+def assert_named(error: Exception, *names: str) -> None:
+    assert type(error) in (TypeError, ValueError)
+    assert re.match(rf"({'|'.join(map(re.escape, names))})(\b|[\[ :])", str(error)), f"names none of {names}: {error}"
+
+
+def refused_or_none(call: Callable[[], Any], *names: str) -> Any:
+    """What `call` returns; None where it refused an argument by name."""
+    try:
+        return call()
+    except (TypeError, ValueError) as error:
+        assert_named(error, *names)
+        return None
+
+
+def exact(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor's numbers as a plain contiguous tensor, of `dtype` if one is given."""
+    return tensor.detach().as_subclass(Tensor).resolve_neg().contiguous().clone().to(dtype or tensor.dtype)
+
+
+# geodesic
+
+
+def overflows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows that are NaN throughout: not finite, or with a squared length beyond the arithmetic of `dtype`.  (B, D) -> (B,)"""
+    return ~(rows.double().square().sum(1) < torch.finfo(arithmetic_dtype(dtype)).max)
+
+
+def mixup_magnitudes(x: Tensor, y: Tensor, w: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """The size of the terms that the rows of results are made of: what rounding errors are proportional to.
+
+    For weights in [0, 1] and c from -0.9 up, those of test_accuracy.py. Beyond, S(w, c) and its derivatives in c, which the
+    last bits of c and of w are multiplied by, grow like s √n, s³ n^1.5 and s⁵ n^2.5, with s = max(|w|, |1-w|) and n = 1/(1+c).
+
+    x, y, g (B, D), w (B,), of the type under test.
+    """
+    margin = reference.ANTIPODE_MARGIN[arithmetic_dtype(x.dtype)]
+    x, y, w, g = (tensor.double() for tensor in (x, y, w, g))
+    x_norm, y_norm = (rows.norm(dim=1).clamp(min=truths.EPS) for rows in (x, y))
+    c = ((x / x_norm[:, None]) * (y / y_norm[:, None])).sum(1).clamp(min=-1 + margin)
+    s, n = torch.maximum(w.abs(), (1 - w).abs()), 1 / (1 + c)
+    wild = ~((w >= 0) & (w <= 1) & (c >= -0.9))
+    terms = [torch.where(wild, s ** (2 * k + 1) * n ** (k + 0.5), 0) for k in range(3)]
+    one, g_norm = torch.ones_like(s), g.norm(dim=1)
+    of_gradient = (one + sum(terms)) * g_norm
+    sizes = {"z": one + terms[0] + terms[1], "dx": of_gradient / x_norm, "dy": of_gradient / y_norm}
+    return {**sizes, "dw": g_norm * (one + s * (terms[0] + terms[1])), "out": one}
+
+
+# divergence
+
+
+def kl_magnitudes(p: Tensor, q: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Likewise of `batch_kl`. A KL moves by Σ|∂KL/∂logits| of its logits' rounding; P is known to within the smallest normal
+    number, and exponentials to within their arguments' ulps.
+
+    p, q (B, C), g (B,), of the type under test.
+    """
+    info = torch.finfo(arithmetic_dtype(p.dtype))
+    p, q, g = (tensor.double() for tensor in (p, q, g))
+    log_p, log_q = p.log_softmax(1), q.log_softmax(1)
+    own, other = log_p.exp(), log_q.exp()
+    a, b = (rows - rows.amax(1, keepdim=True) for rows in (p, q))
+    d = ((a - b) - (a.exp().sum(1) / b.exp().sum(1)).log()[:, None]).abs().nan_to_num(0, posinf=0)
+    known_to = info.tiny / info.eps * (1 + d.amax(1))
+    spread = 1 + torch.maximum(-log_p, -log_q).nan_to_num(0, posinf=0).amax(1).clamp(max=-torch.tensor(info.tiny).log())
+    apart = (a != b).any(1)
+    kl = (own * d).sum(1) * spread + torch.where(apart, known_to, info.tiny)
+    terms = (own * (d + (own * d).sum(1, keepdim=True))).amax(1) * spread + known_to
+    gradients = g.abs() * (terms + torch.where(apart, torch.maximum(own, other).amax(1), 0) * spread) + info.tiny
+    return {"kl": kl, "dp": gradients, "dq": gradients}
+
+
+# both
+
+
+@functools.cache
+def ordinary(kind: str, width: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Truth, Tensor]]:
+    """What plain torch makes of ordinary inputs, what is true of them, and the magnitudes, by result.
+
+    They stand beside hostile rows when plain torch's error is measured: of few rows it may be exact by luck."""
+    if kind == "kl":
+        inputs, truth = truths.kl_truth(64, width, dtype)
+        values, sizes = truths.plain(truths.kl_with_gradients, *inputs), kl_magnitudes(*inputs)
+    else:
+        inputs, truth = truths.mixup_truth(64, width, dtype)
+        values, sizes = truths.plain(truths.mixup_with_gradients, *inputs), mixup_magnitudes(*inputs)
+    return {name: (values[name], truth[name], sizes[name]) for name in values}
+
+
+def assert_agrees(
+    name: str,
+    value: Tensor,
+    plain: Tensor,
+    double: Tensor,
+    magnitude: Tensor,
+    beside: Iterable[tuple[Tensor, Truth, Tensor]] = (),
+) -> None:
+    """`value` has no number where the reference has none, and is within the error budget of float64 elsewhere.
+
+    Args:
+        value, plain, double: (B, ...) by the backend, by plain torch at the type under test, and in float64 (or (),
+            one row). Where one of them overflows or underflows and the other does not, anything may come.
+        magnitude: (B,). A row whose magnitude is not finite at the type under test may be anything.
+        beside: rows of like kind that plain torch is measured on as well: its results, what is true, and magnitudes.
+    """
+    assert value.dtype == plain.dtype, name
+    assert value.shape == plain.shape == double.shape, name
+    rows = max(1, len(magnitude))
+    value, plain, double = (exact(tensor).reshape(rows, -1) for tensor in (value, plain, double))
+    if value.numel() == 0:
+        return
+    assert not value[~double.isfinite() & ~plain.isfinite()].isfinite().any(), f"{name}: a number where there is none"
+    # a row whose rounding errors alone may overflow is not known
+    known = (double.isfinite() & plain.isfinite()).all(1) & (magnitude <= torch.finfo(value.dtype).max)
+    assert value[known].isfinite().all(), f"{name}: no number where there is one: {value[known]}, not {double[known]}"
+    if value.dtype == torch.float64:  # the reference is no truth here, but wrong by up to what plain torch is wrong by
+        magnitude = magnitude * ((error_budget.FACTOR + 1) / error_budget.FACTOR)
+    if known.any():
+        columns = value.shape[1]
+        others = [(b.reshape(-1, columns), t.high.reshape(-1, columns), t.low.reshape(-1, columns), m) for b, t, m in beside]
+        error_budget.assert_within_budget(
+            name,
+            torch.cat([value[known], *(other.to(value) for other, *_ in others)]),
+            torch.cat([plain[known], *(other.to(value) for other, *_ in others)]),
+            Truth(
+                torch.cat([double[known], *(high for _, high, _, _ in others)]),
+                torch.cat([torch.zeros_like(double[known]), *(low for _, _, low, _ in others)]),
+            ),
+            torch.cat([magnitude[known].double(), *(m.double() for *_, m in others)]).clamp(min=torch.finfo(value.dtype).tiny),
+        )
