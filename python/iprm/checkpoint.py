@@ -89,9 +89,9 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such checkpoint")
     content = None
-    if zipfile.is_zipfile(path):  # of anything else torch's reader would try formats of long ago
-        # of a broken pickle it lets any error through: IndexError, AttributeError, AssertionError
-        with contextlib.suppress(Exception):
+    # of broken archives and pickles the readers let any error through: BadZipFile, IndexError, AttributeError, AssertionError
+    with contextlib.suppress(Exception):
+        if zipfile.is_zipfile(path):  # of anything else torch's reader would try formats of long ago
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not (isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("hyper_parameters", "state_dict"))):
         raise InputError(f"{path}: not a checkpoint of iprm fit, or a part of one")
