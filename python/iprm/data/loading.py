@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -56,8 +57,7 @@ class JointBatches(DistributedSampler[Any]):
         joint, part = self.batch_size * self.processes, rank() if self.divided else 0
         order = torch.arange(self.rows)
         if self.shuffle:
-            generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
-            order = torch.randperm(self.rows, generator=generator)
+            order = torch.from_numpy(np.random.default_rng([self.seed, self.epoch]).permutation(self.rows))
         for step in range(self.start, len(self)):
             yield order[step * joint : (step + 1) * joint].tensor_split(self.processes)[part]
 
