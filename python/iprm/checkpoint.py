@@ -59,7 +59,8 @@ class BestCheckpoint(ModelCheckpoint):
     """Lightning's callback that keeps the checkpoint best on validation, of a run whose folder may move before it goes on."""
 
     def __init__(self, monitor: str = "val_accuracy", mode: str = "max", **options: Any) -> None:
-        super().__init__(monitor=monitor, mode=mode, **options)
+        # of a file that a killed run has left, the run that goes on writes the same again
+        super().__init__(monitor=monitor, mode=mode, **{"enable_version_counter": False, **options})
 
     def state_dict(self) -> dict[str, Any]:
         """With the names of files, and no folder."""

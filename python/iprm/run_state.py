@@ -34,7 +34,8 @@ class RunState(L.Callback):
     numpy's and Python's generators alone, and its number of processes is the same.
 
     Args:
-        every_n_steps: optimiser steps between saves within an epoch; 0 saves at its beginning alone.
+        every_n_steps: optimiser steps between saves within an epoch, or a few more where a validation is due then or gradients
+            are being accumulated; 0 saves at an epoch's beginning alone.
         keep: how many of the last states are kept, at least 2: of the last one a disk may lose a part.
     """
 
@@ -47,6 +48,8 @@ class RunState(L.Callback):
         self.saved: Path | None = None  # the last one
         self._trainer: L.Trainer | None = None
         self._restored: list[dict[str, Any]] = []  # the generators of each process
+        self._at_epoch_start = False  # of the state that is saved, or was restored
+        self._saved_at = 0  # optimiser steps
         self._signal = _Termination()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -56,6 +59,9 @@ class RunState(L.Callback):
         if rank() < len(self._restored):
             restore_generators(self._restored[rank()])
         self._restored = []
+        self._saved_at = trainer.global_step
+        if self._at_epoch_start:  # else Lightning may take a run bounded by steps to be in the middle of the epoch before
+            trainer.fit_loop.epoch_loop.restarting = False
         # Lightning's own handler calls all processes from within a signal, in the middle of whatever they say to each other,
         # and its loop asks them every step and waits for a GPU's answer
         self._signal.catch(trainer)
@@ -69,7 +75,9 @@ class RunState(L.Callback):
         counts = (loop.epoch_progress.current, loop.epoch_progress.total)
         for count in counts:
             count.ready -= 1
+        self._at_epoch_start = True
         self._save(trainer)
+        self._at_epoch_start = False
         for count in counts:
             count.ready += 1
         if self._signal.came_to_any():
@@ -79,10 +87,11 @@ class RunState(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
-        # neither gradients that are being accumulated nor an epoch's validation would be found in what was saved before them
-        if loop._should_accumulate() or loop.batch_progress.is_last_batch:
+        # neither gradients that are being accumulated nor a validation that is due would be found in what was saved before them
+        validates = trainer.fit_loop._data_fetcher and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        if loop._should_accumulate() or loop.batch_progress.is_last_batch or validates:
             return
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        due = self.every_n_steps and trainer.global_step >= self._saved_at + self.every_n_steps
         stops = (world_size() == 1 or batch_idx % ASK_EVERY == 0) and self._signal.came_to_any()
         if due or stops:
             self._save(trainer)
@@ -98,16 +107,18 @@ class RunState(L.Callback):
     def _save(self, trainer: L.Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # the same on every process
         self.saved = folder / STATES / f"step={trainer.global_step:08d}.ckpt"
+        self._saved_at = trainer.global_step
         trainer.save_checkpoint(self.saved)
         if trainer.is_global_zero:
             for old in saved_states(folder)[: -self.keep]:
                 old.unlink()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generators": gathered(generators()), "metrics": [row for log in self._logs() for row in log.rows]}
+        rows = [row for log in self._logs() for row in log.rows]
+        return {"generators": gathered(generators()), "metrics": rows, "at_epoch_start": self._at_epoch_start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._restored = state["generators"]
+        self._restored, self._at_epoch_start = state["generators"], state["at_epoch_start"]
         for log in self._logs():
             log.restore(state["metrics"])
 

@@ -21,6 +21,8 @@ EPOCHS, STEPS = 5, 15  # 39 rows in batches of 13
 KILLED_AT = sorted(random.Random(4).sample(range(STEPS), 10))
 TERMINATED_AT = (0, 4, 5, 6, 13)  # the fifth is an epoch's last
 INTERRUPTED_AT = (4, 5)
+BY_STEPS = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "14", "--trainer.val_check_interval", "2")
+KILLED_AT_BY_STEPS = (2, 7, 9)
 RARELY = ("--state.every_n_steps", "0")
 ACCUMULATING = (
     "--trainer.accumulate_grad_batches",
@@ -54,6 +56,10 @@ def ran(tmp_path_factory) -> Path:
         commands.extend([fit(place / name, *options, signal_step=step, number=number), resume(place / name)])
         expected.extend([code, 0])
 
+    commands.append(fit(place / "by steps", *BY_STEPS))
+    expected.append(0)
+    for step in KILLED_AT_BY_STEPS:
+        ended(f"by steps{step}", *BY_STEPS, number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
     for step in KILLED_AT:
         ended(f"killed{step}", number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
     for step in TERMINATED_AT:
@@ -70,6 +76,11 @@ def test_a_killed_run_resumes_to_the_same_bits(ran, step):
     expected = left(ran / "alone")
     assert len(expected) > 100
     assert difference(left(ran / f"killed{step}"), expected) == []
+
+
+@pytest.mark.parametrize("step", KILLED_AT_BY_STEPS)
+def test_a_killed_run_that_is_bounded_by_steps_and_validates_within_epochs_resumes_to_the_same_bits(ran, step):
+    assert difference(left(ran / f"by steps{step}"), left(ran / "by steps")) == []
 
 
 @pytest.mark.parametrize("step", TERMINATED_AT)

@@ -113,20 +113,24 @@ class MultimodalData(L.LightningDataModule, ABC):
 
         return {name: {"rows": len(split), "digest": digest(split)} for name, split in self.splits.items()}
 
-    def train_dataloader(self) -> Loader:
+    def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader("train", shuffle=True)
 
-    def val_dataloader(self) -> Loader:
+    def val_dataloader(self) -> DataLoader[Batch]:
         return self._loader("val")
 
-    def test_dataloader(self) -> Loader:
+    def test_dataloader(self) -> DataLoader[Batch]:
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        # a plain one: Lightning makes it anew, to keep count of rows
-        return DataLoader(self.splits[self.predict_split], batch_size=self.batch_size, collate_fn=as_it_is)
+        return self._plain_loader(self.predict_split)  # Lightning makes it anew, to keep count of rows
 
-    def _loader(self, name: str, *, shuffle: bool = False) -> Loader:
+    def _plain_loader(self, name: str) -> DataLoader[Batch]:
+        return DataLoader(self.splits[name], batch_size=self.batch_size, collate_fn=as_it_is)
+
+    def _loader(self, name: str, *, shuffle: bool = False) -> DataLoader[Batch]:
+        if getattr(self.trainer, "overfit_batches", 0):
+            return self._plain_loader(name)  # the same batches in every epoch, of a loader that Lightning knows to be in order
         split = self.splits[name]
         batches = JointBatches(len(split), self.batch_size, shuffle=shuffle, seed=self.seed)
         return Loader(split, batches, num_workers=default_workers(split))
