@@ -11,7 +11,7 @@ import numpy as np
 
 from .suggest import InputError
 
-#: How often both kinds of steps are drawn anew to find how far the cost of measuring is known.
+#: How often differences are drawn anew to find how far the cost of measuring is known.
 DRAWS = 1000
 
 
@@ -47,7 +47,7 @@ class Profile:
     stages: tuple[Stage, ...]
     step: Spread  #: wall time of the measured steps
     unmeasured: Spread  #: wall time of as many steps between them, at whose borders nothing was read
-    cost: Spread  #: what measuring adds to a step: the difference of their medians, and its 90 % interval
+    cost: Spread  #: what measuring adds to a step: the median difference of neighbours, and its 90 % interval
     rows: int  #: of a step
     batches: float  #: of a step, on average: those whose gradients it adds
     epoch_batches: int | None
@@ -64,14 +64,6 @@ class Profile:
     def epoch(self) -> float | None:
         """Seconds of an epoch: its steps, validation, and what is between two."""
         return _total((self.steps_of_epoch, self.validation or 0.0, self.between or 0.0))
-
-
-def _difference(one: Sequence[float], other: Sequence[float]) -> Spread:
-    """Between their medians, with the 90 % interval of the bootstrap."""
-    rng = np.random.default_rng(0)
-    drawn = (np.median(rng.choice(values, (DRAWS, len(values))), axis=1) for values in (one, other))
-    spread = Spread.of(np.subtract(*drawn), 0.05, 0.95)
-    return replace(spread, median=float(np.median(one) - np.median(other)))
 
 
 def _total(seconds: Iterable[float | None]) -> float | None:
@@ -91,6 +83,22 @@ class Step:
     batches: int = 0
     complete: bool = False  # the optimiser has stepped
     seconds: float = 0.0
+
+
+def _cost(steps: Sequence[Step]) -> Spread:
+    """The median difference between measured steps and the others next to them, with the 90 % interval of the bootstrap.
+
+    Other work on the machine slows down neighbours alike, and would drown the difference of two medians.
+    """
+    differences, last = [], None
+    for step in steps:
+        if last is None or last.measured is step.measured:
+            last = step
+        else:
+            differences.append(step.seconds - last.seconds if step.measured else last.seconds - step.seconds)
+            last = None
+    drawn = np.random.default_rng(0).choice(differences, (DRAWS, len(differences)))
+    return replace(Spread.of(np.median(drawn, axis=1), 0.05, 0.95), median=float(np.median(differences)))
 
 
 def summary(
@@ -131,7 +139,7 @@ def summary(
         stages=tuple(stage(name) for name in stages),
         step=Spread.of([step.seconds for step in measured]),
         unmeasured=Spread.of([step.seconds for step in others]),
-        cost=_difference(*([step.seconds for step in steps] for steps in (measured, others))),
+        cost=_cost(whole),
         rows=rows,
         batches=batches / len(measured),
         epoch_batches=epoch_batches,

@@ -33,7 +33,7 @@ from iprm.profile import (
     backward_of,
     forward_of,
 )
-from iprm.profile_result import Profile, Spread
+from iprm.profile_result import Profile, Spread, Step, summary
 from iprm.quiet import quiet_lightning
 from iprm.suggest import InputError
 from matplotlib.image import imread
@@ -272,6 +272,19 @@ def test_the_cost_of_measuring_is_that_of_steps_between_which_nothing_is_read(tm
     profile = profiled(tmp_path, data, classifier(data), now)
     assert profile.unmeasured == ONE, "read once"
     assert profile.cost.median == profile.step.median - 1 > 10
+
+
+def test_the_cost_of_measuring_is_found_while_other_work_slows_the_machine_down():
+    rng = np.random.default_rng(0)
+    pace = np.repeat(rng.uniform(1, 5, 50), 2)  # of one step in two
+    steps = [
+        Step(0.0, measured=bool(place % 2), rows=1, batches=1, complete=True, seconds=float(base + 0.01 * (place % 2)))
+        for place, base in enumerate(pace)
+    ]
+    profile = summary(steps, (), epoch_batches=1, validations=(), between=(), synchronised=False)
+    assert profile.cost.median == pytest.approx(0.01)
+    assert profile.cost.low == pytest.approx(0.01)
+    assert profile.cost.high == pytest.approx(0.01)
 
 
 def test_the_run_ends_with_a_validation_once_all_steps_are_measured(tmp_path, features):
