@@ -68,9 +68,9 @@ class Instrument(Profiler):
         trainer.fit(model, datamodule=data)
         instrument.result()
 
-    A step is one of the optimiser, with all batches whose gradients it adds. Steps with fewer rows, such as an epoch's last,
-    are left out: a compiled model may be compiled anew for them. Measured steps and their unmeasured siblings alternate in an
-    order drawn at random, so that neither are always, say, an epoch's first.
+    A step is one of the optimiser, with all batches whose gradients it adds. An epoch's last, which may have fewer rows, is
+    left out: a compiled model may be compiled anew for it. Measured steps and their unmeasured siblings alternate in an order
+    drawn at random, so that neither are always, say, an epoch's first. All processes of a run draw and stop alike.
 
     Args:
         steps: how many to measure.
@@ -85,7 +85,7 @@ class Instrument(Profiler):
         self._device: torch.device | None = None  # to wait for
         self._finished: list[Step] = []  # after the warm-up
         self._begun = 0
-        self._counts: Counter[tuple[int, bool]] = Counter()  # of finished steps, by rows and whether they were measured
+        self._counts: Counter[bool] = Counter()  # of finished steps, measured or not
         self._random = random.Random(0)
         self._pair: list[bool] = []  # what is left of it
         self._step: Step | None = None
@@ -214,13 +214,14 @@ class Instrument(Profiler):
 
     def _count(self, step: Step) -> None:
         """Notes that the optimiser has stepped, and stops the fit where that was the last step."""
+        trainer = self._trainer
         step.complete = True
-        if self._begun <= self.warm_up:
+        step.last = trainer.is_last_batch and trainer.num_training_batches > trainer.accumulate_grad_batches
+        if self._begun <= self.warm_up or step.last:
             return
-        self._counts[step.rows, step.measured] += 1
-        most = max(rows for rows, _ in self._counts)
-        if min(self._counts[most, True], self._counts[most, False]) >= self.steps:
-            self._trainer.should_stop = True
+        self._counts[step.measured] += 1
+        if min(self._counts[True], self._counts[False]) >= self.steps:
+            trainer.should_stop = True
 
     # modules
 

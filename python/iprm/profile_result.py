@@ -42,13 +42,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured. Seconds, of steps of as many rows as the largest had."""
+    """What was measured, in seconds."""
 
     stages: tuple[Stage, ...]
     step: Spread  #: wall time of the measured steps
     unmeasured: Spread  #: wall time of as many steps between them, at whose borders nothing was read
     cost: Spread  #: what measuring adds to a step: the median difference of neighbours, and its 90 % interval
-    rows: int  #: of a step
+    rows: int  #: of a step, of this process
     batches: float  #: of a step, on average: those whose gradients it adds
     epoch_batches: int | None
     validation: float | None  #: one pass over the validation split, its metrics included; None without one
@@ -82,6 +82,7 @@ class Step:
     rows: int = 0
     batches: int = 0
     complete: bool = False  # the optimiser has stepped
+    last: bool = False  # of several in its epoch
     seconds: float = 0.0
 
 
@@ -110,7 +111,7 @@ def summary(
     between: Sequence[float],
     synchronised: bool,
 ) -> Profile:
-    """The figures of steps that have ended, those with as many rows as the largest.
+    """The figures of steps that have ended, but the last of an epoch.
 
     Args:
         finished: measured steps and others.
@@ -123,8 +124,7 @@ def summary(
     Raises:
         InputError: no step was measured.
     """
-    rows = max((step.rows for step in finished), default=0)
-    whole = [step for step in finished if step.rows == rows]
+    whole = [step for step in finished if not step.last]
     measured, others = ([step for step in whole if step.measured is wanted] for wanted in (True, False))
     if not measured or not others:
         raise InputError("nothing was measured: the training ended during its first steps")
@@ -140,7 +140,7 @@ def summary(
         step=Spread.of([step.seconds for step in measured]),
         unmeasured=Spread.of([step.seconds for step in others]),
         cost=_cost(whole),
-        rows=rows,
+        rows=max(step.rows for step in measured),
         batches=batches / len(measured),
         epoch_batches=epoch_batches,
         validation=float(np.median(validations)) if validations else None,

@@ -241,7 +241,7 @@ def test_a_step_that_adds_gradients_has_the_stages_of_all_its_batches(tmp_path, 
     assert profile.steps_of_epoch == 3, "of three batches"
 
 
-def test_steps_of_smaller_batches_are_left_out(tmp_path, features, clock):
+def test_the_smaller_last_batch_of_an_epoch_is_left_out(tmp_path, features, clock):
     data = Features(features, batch_size=10)  # 10, 10, 10, 9
     model = classifier(data)
     model.encoders[AUDIO].register_forward_hook(lambda module, inputs, output: clock.second() if len(output) == 9 else None)
@@ -249,6 +249,15 @@ def test_steps_of_smaller_batches_are_left_out(tmp_path, features, clock):
     profile = profiled(tmp_path, data, model, clock)
     assert (profile.rows, profile.epoch_batches) == (10, 4)
     assert seconds(profile) == {HEAD_FORWARD: ONE}
+
+
+def test_an_epoch_of_one_step_is_measured(tmp_path, features, clock):
+    data = Features(features, batch_size=39)
+    model = classifier(data)
+    model.fusion.register_forward_hook(clock.second)
+    profile = profiled(tmp_path, data, model, clock, limit_val_batches=0)
+    assert (profile.rows, profile.epoch_batches, profile.steps_of_epoch) == (39, 1, 1)
+    assert profile.validation is None
 
 
 @pytest.mark.parametrize(("hook", "part"), [("on_validation_epoch_end", "validation"), ("on_train_epoch_end", "between")])
@@ -330,8 +339,10 @@ class OnGpu:
     def __init__(self, runner):
         self.runner = runner
 
-    num_training_batches = property(lambda self: self.runner.num_training_batches)
     should_stop = property(None, lambda self, value: setattr(self.runner, "should_stop", value))
+
+    def __getattr__(self, name):
+        return getattr(self.runner, name)
 
 
 @pytest.mark.parametrize("graph", [False, True])
