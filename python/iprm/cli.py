@@ -21,6 +21,7 @@ commands:
   test      evaluate a checkpoint on the test split
   predict   write a checkpoint's predictions as CSV, of a dataset's split or of new samples
   report    an HTML page about one or several runs of fit
+  profile   say where an epoch's time goes, stage by stage
   check     read a dataset through and say what is wrong with it
   export    write a checkpoint's model for use where torch alone is installed
   info      versions, and which implementation of each operator runs here
@@ -41,9 +42,15 @@ NEEDS_CONFIGURATION = """\
 shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` explains the settings,
 `iprm fit --config digits --print_config` writes a configuration to start from."""
 
-COMMANDS = ("compare", "fit", "resume", "test", "predict", "report", "check", "export", "info")
+COMMANDS = ("compare", "fit", "resume", "test", "predict", "report", "profile", "check", "export", "info")
 #: Where the function <command>_command of a command is that is not Lightning's.
-MODULES = {"check": "check_cli", "compare": "compare_cli", "export": "export", "resume": "resume"}
+MODULES = {
+    "check": "check_cli",
+    "compare": "compare_cli",
+    "export": "export",
+    "profile": "profile_cli",
+    "resume": "resume",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _training_command(command: str, arguments: list[str]) -> int:
-    if command in ("fit", "test", "predict") and not arguments:
+    if command in ("fit", "test", "predict", "profile") and not arguments:
         raise InputError(_needs_configuration(command))
     try:
         run = _function(command, arguments)
@@ -135,7 +142,7 @@ def _function(command: str, arguments: Sequence[str]) -> Callable[[Sequence[str]
 def _needs_configuration(command: str) -> str:
     from .configs import shipped
 
-    checkpoint = "" if command == "fit" else " --ckpt_path CHECKPOINT"
+    checkpoint = "" if command in ("fit", "profile") else " --ckpt_path CHECKPOINT"
     return NEEDS_CONFIGURATION.format(command=command, checkpoint=checkpoint, shipped=", ".join(shipped()))
 
 

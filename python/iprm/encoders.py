@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from .suggest import InputError, unknown
 
@@ -13,6 +13,16 @@ KINDS = ("auto", "cnn", "mlp", "linear", "identity")
 CHANNELS = 64
 FEWEST_CHANNELS = 8
 SMALLEST_SIDE = 6
+
+
+class Encoder(nn.Sequential):
+    """Layers one after the other.
+
+    `Module.compile` passes over the code of torch.nn, and would compile nothing of a plain Sequential.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 def build_encoders(
@@ -60,16 +70,16 @@ def build_encoder(modality: str, shape: tuple[int, ...], feature_dim: int, kind:
         return nn.Identity()
     width = math.prod(shape)
     if kind == "linear":
-        return nn.Sequential(nn.Flatten(), nn.Linear(width, feature_dim))
+        return Encoder(nn.Flatten(), nn.Linear(width, feature_dim))
     return mlp(width, feature_dim)
 
 
-def mlp(width: int, feature_dim: int) -> nn.Sequential:
+def mlp(width: int, feature_dim: int) -> Encoder:
     """Two layers, (B, width) -> (B, feature_dim)."""
-    return nn.Sequential(nn.Flatten(), *_layer(nn.Linear(width, feature_dim)), nn.Linear(feature_dim, feature_dim), nn.ReLU())
+    return Encoder(nn.Flatten(), *_layer(nn.Linear(width, feature_dim)), nn.Linear(feature_dim, feature_dim), nn.ReLU())
 
 
-def cnn(shape: tuple[int, ...], feature_dim: int) -> nn.Sequential:
+def cnn(shape: tuple[int, ...], feature_dim: int) -> Encoder:
     """Convolutions, all but the first and last halving the image until a side is 6 or less; the maximum over the image, which
     makes little of where something is; a linear layer.  (B, C, H, W) -> (B, feature_dim)
 
@@ -84,7 +94,7 @@ def cnn(shape: tuple[int, ...], feature_dim: int) -> nn.Sequential:
         if 0 < place <= halvings:
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         channels = out
-    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), *_layer(nn.Linear(channels, feature_dim)))
+    return Encoder(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), *_layer(nn.Linear(channels, feature_dim)))
 
 
 def _layer(linear: nn.Linear | nn.Conv2d) -> tuple[nn.Module, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +145,14 @@ class FusionCLI(LightningCLI):
         print(f"predictions: {path}")
 
 
-def lightning_command(command: str, arguments: Sequence[str], folder: Path | None = None) -> int:
+def lightning_command(
+    command: str, arguments: Sequence[str], folder: Path | None = None, cli: Callable[..., FusionCLI] = FusionCLI
+) -> int:
     """Runs `iprm fit`, `test` or `predict` and returns the exit code.
 
     Args:
         folder: of an earlier run that goes on there.
+        cli: what runs it.
 
     Raises:
         InputError: a configuration, setting, dataset or method does not exist or cannot be used.
@@ -157,7 +160,7 @@ def lightning_command(command: str, arguments: Sequence[str], folder: Path | Non
     """
     with quiet_lightning():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        FusionCLI(
+        cli(
             FusionClassifier,
             MultimodalData,
             subclass_mode_data=True,

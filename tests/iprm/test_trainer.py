@@ -230,6 +230,20 @@ def test_channels_last_is_the_format_of_convolutions_and_of_what_they_see():
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
 
 
+def test_compilation_reaches_every_encoder_and_the_fusion_module():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append({node.target for node in graph.graph.nodes})
+        return graph.forward
+
+    torch._dynamo.register_backend(backend, name="listing")
+    torch._dynamo.reset()
+    image_classifier(compile="listing", encoders={"text": "linear"}, method="sum")._step(*images())
+    assert len(graphs) == 3
+    assert torch.conv2d in graphs[0]
+
+
 def test_an_unknown_backend_of_compilation_is_refused_with_a_suggestion():
     with pytest.raises(InputError, match=r"unknown backend of torch\.compile 'inductr': did you mean 'inductor'"):
         image_classifier(compile="inductr")
