@@ -1,4 +1,4 @@
-"""Times steps of real gloo processes on this machine, with the all-reduce of IPRM's sums and without, and that all-reduce alone.
+"""Times steps of gloo processes on this machine, with the all-reduce of IPRM's sums and without, and that all-reduce alone.
 
 python gloo_run.py RANK PROCESSES STORE       rank 0 writes STORE.json: name -> microseconds of each step or call
 """
@@ -82,8 +82,9 @@ def run_processes(processes: int) -> dict[str, Any]:
         workers = [
             subprocess.Popen([*command, str(rank), str(processes), str(store)], env=environment) for rank in range(processes)
         ]
-        if any([worker.wait(timeout=300) for worker in workers]):
-            raise RuntimeError(f"a process of {processes} failed")
+        codes = [worker.wait(timeout=300) for worker in workers]
+        if any(codes):
+            raise RuntimeError(f"expected {processes} processes to end with 0, got {codes}")
         taken = json.loads(store.with_suffix(".json").read_text())
     taken["ratio"] = [one / other for one, other in zip(taken["step with"], taken["step without"], strict=True)]
     return {name: _spread(times) for name, times in taken.items()}

@@ -220,23 +220,27 @@ def in_turn(runs: Mapping[str, tuple[Run, str]], data: MultimodalData, turns: in
     return found
 
 
-def ratios(found: Mapping[str, list[Epoch]], base: str, part: int) -> dict[str, list[float]]:
-    """Of times of the same turn: 20th percentile, median, 80th."""
+def figures(found: Mapping[str, list[Epoch]], base: str) -> dict[str, dict[str, Any]]:
+    """By part of an epoch and version: median milliseconds, and of the ratios to the base in the same turn the 20th percentile,
+    median and 80th."""
 
-    def spread(name: str) -> list[float]:
+    def of(name: str, part: int) -> dict[str, Any]:
         pairs = zip(found[name], found[base], strict=True)
-        fifths = statistics.quantiles([one[part] / other[part] for one, other in pairs], n=10, method="inclusive")
-        return [fifths[1], fifths[4], fifths[7]]
+        tenths = statistics.quantiles([one[part] / other[part] for one, other in pairs], n=10, method="inclusive")
+        median = statistics.median(epoch[part] for epoch in found[name])
+        return {"ms": 1e3 * median, "ratio": [tenths[1], tenths[4], tenths[7]]}
 
-    return {name: spread(name) for name in found}
-
-
-def medians(found: Mapping[str, list[Epoch]], part: int) -> dict[str, float]:
-    return {name: statistics.median(epoch[part] for epoch in epochs) for name, epochs in found.items()}
+    return {kind: {name: of(name, part) for name in found} for part, kind in enumerate(Epoch._fields)}
 
 
-def said(times: Mapping[str, float], spreads: Mapping[str, list[float]], unit: str) -> str:
-    return ", ".join(f"{name} {times[name]:.2f} {unit} (x{s[1]:.3f}, {s[0]:.3f} to {s[2]:.3f})" for name, s in spreads.items())
+def said(kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a part of an epoch."""
+
+    def one(name: str, figure: Mapping[str, Any]) -> str:
+        low, median, high = figure["ratio"]
+        return f"{name} {figure['ms']:.1f} ms x{median:.3f} ({low:.3f} to {high:.3f})"
+
+    return "".join(f"\n    {kind}: " + ", ".join(one(*named) for named in found.items()) for kind, found in kinds.items())
 
 
 @pytest.mark.parametrize("number", THREADS)
@@ -250,11 +254,9 @@ def test_a_step_in_the_trainer(record: Callable[..., None], number: int) -> None
             torch.testing.assert_close(model.fusion.state_dict(), models["bare"].fusion.state_dict(), rtol=0, atol=0)
         found = in_turn({name: (run, "iprm") for name, run in runs.items()}, data, TURNS)
     steps = len(data.train_dataloader())
-    for part, what, scale, unit in ((0, "a training step", 1e3 / steps, "ms"), (1, "an epoch with validation", 1e3, "ms")):
-        times = {name: scale * value for name, value in medians(found, part).items()}
-        spreads = ratios(found, "bare", part)
-        line = f"digits, {number} thread(s): {said(times, spreads, unit)}"
-        record(what, line, threads=number, milliseconds=times, ratios=spreads, steps=steps, bar=BAR_STEP)
+    kinds = figures(found, "bare")
+    line = f"digits, {number} thread(s), epochs of {steps} steps: {said(kinds)}"
+    record("the trainer over a bare loop", line, threads=number, steps=steps, figures=kinds, bar=BAR_STEP)
 
 
 @pytest.mark.parametrize("number", THREADS)
@@ -266,8 +268,6 @@ def test_an_epoch_of_iprm(record: Callable[..., None], name: str, number: int) -
     runs = {method: (by_trainer(False), method) for method in ("concat", "iprm")}
     with threads(number):
         found = in_turn(runs, data, TURNS)
-    for part, what in ((0, "training steps of an epoch"), (1, "an epoch")):
-        times = {name: 1e3 * value for name, value in medians(found, part).items()}
-        spreads = ratios(found, "concat", part)
-        line = f"{name}, {number} thread(s): {said(times, spreads, 'ms')}"
-        record(what, line, data=name, threads=number, milliseconds=times, ratios=spreads, bar=BAR_EPOCH)
+    kinds = figures(found, "concat")
+    line = f"{name}, {number} thread(s): {said(kinds)}"
+    record("an epoch of iprm over one of concat", line, data=name, threads=number, figures=kinds, bar=BAR_EPOCH)
