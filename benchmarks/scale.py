@@ -37,9 +37,9 @@ def all_reduce() -> dict[str, Any]:
         "ring": [model.ring_latency(n) for n in model.RANKS],
         "links": {name: links._asdict() for name, links in model.NETWORKS.items()},
         "ring_links": model.RING._asdict(),
-        "added": {  # to a step of 16 nodes, by encoder
+        "added": {  # to a step of 128 ranks, by encoder
             name: {
-                str(shape): [model.added_by_all_reduce(shape, p, times[model.RANKS.index(128)]) for p in model.PARAMETERS]
+                str(shape): [model.added_by_processes(shape, p, times[model.RANKS.index(128)]) for p in model.PARAMETERS]
                 for shape in model.SHAPES
             }
             for name, times in trees.items()
@@ -61,10 +61,8 @@ def head_step() -> dict[str, Any]:
     rows = {}
     for shape in model.SHAPES:
         shares = [model.head_share(shape, parameters) for parameters in model.PARAMETERS]
-        sums = [model.head_seconds(*shape, "sum") + model.encoder_seconds(shape[0], p) for p in model.PARAMETERS]
-        extra = [(model.head_seconds(*shape) - model.head_seconds(*shape, "sum")) / whole for whole in sums]
-        seconds = {method: model.head_seconds(*shape, method) for method in ("iprm", "sum")}
-        rows[str(shape)] = {"share": shares, "beyond_sum": extra, "seconds": seconds}
+        extra = [model.beyond_sum(shape, parameters) for parameters in model.PARAMETERS]
+        rows[str(shape)] = {"share": shares, "beyond_sum": extra, "seconds": model.head_seconds(*shape)}
     machine = model.H100._asdict()
     return {"kind": "modelled", "parameters": model.PARAMETERS, "tokens": model.TOKENS, "machine": machine, "shapes": rows}
 
@@ -170,7 +168,7 @@ def tables(found: dict[str, Any]) -> list[str]:
     for name, row in found["head_step"]["shapes"].items():
         cells = [f"{100 * s:.2f} %; {100 * e:+.3f} %" for s, e in zip(row["share"], row["beyond_sum"], strict=True)]
         lines.append(_row(name, cells))
-    lines += ["", _row("added by an exposed all-reduce of 128 ranks (modelled)", parameters), _rule(parameters)]
+    lines += ["", _row("added by the sums of 128 ranks (modelled)", parameters), _rule(parameters)]
     for network, by_shape in found["all_reduce"]["added"].items():
         lines += [_row(f"{network}, {s}", [f"{100 * a:.2f} %" for a in row]) for s, row in by_shape.items()]
     lines += ["", str(found["encoders"]), str(found["processes"])]

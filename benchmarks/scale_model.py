@@ -152,7 +152,9 @@ TOKENS = 196
 SHAPES = ((64, 512, 31), (1024, 512, 31), (8192, 1024, 1000))
 PARAMETERS = (1e6, 1e7, 1e8, 1e9)
 PRODUCTS = {"iprm": 10, "sum": 6}  # of size BCD, forward and backward: see NOTES.md
-LAUNCHES = {"iprm": 7, "sum": 12}  # Triton's; two products, two additions, loss, and their gradients (assumed)
+LAUNCHES = 7  # of Triton's head step
+#: Further kernels of a step of several processes: the count of rows, the message, and this process's share of the means.
+GROUP_LAUNCHES = 22
 
 
 def head_flops(batch: int, width: int, classes: int, method: str = "iprm") -> float:
@@ -167,11 +169,16 @@ def head_bytes(batch: int, width: int, classes: int, method: str = "iprm") -> fl
     return 2.0 * 6 * batch * width + 4.0 * rows * batch * classes
 
 
-def head_seconds(batch: int, width: int, classes: int, method: str = "iprm", machine: Machine = H100) -> float:
-    """The longer of arithmetic and memory, and the launches."""
+def head_streaming(batch: int, width: int, classes: int, method: str = "iprm", machine: Machine = H100) -> float:
+    """Seconds of arithmetic or of memory, whichever is longer."""
     arithmetic = head_flops(batch, width, classes, method) / (machine.flops * HEAD_FLOPS_EFFICIENCY)
     memory = head_bytes(batch, width, classes, method) / (machine.bandwidth * HEAD_BANDWIDTH_EFFICIENCY)
-    return max(arithmetic, memory) + LAUNCHES[method] * machine.launch
+    return max(arithmetic, memory)
+
+
+def head_seconds(batch: int, width: int, classes: int, machine: Machine = H100) -> float:
+    """Of the head step, with its launches."""
+    return head_streaming(batch, width, classes, machine=machine) + LAUNCHES * machine.launch
 
 
 def encoder_seconds(batch: int, parameters: float, tokens: int = TOKENS, machine: Machine = H100) -> float:
@@ -179,12 +186,19 @@ def encoder_seconds(batch: int, parameters: float, tokens: int = TOKENS, machine
     return 6.0 * parameters * tokens * batch / (machine.flops * ENCODER_EFFICIENCY)
 
 
-def head_share(shape: tuple[int, int, int], parameters: float, method: str = "iprm") -> float:
+def head_share(shape: tuple[int, int, int], parameters: float) -> float:
     """The head step's part of a step, encoders and heads."""
-    head = head_seconds(*shape, method)
+    head = head_seconds(*shape)
     return head / (head + encoder_seconds(shape[0], parameters))
 
 
-def added_by_all_reduce(shape: tuple[int, int, int], parameters: float, microseconds: float) -> float:
-    """What an all-reduce that nothing hides adds to a step, over the step without it."""
-    return 1e-6 * microseconds / (head_seconds(*shape) + encoder_seconds(shape[0], parameters))
+def beyond_sum(shape: tuple[int, int, int], parameters: float) -> float:
+    """What the head step takes more than sum fusion, over a step of sum fusion: launches left aside, of which it has fewer."""
+    ours, theirs = (head_streaming(*shape, method) for method in ("iprm", "sum"))
+    return (ours - theirs) / (theirs + encoder_seconds(shape[0], parameters))
+
+
+def added_by_processes(shape: tuple[int, int, int], parameters: float, microseconds: float) -> float:
+    """What an all-reduce that nothing hides, and the kernels around it, add to a step, over the step without them."""
+    added = 1e-6 * microseconds + GROUP_LAUNCHES * H100.launch
+    return added / (head_seconds(*shape) + encoder_seconds(shape[0], parameters))

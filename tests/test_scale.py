@@ -7,6 +7,12 @@ import math
 import numpy as np
 import pytest
 import scale_model as model
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iprm_kernels._head_step import _take_share
+from iprm_kernels.collectives import joint_sums
 
 
 @pytest.mark.parametrize(("pairs", "size"), [(1, 12), (3, 28), (6, 52)])
@@ -84,3 +90,33 @@ def test_the_head_steps_share_falls_as_encoders_grow():
         shares = [model.head_share(shape, parameters) for parameters in model.PARAMETERS]
         assert shares == sorted(shares, reverse=True)
         assert 0 < shares[-1] < shares[0] < 1
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is called but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = ("unsqueeze", "slice", "select", "detach", "alias")
+        self.count += not any(view in str(function) for view in views)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_step_of_several_processes_has_as_many_kernels_more_as_the_model_says(group):
+    """Those around the all-reduce; CUDA would launch one for each."""
+    target, kl, state, loss, losses = torch.arange(8), torch.ones(2), torch.ones(9), torch.ones(()), torch.ones(3)
+    with Operations() as operations:
+        joint, share = joint_sums(kl, target, -100, group)
+        kl.copy_(joint)
+        _take_share(share, state, loss, losses)
+    assert operations.count - 1 == model.GROUP_LAUNCHES
