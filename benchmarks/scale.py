@@ -147,7 +147,7 @@ def _draw_all_reduce(axes: Axes, found: dict[str, Any]) -> None:
 
 
 def _draw_waiting(axes: Axes, found: dict[str, Any], correlation: str) -> None:
-    cost = found["cost"][correlation]
+    cost = {int(ranks): row for ranks, row in found["cost"][correlation].items()}
     for place, variation in enumerate(found["variations"]):
         axes.plot(list(cost), [100 * row[place] for row in cost.values()], marker="o", label=f"variation {variation:.1%}")
     axes.set(title=f"a second wait, correlation {correlation} (simulated)", xscale="log", xlabel="ranks", ylabel="% of a step")
