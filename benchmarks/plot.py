@@ -85,7 +85,12 @@ DRAWN: dict[str, Callable[[Axes, str, Rows], None]] = {
     "share of copy bandwidth": draw_bandwidth,
     "an epoch of CREMA-D's size": draw_epoch,
 }
-NOT_DRAWN = ("launches a step", "memory beyond gradients")
+NOT_DRAWN = (
+    "launches a step",
+    "memory beyond gradients",
+    "the trainer over a bare loop",
+    "an epoch of iprm over one of concat",
+)
 
 
 def main(*paths: Path) -> None:

@@ -40,7 +40,7 @@ class FiniteGuard:
         """
         outcome = output.logits if output.loss is None else output.loss
         watched = (*inputs.values(), *features.values(), outcome)
-        faulty = ~torch.stack([x.detach().isfinite().all() for x in watched])
+        faulty = torch.stack([_faulty(x) for x in watched])
         if self._first is None:
             self._names = [f"modality {m!r}: its input is not finite" for m in inputs]
             self._names += [f"modality {m!r}: its encoder gives features that are not finite" for m in features]
@@ -71,11 +71,19 @@ def check_state(module: nn.Module, step: int) -> None:
     state = {name: x for name, x in _tensors(module) if x.is_floating_point()}
     if not state:
         return
-    finite = torch.stack([_local(x.detach()).isfinite().all() for x in state.values()]).tolist()
-    broken = [name for name, good in zip(state, finite, strict=True) if not good]
+    faulty = torch.stack([_faulty(_local(x)) for x in state.values()]).tolist()
+    broken = [name for name, bad in zip(state, faulty, strict=True) if bad]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise NonFiniteError(f"after training step {step}: {broken[0]}{more} is not finite, no checkpoint is written")
+
+
+def _faulty(x: Tensor) -> Tensor:
+    """Whether any number of `x` is not finite: those times 0 are NaN, all others 0.  (...) -> () bool
+
+    Of isfinite().all() each operation is a pass of its own: 307 µs at (64, 1, 40, 64) on a CPU, this 28.
+    """
+    return x.detach().mul(0).sum().ne(0)
 
 
 def _local(x: Tensor) -> Tensor:

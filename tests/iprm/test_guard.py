@@ -61,8 +61,18 @@ def test_finite_steps_pass_and_nothing_was_seen_before_the_first():
     guard.look()
 
 
-def test_integer_inputs_pass():
-    watch(FiniteGuard("training step"), 0, inputs=torch.tensor([[1, 2]]))
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_integer_inputs_pass(dtype):
+    watch(FiniteGuard("training step"), 0, inputs=torch.tensor([[1, 2]]).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_numbers_of_a_type_and_no_rows_pass_and_infinities_that_cancel_do_not(dtype):
+    guard, most = FiniteGuard("training step"), torch.finfo(dtype).max
+    watch(guard, 0, inputs=torch.full((99, 9), most, dtype=dtype))
+    watch(guard, 1, inputs=torch.empty(0, 9, dtype=dtype))
+    with pytest.raises(NonFiniteError, match="training step 2: modality 'text': its input"):
+        watch(guard, 2, inputs=torch.tensor([[math.inf, -math.inf]], dtype=dtype))
 
 
 @pytest.mark.gpu
