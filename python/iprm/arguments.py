@@ -38,3 +38,16 @@ def key_value(text: str) -> tuple[str, str]:
     if not separator or not key:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
     return key, value
+
+
+def add_dataset_options(parser: argparse.ArgumentParser) -> None:
+    """--path and --set: the options of a dataset."""
+    parser.add_argument("--path", help="the file or folder of a dataset that does not come with the package")
+    parser.add_argument(
+        "--set",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the dataset, such as batch_size=32; may be repeated",
+    )

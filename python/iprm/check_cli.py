@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .arguments import Parser, key_value
+from .arguments import Parser, add_dataset_options
 from .data import DATASETS
 from .data.check import Report, check
 from .options import dataset_of
@@ -45,15 +45,7 @@ def parser() -> Parser:
     """The arguments of `iprm check`."""
     p = Parser("iprm check", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("data", metavar="DATA", help=f"{', '.join(DATASETS)}, or a YAML configuration, such as iprm fit writes")
-    p.add_argument("--path", help="the file or folder of a dataset that does not come with the package")
-    p.add_argument(
-        "--set",
-        type=key_value,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the dataset, such as seed=1; may be repeated",
-    )
+    add_dataset_options(p)
     return p
 
 

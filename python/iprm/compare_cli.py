@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .arguments import Parser, at_least_one, key_value
+from .arguments import Parser, add_dataset_options, at_least_one, key_value
 from .compare import check, compare, default_jobs
 from .configs import load_config, shipped
 from .data import DATASETS, options_of
@@ -42,7 +42,7 @@ def parser() -> Parser:
     """The arguments of `iprm compare`."""
     p = Parser("iprm compare", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, metavar="NAME", help=f"dataset: {', '.join(DATASETS)}")
-    p.add_argument("--path", help="the file or folder of a dataset that does not come with the package")
+    add_dataset_options(p)
     p.add_argument(
         "--methods", metavar="A,B,...", help=f"{METHOD_NAMES} (default: each modality alone, the baselines, and iprm)"
     )
@@ -50,14 +50,6 @@ def parser() -> Parser:
     p.add_argument("--epochs", type=at_least_one, metavar="N", help="default: as in the dataset's shipped configuration")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/compare-<dataset>-<time>")
     p.add_argument("--jobs", type=at_least_one, metavar="N", help="processes at a time (default: one a core; 1 with a GPU)")
-    p.add_argument(
-        "--set",
-        type=key_value,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the dataset, such as batch_size=32; may be repeated",
-    )
     p.add_argument(
         "--model",
         type=key_value,
