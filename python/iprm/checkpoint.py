@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from .suggest import InputError
 
 STATES = "states"
+FILENAME = "best-{epoch}-{step}"  # not the one that a user's own ModelCheckpoint has by default
 STATE = re.compile(r"step=(?P<step>\d+)\.ckpt")
 #: What of the state of a `ModelCheckpoint` is a path.
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
@@ -60,7 +62,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, monitor: str = "val_accuracy", mode: str = "max", **options: Any) -> None:
         # of a file that a killed run has left, the run that goes on writes the same again
-        super().__init__(monitor=monitor, mode=mode, **{"enable_version_counter": False, **options})
+        super().__init__(monitor=monitor, mode=mode, **{"filename": FILENAME, "enable_version_counter": False, **options})
 
     def state_dict(self) -> dict[str, Any]:
         """With the names of files, and no folder."""
@@ -71,10 +73,19 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         folder = Path(self.dirpath or "")
+        if not (folder / state_dict["best_model_path"]).is_file():
+            return  # a new run begins from the checkpoint of another
         paths = {name: str(folder / path) if path else "" for name, path in state_dict.items() if name in PATHS}
         best = {str(folder / path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
         self.current_score = state_dict["current_score"]
+
+
+def best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
+    """The callback that keeps the best model of a run: `BestCheckpoint`, or else the first that monitors anything."""
+    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    ours = [callback for callback in keepers if isinstance(callback, BestCheckpoint)]
+    return next(iter([*ours, *(callback for callback in keepers if callback.monitor)]), None)
 
 
 def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:

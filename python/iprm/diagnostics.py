@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .base import FusionModule
-from .checkpoint import read_checkpoint
+from .checkpoint import best_checkpoint, read_checkpoint
 from .data.loading import Loader
 from .info import chosen_backends
 from .measurement import SplitMeasurement
@@ -95,8 +95,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _best_weights(trainer: L.Trainer, module: nn.Module) -> Iterator[dict[str, Any]]:
     """The parameters and buffers best on validation, where a checkpoint has them; afterwards the last again, bit for bit."""
-    kept = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and _has_best(c)), None)
-    checkpoint = None if kept is None else _load(kept.best_model_path)
+    kept = best_checkpoint(trainer)
+    checkpoint = _load(kept.best_model_path) if kept is not None and kept.best_model_path else None
     if kept is None or checkpoint is None:
         yield {"from": "last", "epoch": trainer.current_epoch - 1}  # by now it counts one further
         return
@@ -111,10 +111,6 @@ def _best_weights(trainer: L.Trainer, module: nn.Module) -> Iterator[dict[str, A
     finally:
         for name, x in state.items():
             x.copy_(last[name])
-
-
-def _has_best(callback: ModelCheckpoint) -> bool:
-    return callback.monitor is not None and Path(callback.best_model_path).is_file()
 
 
 def _load(path: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from .checkpoint import STATE, AtomicCheckpointIO, BestCheckpoint, read_checkpoint
+from .checkpoint import STATE, AtomicCheckpointIO, BestCheckpoint, best_checkpoint, read_checkpoint
 from .configs import find_config
 from .data import dataset_class
 from .data.base import MultimodalData
@@ -88,15 +88,17 @@ class FusionCLI(LightningCLI):
         callbacks: list[Callback] = []
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
+        records = fits and trainer.logger is not False and not trainer.fast_dev_run
         if fits and trainer.enable_checkpointing is not False:
-            callbacks += [BestCheckpoint(), self._get(self.config_init, "state")]
+            callbacks.append(BestCheckpoint())
+            if records:  # else the run has no folder of its own, and its states would be taken for those of another
+                callbacks.append(self._get(self.config_init, "state"))
         callbacks += [Diagnostics()] if fits else []
         self.trainer_defaults = {"callbacks": callbacks}
-        if not fits:
-            kwargs["logger"] = False
-        elif trainer.logger is None:
-            kwargs["logger"] = self._loggers(trainer.default_root_dir or "runs")
-        if trainer.strategy == "fsdp2":
+        kwargs["logger"] = self._loggers(trainer.default_root_dir or "runs", trainer.logger) if records else False
+        if self.subcommand == "predict":  # rows are written in their order, by one process
+            kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+        if trainer.strategy == "fsdp2" and self.subcommand != "predict":
             kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         given = trainer.plugins or []
         kwargs["plugins"] = [*(given if isinstance(given, list) else [given]), AtomicCheckpointIO()]
@@ -105,12 +107,15 @@ class FusionCLI(LightningCLI):
         except (TypeError, ValueError, ImportError) as error:
             raise InputError(f"trainer: {error}") from error
 
-    def _loggers(self, root: str) -> list[Logger]:
-        """metrics.csv and TensorBoard's events in a new folder, or in that of the run that goes on."""
+    def _loggers(self, root: str, given: Any) -> list[Logger]:
+        """metrics.csv, which also says where the run's folder is: a new one, or that of the run that goes on; and the loggers
+        that were given, or else TensorBoard's events."""
         log = RunLog(root)
         if self.folder is not None:
             folder = self.folder.absolute()
             log = RunLog(folder.parents[1], folder.parent.name, folder.name)
+        if given not in (None, True):
+            return [log, *(given if isinstance(given, list) else [given])]
         state = STATE.fullmatch(Path(self._get(self.config, "ckpt_path") or "").name)
         purged = int(state["step"]) if state and self.folder else None  # events from there on are written again
         events = TensorBoardLogger(log.save_dir, log.name, log.version, default_hp_metric=False, purge_step=purged)
@@ -137,7 +142,7 @@ class FusionCLI(LightningCLI):
 
     def _best_checkpoint(self) -> str:
         """Its path; empty where none was written."""
-        return getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        return getattr(best_checkpoint(self.trainer), "best_model_path", "")
 
     def after_predict(self) -> None:
         path = Path(self.config.predict.output)

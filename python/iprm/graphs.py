@@ -29,6 +29,7 @@ class GraphedStep:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.accumulates = False  # gradients over batches
         self._graphed: _Flat | None = None
         self._shapes: Shapes = []
         self._told: set[str] = set()
@@ -53,6 +54,8 @@ class GraphedStep:
             return f"a graph needs a GPU, and the batch is on {target.device.type!r}"
         if torch.is_autocast_enabled("cuda"):
             return "mixed precision casts weights anew every step, which a captured graph would not; use precision 32-true"
+        if self.accumulates:
+            return "gradients are accumulated over batches, and a replay writes over those of the last"
         if world_size() > 1:
             return "a step of several processes waits for others between its launches"
         if any(getattr(module, "sampling", None) == "random" for module in self.module.modules()):

@@ -87,7 +87,8 @@ class EpochMeans:
 
     def state_dict(self) -> dict[str, Any]:
         """What there is so far, in tensors and plain values."""
-        return {**vars(self), "losses": torch.stack(self.losses) if self.losses else torch.empty(0)}
+        state = {**vars(self), "losses": torch.stack(self.losses) if self.losses else torch.empty(0)}
+        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Goes on from there."""
@@ -102,7 +103,7 @@ class EpochMeans:
         self.heads = list(output.logits_by)
         self.correct = _added(self.correct, (stacked_logits(output).argmax(2) == target).sum(1))
         if output.strength is not None:
-            self.strength = _added(self.strength, output.strength.detach())
+            self.strength = _added(self.strength, output.strength.detach().clone())
 
     def compute(self, modalities: Sequence[str], weight: Tensor | None = None) -> dict[str, Tensor]:
         """train_loss, train_accuracy, train_accuracy_<head>, and where ω was measured `strength_<modality>` (its mean) and

@@ -16,11 +16,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from .checkpoint import STATES, saved_states
+from .data.base import MultimodalData
 from .processes import gathered, rank, world_size
 from .run_log import RunLog
 from .suggest import InputError
 
-#: Steps after which several processes ask each other whether SIGTERM came: the answer takes them a wait for the GPU.
+#: Batches after which several processes ask each other whether SIGTERM came: the answer takes them a wait for the GPU.
 ASK_EVERY = 20
 
 
@@ -50,6 +51,7 @@ class RunState(L.Callback):
         self._restored: list[dict[str, Any]] = []  # the generators of each process
         self._at_epoch_start = False  # of the state that is saved, or was restored
         self._saved_at = 0  # optimiser steps
+        self._unasked = 0  # batches since all processes asked each other
         self._signal = _Termination()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -87,12 +89,14 @@ class RunState(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
+        self._unasked += 1
         # neither gradients that are being accumulated nor a validation that is due would be found in what was saved before them
         validates = trainer.fit_loop._data_fetcher and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         if loop._should_accumulate() or loop.batch_progress.is_last_batch or validates:
             return
         due = self.every_n_steps and trainer.global_step >= self._saved_at + self.every_n_steps
-        stops = (world_size() == 1 or batch_idx % ASK_EVERY == 0) and self._signal.came_to_any()
+        stops = (world_size() == 1 or self._unasked >= ASK_EVERY) and self._signal.came_to_any()
+        self._unasked = 0 if self._unasked >= ASK_EVERY else self._unasked
         if due or stops:
             self._save(trainer)
         if stops:
@@ -110,17 +114,35 @@ class RunState(L.Callback):
         self._saved_at = trainer.global_step
         trainer.save_checkpoint(self.saved)
         if trainer.is_global_zero:
-            for old in saved_states(folder)[: -self.keep]:
+            before = [state for state in saved_states(folder) if state <= self.saved]
+            for old in before[: -self.keep]:
                 old.unlink()
 
     def state_dict(self) -> dict[str, Any]:
         rows = [row for log in self._logs() for row in log.rows]
-        return {"generators": gathered(generators()), "metrics": rows, "at_epoch_start": self._at_epoch_start}
+        return {
+            "generators": gathered(generators()),
+            "metrics": rows,
+            "at_epoch_start": self._at_epoch_start,
+            "data": self._data(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        there, here = state["data"], self._data()
+        for name, was in there.items():
+            if name in here and was != here[name]:
+                raise InputError(f"the state is of other data: its {name} was {was}, this run's is {here[name]}")
         self._restored, self._at_epoch_start = state["generators"], state["at_epoch_start"]
         for log in self._logs():
             log.restore(state["metrics"])
+
+    def _data(self) -> dict[str, Any]:
+        """What decides the rows of each batch: sizes and digests of the splits, and the size of a joint batch."""
+        data = getattr(self._trainer, "datamodule", None)
+        if not isinstance(data, MultimodalData):
+            return {}
+        splits = {f"{name} split": described for name, described in data.describe().items()}
+        return {"seed": data.seed, "rows a step": data.batch_size * world_size(), **splits}
 
     def _logs(self) -> list[RunLog]:
         """The run's metrics.csv, if it has one."""

@@ -45,7 +45,8 @@ class FusionClassifier(L.LightningModule):
         learning_rate: the step of SGD, before its decay.
         momentum: of SGD, from 0 to 1.
         weight_decay: of SGD.
-        decay_at: the part of the epochs, from 0 to 1, after which the learning rate is multiplied by `decay`.
+        decay_at: the part of the epochs, from 0 to 1, after which the learning rate is multiplied by `decay`, once. A run that
+            is bounded by steps alone has no such part.
         decay: see `decay_at`.
         channels_last: images and convolutions in the channels-last memory format, which GPUs with tensor cores prefer.
         compile: a backend of torch.compile for encoders and fusion, such as "inductor"; none by default.
@@ -99,6 +100,8 @@ class FusionClassifier(L.LightningModule):
         self._step = GraphedStep(step) if cuda_graph else step.forward  # no submodule, which would name all parameters twice
         self.means = EpochMeans()
         self._restored_means: list[dict[str, Any]] = []  # of each process
+        self._optimiser: torch.optim.SGD | None = None
+        self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None
         self.guard = FiniteGuard("training step")
         self.val_metrics, self.test_metrics = EpochMetrics(num_classes), EpochMetrics(num_classes)
         self.evaluation_guard = FiniteGuard("evaluation batch")
@@ -126,6 +129,9 @@ class FusionClassifier(L.LightningModule):
     # training
 
     def on_train_start(self) -> None:
+        self._apply_settings()
+        if isinstance(self._step, GraphedStep):
+            self._step.accumulates = self.trainer.accumulate_grad_batches > 1
         if self._restored_means:  # the run goes on within an epoch
             self.means.load_state_dict(self._restored_means[rank()], self.device)
             self._restored_means = []
@@ -169,11 +175,25 @@ class FusionClassifier(L.LightningModule):
         optimiser = torch.optim.SGD(
             self.parameters(), lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
         )
+        self._optimiser, self._schedule = optimiser, None
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:  # a run bounded by steps or time has no known part of its epochs
             return {"optimizer": optimiser}
-        step_size = max(1, round(self.decay_at * epochs))
-        return {"optimizer": optimiser, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimiser, step_size, self.decay)}
+        last = max(1, round(self.decay_at * epochs))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: self.decay if epoch >= last else 1.0)
+        return {"optimizer": optimiser, "lr_scheduler": self._schedule}
+
+    def _apply_settings(self) -> None:
+        """The settings of this run take the place of those that a restored optimiser and schedule were made with."""
+        if self._optimiser is None:  # a subclass has others
+            return
+        factor = 1.0
+        if self._schedule is not None:
+            self._schedule.base_lrs = [self.learning_rate] * len(self._optimiser.param_groups)
+            factor = self._schedule.lr_lambdas[0](self._schedule.last_epoch)
+        for group in self._optimiser.param_groups:
+            group.update(lr=self.learning_rate * factor, momentum=self.momentum, weight_decay=self.weight_decay)
+            group["initial_lr"] = self.learning_rate
 
     # evaluation
 
@@ -199,7 +219,8 @@ class FusionClassifier(L.LightningModule):
         inputs, target = batch
         features = self.encode(inputs)
         output = self.fusion(features, target)
-        self.evaluation_guard.watch(batch_idx, inputs, features, output)
+        if len(target):  # of a split's last batch a process may have no rows
+            self.evaluation_guard.watch(batch_idx, inputs, features, output)
         metrics.update(output, target)
 
     def _log_metrics(self, stage: str, metrics: EpochMetrics) -> None:

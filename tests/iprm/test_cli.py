@@ -146,3 +146,35 @@ def test_a_run_that_meets_nan_leaves_with_1_naming_step_modality_and_the_checkpo
     assert err.startswith("iprm: stopped at training step 5: modality 'text': its input is not finite\n")
     assert "Traceback" not in err
     assert (tmp_path / CHECKPOINT.search(err)["path"]).is_file()
+
+
+def test_checkpoints_and_loggers_of_a_users_own_stand_beside_those_of_the_run(tmp_path, features):
+    (tmp_path / "mine.yaml").write_text("""\
+trainer:
+  max_epochs: 3
+  enable_progress_bar: false
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args: {save_dir: theirs}
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {save_top_k: -1, every_n_epochs: 1}
+    - class_path: lightning.pytorch.callbacks.LearningRateMonitor
+""")
+    out = iprm(tmp_path, "fit", "--config", "mine.yaml", "--data", "features", "--data.path", features)
+    assert out.code == 0, out.err
+    run = tmp_path / "runs/fit/version_0"
+    names = [path.name for path in (run / "checkpoints").iterdir()]
+    assert len([name for name in names if name.startswith("epoch=")]) == 3
+    assert re.fullmatch(r"best-epoch=\d-step=\d\.ckpt", Path(CHECKPOINT.search(out.out)["path"]).name)
+    assert list((tmp_path / "theirs").rglob("metrics.csv"))
+    with (run / "metrics.csv").open() as file:
+        assert "lr-SGD" in file.readline()
+    assert iprm(tmp_path, "report", str(run)).code == 0
+
+
+@pytest.mark.parametrize("options", [("--trainer.logger", "false"), ("--trainer.fast_dev_run", "true")])
+def test_a_run_without_a_folder_of_its_own_saves_no_state(tmp_path, features, options):
+    data = ("--data", "features", "--data.path", features, "--trainer.enable_progress_bar", "false")
+    assert iprm(tmp_path, "fit", *data, "--trainer.max_epochs", "1", *options).code == 0
+    assert not list(tmp_path.rglob("states"))

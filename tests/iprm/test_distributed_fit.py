@@ -55,7 +55,7 @@ def test_two_processes_log_what_one_logs_with_a_batch_as_large(folder, by, strat
         assert row == pytest.approx(expected, rel=1e-4), "in float32"
 
 
-def test_a_split_is_tested_by_two_processes_as_by_one(folder):
+def test_a_split_is_tested_by_two_processes_as_by_one_and_predicted_in_order(folder):
     assert iprm(folder, "fit", *ALIKE, *SETTINGS, "--data.batch_size", "16").code == 0
     (checkpoint,) = (folder / "runs/fit/version_0/checkpoints").iterdir()
     of = ("--config", "runs/fit/version_0/config.yaml", "--ckpt_path", str(checkpoint))
@@ -65,6 +65,12 @@ def test_a_split_is_tested_by_two_processes_as_by_one(folder):
     expected = table(alone.out)
     assert "test_accuracy" in expected
     assert table(done.stdout) == pytest.approx(expected, rel=1e-6), "in float32"
+
+    for name, options in (("alone", ()), ("two", (*TWO, "--trainer.strategy", "ddp"))):
+        assert run(folder, "predict", *of, *options, "--output", f"{name}.csv").returncode == 0
+    with (folder / "alone.csv").open() as one, (folder / "two.csv").open() as other:
+        rows, targets = zip(*([row["row"], row["target"]] for row in csv.DictReader(one)), strict=True)
+        assert list(zip(rows, targets, strict=True)) == [(row["row"], row["target"]) for row in csv.DictReader(other)]
 
 
 def test_sigterm_to_one_process_stops_both_and_they_resume_to_the_same_bits(folder):

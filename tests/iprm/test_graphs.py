@@ -113,5 +113,11 @@ def test_what_cannot_be_captured_is_named(monkeypatch, patched, options, words):
     assert words in GraphedStep(Step(**options))._obstacle(OnGpu())
 
 
+def test_accumulated_gradients_are_no_graphs():
+    step = GraphedStep(Step())
+    step.accumulates = True
+    assert "accumulated" in step._obstacle(OnGpu())
+
+
 def test_what_can_be_captured_has_no_obstacle():
     assert GraphedStep(Step())._obstacle(OnGpu()) == ""

@@ -127,3 +127,14 @@ def test_an_epoch_without_steps_has_no_means():
     means.update(*step(1.0, 1, 2))
     means.reset()
     assert means.compute(("x", "y")) == {}
+
+
+def test_means_survive_outputs_that_are_written_over():
+    """As those of a CUDA graph are, by its next replay."""
+    output, target = step(2.0, 1, 2, torch.tensor([0.25, 0.75]))
+    means = EpochMeans()
+    means.update(output, target)
+    output.loss.fill_(7.0)
+    output.strength.fill_(7.0)
+    values = means.compute(("x", "y"), torch.tensor(0.5))
+    assert (values["train_loss"].item(), values["strength_x"].item()) == (2.0, 0.25)

@@ -116,6 +116,22 @@ def test_a_finished_run_can_be_made_longer(ran, tmp_path):
 # what cannot be resumed
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("seed", "5", "its seed was 0, this run's is 5"), ("batch_size", "16", "its rows a step was 13, this run's is 16")],
+)
+def test_other_data_are_refused(run, tmp_path, option, value, message):
+    save(tmp_path, arrays())
+    with pytest.raises(InputError, match=message):
+        resumed(run, tmp_path, f"--data.{option}", value)
+
+
+def resumed(run: Path, folder: Path, *more: str) -> None:
+    code, _, err = iprm(folder, "resume", str(run), "--data.path", str(folder / "features.npz"), *more)
+    if code == 2:
+        raise InputError(err)
+
+
 def states(run: Path) -> list[Path]:
     return sorted((run / "states").glob("*.ckpt"))
 

@@ -102,6 +102,35 @@ def test_the_learning_rate_drops_once_after_its_part_of_the_epochs(tmp_path, dat
     assert rates.seen == [0.5, 0.5, 0.5, 0.125, 0.125]
 
 
+@pytest.mark.parametrize("decay_at", [0.0, 0.2, 0.5])
+def test_the_learning_rate_drops_only_once(tmp_path, data, decay_at):
+    rates = Rates()
+    model = classifier(data, learning_rate=0.5, decay_at=decay_at, decay=0.5)
+    fit(tmp_path, data, model, epochs=5, limit_train_batches=1, callbacks=[rates])
+    first = max(1, round(5 * decay_at))
+    assert rates.seen == [0.5] * first + [0.25] * (5 - first)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_that_goes_on_has_the_settings_it_is_given_and_a_schedule_of_its_own_length(tmp_path, data):
+    first = fit(tmp_path, data, classifier(data, learning_rate=0.5, decay_at=0.5), epochs=2)
+    first.save_checkpoint(tmp_path / "at_2.ckpt")
+    rates, model = Rates(), classifier(data, learning_rate=0.25, momentum=0.5, weight_decay=0.0, decay_at=0.75)
+    checkpoint = str(tmp_path / "at_2.ckpt")
+    again = fit(tmp_path / "again", data, model, ckpt_path=checkpoint, epochs=8, limit_train_batches=1, callbacks=[rates])
+    assert rates.seen == pytest.approx([0.25, 0.25, 0.25, 0.25, 0.025, 0.025])
+    (group,) = again.optimizers[0].param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.0)
+
+
+def test_a_process_without_rows_of_a_batch_evaluates_nothing_of_it(data):
+    model, split = classifier(data).eval(), data.splits["val"]
+    nothing = ({modality: x[:0] for modality, x in split.inputs.items()}, split.target[:0])
+    model.validation_step(nothing, 0)
+    model.validation_step((split.inputs, split.target), 1)
+    assert model.val_metrics.compute()["loss"].isfinite()
+
+
 def test_a_run_bounded_by_steps_keeps_its_learning_rate(tmp_path, data):
     rates = Rates()
     runner = fit(tmp_path, data, classifier(data, learning_rate=0.5), epochs=-1, max_steps=5, callbacks=[rates])
