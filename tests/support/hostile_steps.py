@@ -87,7 +87,8 @@ def assert_step_agrees(step: Step, call: StepCall, dtype: torch.dtype) -> bool:
         assert ((strength >= 0) & (strength <= 1)).all()
         assert abs(strength.sum() - 1) <= 4 * torch.finfo(strength.dtype if dtype == torch.float64 else torch.float32).eps
     sizes: dict[str, Tensor] = {}
-    known = whole and bool((cosines(inputs) >= LEAST_COSINE).all())
+    # float64 has no truth here: the reference is wrong by as much as a backend may be. test_head_accuracy.py has long double's.
+    known = whole and dtype != torch.float64 and bool((cosines(inputs) >= LEAST_COSINE).all())
     if known:
         truth = {name: Truth.of(t) for name, t in double.items()}
         sizes = magnitudes_of(inputs, truth, options.get("ignore_index", -100))
