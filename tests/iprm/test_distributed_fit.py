@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command import iprm, table
 from feature_files import arrays, save
-from run_folder import RUN, difference, left
+from run_contents import RUN, difference, left
 
 EPOCHS = 3
 IPRM = ("-m", "iprm.cli")

@@ -15,7 +15,7 @@ from forked import run_forked
 from iprm.checkpoint import AtomicCheckpointIO, read_checkpoint, state_to_resume
 from iprm.run_state import RunState
 from iprm.suggest import InputError
-from run_folder import RUN, difference, left
+from run_contents import RUN, difference, left
 
 EPOCHS, STEPS = 5, 15  # 39 rows in batches of 13
 KILLED_AT = sorted(random.Random(4).sample(range(STEPS), 10))
