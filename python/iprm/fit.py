@@ -93,7 +93,7 @@ class FusionCLI(LightningCLI):
             callbacks.append(BestCheckpoint())
             if records:  # else the run has no folder of its own, and its states would be taken for those of another
                 callbacks.append(self._get(self.config_init, "state"))
-        callbacks += [Diagnostics()] if fits else []
+        callbacks += [Diagnostics()] if records else []
         self.trainer_defaults = {"callbacks": callbacks}
         kwargs["logger"] = self._loggers(trainer.default_root_dir or "runs", trainer.logger) if records else False
         if self.subcommand == "predict":  # rows are written in their order, by one process
