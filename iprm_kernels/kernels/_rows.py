@@ -133,17 +133,14 @@ def slerp(s, c):
     ds = tl.where(at_one, 1.0, theta * cosine / sine_theta)
     # ∂S/∂c: near c = 1 the closed form cancels like θ³, and the series of the reference takes its place
     closed = (clamped * sine - s * cosine * sine_theta) / (sine_theta * sine_theta * sine_theta)
-    # No h above zero has a larger 1/h than LARGEST, and at zero the first term is all; beyond, a coefficient would overflow.
-    LARGEST: tl.constexpr = 2.0**54 if c.dtype == tl.float64 else 2.0**25
-    squared = tl.minimum(s * s, LARGEST)
     a = tl.full(h.shape, 1.0, h.dtype)
-    power = h
-    series = tl.full(h.shape, 1.0, h.dtype)
-    for n in tl.static_range(1, TERMS):
-        a = a * ((n + 1) * (n + 1) - squared) * (1 / ((n + 1) * (n + 1.5)))
+    power = tl.full(h.shape, 1.0, h.dtype)
+    series = tl.zeros(h.shape, h.dtype)
+    for n in tl.static_range(TERMS):
+        a = a * ((n + 1) * (n + 1) - s * s) * (1 / ((n + 1) * (n + 1.5)))
         series = series + (n + 1) * a * power
         power = power * h
-    dc = tl.where((h < SERIES_BELOW) & (s * s * h < 1), (s * s - 1) * (s / 3) * series, closed)
+    dc = tl.where((h < SERIES_BELOW) & (s * s * h < 1), -0.5 * s * series, closed)
     return value, ds, tl.where(c <= floor, 0.0, dc)
 
 
