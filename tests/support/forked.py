@@ -17,16 +17,21 @@ Command = tuple[Path, Sequence[str]]
 
 def run_forked(folder: Path, commands: Sequence[Command], timeout: float = 300) -> list[int]:
     """Exit codes of `iprm ARGUMENTS` in each folder; those of a process that a signal ended are negative, as in subprocess."""
-    todo = folder / "commands.json"
-    todo.write_text(json.dumps([[str(place), list(arguments)] for place, arguments in commands]))
+    listing = folder / "commands.json"
+    listing.write_text(json.dumps([[str(place), list(arguments)] for place, arguments in commands]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process whose OpenMP has threads cannot be forked
     done = subprocess.run(
-        [sys.executable, __file__, str(todo)], env=environment, timeout=timeout, check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, str(listing)],
+        env=environment,
+        timeout=timeout,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     return json.loads(done.stdout)
 
 
-def _main(todo: Path) -> None:
+def _main(listing: Path) -> None:
     import iprm.fit
     import iprm.resume
     import torch
@@ -36,7 +41,7 @@ def _main(todo: Path) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     codes = []
-    for place, arguments in json.loads(todo.read_text()):
+    for place, arguments in json.loads(listing.read_text()):
         child = os.fork()
         if child == 0:
             os.chdir(place)
