@@ -87,8 +87,8 @@ def head_coefficients_kernel(
         if head < P:
             r_x_norm, r_y_norm, r_c = load_stats(pair_stats(p_stats, n_all_rows, head), o_rows, m_rows, n_all_rows)
             r_w = tl.zeros((BLOCK_B,), DTYPE) + tl.load(p_strength + 2 * head)
-            r_p, _, r_p_dc = slerp(r_w, r_c)
-            r_q, _, r_q_dc = slerp(1 - r_w, r_c)
+            r_p, _, r_p_dc = slerp(r_w, r_c, STRENGTH=True)
+            r_q, _, r_q_dc = slerp(1 - r_w, r_c, STRENGTH=True)
             r_x_inverse = 1 / divisor(r_x_norm, EPS)
             r_y_inverse = 1 / divisor(r_y_norm, EPS)
             r_z_x, r_z_y = r_p * r_x_inverse, r_q * r_y_inverse

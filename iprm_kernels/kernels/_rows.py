@@ -113,10 +113,11 @@ def sine_cosine(a):
 
 
 @triton.jit
-def slerp(s, c):
+def slerp(s, c, STRENGTH: tl.constexpr = False):
     """S(s, c) = sin(sθ) / sin θ, ∂S/∂s and ∂S/∂c, analytic at c = 1.  (BLOCK_B,) x2 -> (BLOCK_B,) x3
 
-    What the caller does not use of it is not computed. Comparisons are written so that a NaN passes through them.
+    STRENGTH: s is known to be in [0, 1]. What the caller does not use of it is not computed. Comparisons are written so that a
+    NaN passes through them.
     """
     FLOOR: tl.constexpr = FLOOR_64 if c.dtype == tl.float64 else FLOOR_32
     floor = tl.full(c.shape, FLOOR, c.dtype)
@@ -134,13 +135,28 @@ def slerp(s, c):
     # ∂S/∂c: near c = 1 the closed form cancels like θ³, and the series of the reference takes its place
     closed = (clamped * sine - s * cosine * sine_theta) / (sine_theta * sine_theta * sine_theta)
     a = tl.full(h.shape, 1.0, h.dtype)
-    power = tl.full(h.shape, 1.0, h.dtype)
-    series = tl.zeros(h.shape, h.dtype)
-    for n in tl.static_range(TERMS):
-        a = a * ((n + 1) * (n + 1) - s * s) * (1 / ((n + 1) * (n + 1.5)))
-        series = series + (n + 1) * a * power
-        power = power * h
-    dc = tl.where((h < SERIES_BELOW) & (s * s * h < 1), -0.5 * s * series, closed)
+    if STRENGTH:
+        power = tl.full(h.shape, 1.0, h.dtype)
+        series = tl.zeros(h.shape, h.dtype)
+        for n in tl.static_range(TERMS):
+            a = a * ((n + 1) * (n + 1) - s * s) * (1 / ((n + 1) * (n + 1.5)))
+            series = series + (n + 1) * a * power
+            power = power * h
+        dc = tl.where((h < SERIES_BELOW) & (s * s * h < 1), -0.5 * s * series, closed)
+    else:
+        # The last coefficient grows like a power of s², and up to LARGEST overflows nowhere. A larger s² takes the closed form,
+        # which then loses two digits at most, but at h = 0, where the first term is all. No h above zero is below 2⁻²⁵ in
+        # float32, 2⁻⁵⁴ in float64. In the kernels of the head step this much more spilled.
+        LARGEST: tl.constexpr = 2.0**54 if c.dtype == tl.float64 else 2.0**18
+        squared = tl.minimum(s * s, LARGEST)
+        reach = squared * h + (s * s - squared) * (h * 2.0**60)
+        power = h
+        series = tl.full(h.shape, 1.0, h.dtype)
+        for n in tl.static_range(1, TERMS):
+            a = a * ((n + 1) * (n + 1) - squared) * (1 / ((n + 1) * (n + 1.5)))
+            series = series + (n + 1) * a * power
+            power = power * h
+        dc = tl.where((h < SERIES_BELOW) & (reach < 1), (s * s - 1) * (s / 3) * series, closed)
     return value, ds, tl.where(c <= floor, 0.0, dc)
 
 

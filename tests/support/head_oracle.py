@@ -1,7 +1,8 @@
 """The linear head step once more, written from its definition: two passes through the mixed head, then the chain rule.
 
 Matrices are in numpy's long double (64 bits of mantissa on x86-64, eleven more than float64); S and its derivatives, which
-cancel near c = 1, go through the 90 digits of `oracle`.
+cancel near c = 1, go through the 90 digits of `oracle`. A row no longer than EPS is divided by EPS, and gets no gradient
+through the mixture.
 """
 
 from __future__ import annotations
@@ -14,33 +15,42 @@ from error_budget import Truth
 from mpmath import mpf
 from torch import Tensor
 
+EPS = 1e-12
 #: Whether long double is longer than double here: a truth for float64 needs it.
 EXTENDED = np.finfo(np.longdouble).nmant > 60
 
 Matrix = np.ndarray
 
 
-def linear_probe_rebalance(inputs: dict[str, Any], label_smoothing: float, logits_weights: Matrix) -> dict[str, Truth]:
-    """Outputs and gradients of loss + Σ logits_mix ⊙ logits_weights, by name."""
+def linear_probe_rebalance(
+    inputs: dict[str, Any], label_smoothing: float, logits_weights: Matrix, ignore_index: int = -100
+) -> dict[str, Truth]:
+    """Outputs and gradients of loss + Σ logits_mix ⊙ logits_weights, by name. Losses are means over the rows that count."""
     i = {name: _exact(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     target, one = inputs["target"].numpy(), np.longdouble(1)
-    batch, classes = len(target), len(i["bias_x"])
-    norms = {m: np.sqrt((i[m] ** 2).sum(1)) for m in "xy"}
+    batch, classes = len(target), len(i["weight_x"])
+    i |= {f"bias_{m}": np.zeros(classes, np.longdouble) for m in ("x", "y", "mix") if i[f"bias_{m}"] is None}
+    lengths = {m: np.sqrt((i[m] ** 2).sum(1)) for m in "xy"}
+    norms = {m: np.maximum(length, EPS) for m, length in lengths.items()}
     unit = {m: i[m] / norms[m][:, None] for m in "xy"}
     c = np.minimum((unit["x"] * unit["y"]).sum(1), one)
 
     logits = {m: i[m] @ i[f"weight_{m}"].T + i[f"bias_{m}"] for m in "xy"}
     probe = _mixed(unit, c, i["weight"]) @ i["weight_mix"].T + i["bias_mix"]
     kl = np.array([_kl(logits[m], probe) for m in "xy"])
-    strength = (1 / kl) / (1 / kl).sum()
+    with np.errstate(divide="ignore", invalid="ignore"):  # of equal logits there is no strength: NaN
+        strength = (1 / kl) / (1 / kl).sum()
     w = strength[0]
     z = _mixed(unit, c, w)
     logits["mix"] = z @ i["weight_mix"].T + i["bias_mix"]
-    wanted = np.full((batch, classes), label_smoothing * one / classes)
-    wanted[np.arange(batch), target] += 1 - label_smoothing * one
-    losses = np.array([-(wanted * _log_softmax(logits[m])).sum() / batch for m in ("mix", "x", "y")])
+    rows = np.flatnonzero(target != ignore_index)
+    wanted = np.zeros((batch, classes), np.longdouble)
+    wanted[rows] = label_smoothing * one / classes
+    wanted[rows, target[rows]] += 1 - label_smoothing * one
+    losses = np.array([-(wanted * _log_softmax(logits[m])).sum() / len(rows) for m in ("mix", "x", "y")])
 
-    grads = {m: (np.exp(_log_softmax(logits[m])) - wanted) / batch for m in ("mix", "x", "y")}
+    counted = (target != ignore_index)[:, None]
+    grads = {m: (counted * np.exp(_log_softmax(logits[m])) - wanted) / len(rows) for m in ("mix", "x", "y")}
     grads["mix"] = grads["mix"] + logits_weights.astype(np.longdouble)
     g = grads["mix"] @ i["weight_mix"]
     g_x, g_y = ((g * unit[m]).sum(1) for m in "xy")
@@ -50,7 +60,7 @@ def linear_probe_rebalance(inputs: dict[str, Any], label_smoothing: float, logit
     for m, other, s in (("x", "y", w), ("y", "x", 1 - w)):
         by_unit = _of_rows(oracle.slerp_weight, s, c)[:, None] * g + kappa[:, None] * unit[other]
         tangent = by_unit - (by_unit * unit[m]).sum(1)[:, None] * unit[m]
-        found[m] = tangent / norms[m][:, None] + grads[m] @ i[f"weight_{m}"]
+        found[m] = np.where(lengths[m] <= EPS, 0, 1 / norms[m])[:, None] * tangent + grads[m] @ i[f"weight_{m}"]
         found[f"weight_{m}"] = grads[m].T @ i[m]
     found["weight_mix"] = grads["mix"].T @ z
     found |= {f"bias_{m}": grads[m].sum(0) for m in ("mix", "x", "y")}

@@ -136,37 +136,41 @@ def assert_agrees(
     double: Tensor,
     magnitude: Tensor,
     beside: Iterable[tuple[Tensor, Truth, Tensor]] = (),
+    truth: Truth | None = None,
 ) -> None:
-    """`value` has no number where the reference has none, and is within the error budget of float64 elsewhere.
+    """`value` has no number where the reference has none, and is within the error budget of the truth elsewhere.
 
     Args:
         value, plain, double: (B, ...) by the backend, by plain torch at the type under test, and in float64 (or (),
             one row). Where one of them overflows or underflows and the other does not, anything may come.
         magnitude: (B,). A row whose magnitude is not finite at the type under test may be anything.
         beside: rows of like kind that plain torch is measured on as well: its results, what is true, and magnitudes.
+        truth: of the shape of `value`; None is `double`, which for a float64 `value` may be wrong by what plain torch is.
     """
     assert value.dtype == plain.dtype, name
     assert value.shape == plain.shape == double.shape, name
     rows = max(1, len(magnitude))
-    value, plain, double = (exact(tensor).reshape(rows, -1) for tensor in (value, plain, double))
+    if truth is None:
+        truth = Truth.of(double)
+        if value.dtype == torch.float64:
+            magnitude = magnitude * ((error_budget.FACTOR + 1) / error_budget.FACTOR)
+    value, plain, double, high, low = (exact(tensor).reshape(rows, -1) for tensor in (value, plain, double, *truth))
     if value.numel() == 0:
         return
     assert not value[~double.isfinite() & ~plain.isfinite()].isfinite().any(), f"{name}: a number where there is none"
     # a row whose rounding errors alone may overflow is not known
     known = (double.isfinite() & plain.isfinite()).all(1) & (magnitude <= torch.finfo(value.dtype).max)
     assert value[known].isfinite().all(), f"{name}: no number where there is one: {value[known]}, not {double[known]}"
-    if value.dtype == torch.float64:  # the reference is no truth here, but wrong by up to what plain torch is wrong by
-        magnitude = magnitude * ((error_budget.FACTOR + 1) / error_budget.FACTOR)
     if known.any():
         columns = value.shape[1]
-        others = [(b.reshape(-1, columns), t.high.reshape(-1, columns), t.low.reshape(-1, columns), m) for b, t, m in beside]
+        others = [(b.reshape(-1, columns).to(value), t, m) for b, t, m in beside]
         error_budget.assert_within_budget(
             name,
-            torch.cat([value[known], *(other.to(value) for other, *_ in others)]),
-            torch.cat([plain[known], *(other.to(value) for other, *_ in others)]),
+            torch.cat([value[known], *(other for other, *_ in others)]),
+            torch.cat([plain[known], *(other for other, *_ in others)]),
             Truth(
-                torch.cat([double[known], *(high for _, high, _, _ in others)]),
-                torch.cat([torch.zeros_like(double[known]), *(low for _, _, low, _ in others)]),
+                torch.cat([high[known], *(of.high.reshape(-1, columns) for _, of, _ in others)]),
+                torch.cat([low[known], *(of.low.reshape(-1, columns) for _, of, _ in others)]),
             ),
             torch.cat([magnitude[known].double(), *(m.double() for *_, m in others)]).clamp(min=torch.finfo(value.dtype).tiny),
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import head_accuracy
+import head_oracle
 import heads
 import torch
 from error_budget import Truth
@@ -55,17 +56,20 @@ def magnitudes_of(inputs: dict[str, Any], truth: dict[str, Truth], ignore_index:
     return {name: size * factors.get(name, 1.0) for name, size in sizes.items()}
 
 
+def truth_of(inputs: dict[str, Any], double: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> dict[str, Truth]:
+    """Of float64 the step in long double, of narrower types `double`, the reference in float64."""
+    if dtype != torch.float64:
+        return {name: Truth.of(t) for name, t in double.items()}
+    upstream = heads.weights((len(inputs["x"]), len(inputs["weight_x"])), dtype).numpy()
+    return head_oracle.linear_probe_rebalance(inputs, options["label_smoothing"], upstream, options.get("ignore_index", -100))
+
+
 @functools.cache
 def ordinary(width: int, classes: int, dtype: torch.dtype, call: StepCall) -> dict[str, tuple[Tensor, Truth, Tensor]]:
     """What plain torch makes of the ordinary inputs of `heads`, what is true of them, and magnitudes, by result."""
-    inputs = heads.inputs(17, width, classes, dtype)
-    if dtype == torch.float64:
-        _, truth = head_accuracy.truth_of(17, width, classes, dtype)
-    else:
-        truth = {
-            name: Truth.of(t) for name, t in results_of(by_reference(in_double(inputs), call, label_smoothing=0.1)).items()
-        }
-    values = results_of(by_reference(inputs, call, label_smoothing=0.1))
+    inputs, options = heads.inputs(17, width, classes, dtype), {"label_smoothing": 0.1}
+    truth = truth_of(inputs, results_of(by_reference(in_double(inputs), call, **options)), dtype, **options)
+    values = results_of(by_reference(inputs, call, **options))
     sizes = magnitudes_of(inputs, truth, ignore_index=-100)
     return {name: (value, truth[name], sizes[name]) for name, value in values.items()}
 
@@ -87,16 +91,17 @@ def assert_step_agrees(step: Step, call: StepCall, dtype: torch.dtype) -> bool:
         assert ((strength >= 0) & (strength <= 1)).all()
         assert abs(strength.sum() - 1) <= 4 * torch.finfo(strength.dtype if dtype == torch.float64 else torch.float32).eps
     sizes: dict[str, Tensor] = {}
-    # float64 has no truth here: the reference is wrong by as much as a backend may be. test_head_accuracy.py has long double's.
-    known = whole and dtype != torch.float64 and bool((cosines(inputs) >= LEAST_COSINE).all())
+    truth: dict[str, Truth] = {}
+    known = whole and bool((cosines(inputs) >= LEAST_COSINE).all()) and (dtype != torch.float64 or head_oracle.EXTENDED)
     if known:
-        truth = {name: Truth.of(t) for name, t in double.items()}
+        truth = truth_of(inputs, double, dtype, **options)
         sizes = magnitudes_of(inputs, truth, options.get("ignore_index", -100))
         known = bool((sizes["strength"] <= MOST_OF_STRENGTH).all())
     classes, width = inputs["weight_x"].shape
     for name, value in results_of(step).items():
         if known:
-            assert_agrees(name, value, plain[name], double[name], sizes[name], [ordinary(width, classes, dtype, call)[name]])
+            beside = [ordinary(width, classes, dtype, call)[name]]
+            assert_agrees(name, value, plain[name], double[name], sizes[name], beside, truth[name])
         else:
             nowhere = ~double[name].isfinite() & ~plain[name].isfinite()
             assert not value[nowhere].isfinite().any(), f"{name}: a number where there is none"
