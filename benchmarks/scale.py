@@ -5,9 +5,9 @@ usage: scale.py [FOLDER]      writes scale.json and scale.png there, `results` i
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,4 +202,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path(__file__).parent / "results", help="of scale.json and scale.png"
+    )
+    main(parser.parse_args().folder)

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import pytest
+import rich
 import torch
 from iprm.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from iprm.data.av_digits import AvDigits
@@ -115,7 +117,7 @@ def bare(model: FusionClassifier, data: MultimodalData, folder: Path) -> list[Ep
     for epoch in range(EPOCHS):
         began = Moment.now()
         model.train()
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed((data.seed << 32) + epoch))
+        order = torch.from_numpy(np.random.default_rng([data.seed, epoch]).permutation(len(train)))
         for rows in order.split(data.batch_size):
             target = train.target.index_select(0, rows)
             features = {name: encoder(train.inputs[name].index_select(0, rows)) for name, encoder in encoders.items()}
@@ -168,6 +170,7 @@ def by_trainer(bar: bool) -> Run:
                 **quiet(folder, bar),
             )
             runner.fit(model, datamodule=data)
+            rich.reconfigure()  # Lightning's bar made that terminal everyone's
         return clock.epochs()
 
     return run
