@@ -1,6 +1,6 @@
 """What the method costs at scale: modelled (scale_model.py), simulated, and measured on this machine as far as it goes.
 
-usage: scale.py [FOLDER]      writes scale.json and scale.png there, `results` if none is named, and prints tables
+Writes scale.json and scale.png, and prints tables.
 """
 
 from __future__ import annotations
