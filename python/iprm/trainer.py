@@ -8,11 +8,13 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from .base import FusionModule
 from .data.base import Batch
 from .encoders import build_encoders
 from .graphs import GraphedStep
@@ -48,7 +50,8 @@ class FusionClassifier(L.LightningModule):
         decay_at: the part of the epochs, from 0 to 1, after which the learning rate is multiplied by `decay`, once. A run that
             is bounded by steps alone has no such part.
         decay: see `decay_at`.
-        channels_last: images and convolutions in the channels-last memory format, which GPUs with tensor cores prefer.
+        channels_last: images and convolutions in the channels-last memory format, which oneDNN and GPUs with tensor cores
+            prefer; under FSDP2 the images alone.
         compile: a backend of torch.compile for encoders and fusion, such as "inductor"; none by default.
         cuda_graph: whole training steps, but the optimiser's, as CUDA graphs; on a CPU, in mixed precision, in several
             processes and for batches of another shape steps run as they are, and the log says so (see `GraphedStep`).
@@ -58,7 +61,7 @@ class FusionClassifier(L.LightningModule):
     """
 
     encoders: nn.ModuleDict
-    fusion: nn.Module
+    fusion: FusionModule
     val_metrics: EpochMetrics
     test_metrics: EpochMetrics
 
@@ -87,11 +90,13 @@ class FusionClassifier(L.LightningModule):
         _check_number("decay_at", decay_at, highest=1)
         _check_number("decay", decay)
         self.structure = _structure(shapes, num_classes, method, method_options, encoders, feature_dim)
-        self.encoders, widths = build_encoders(shapes, feature_dim, encoders or {})
+        every, widths = build_encoders(shapes, feature_dim, encoders or {})
         try:
             self.fusion = build(method, widths, num_classes, tuple(shapes), **(method_options or {}))
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
+        # one that the method does not read would have no gradient, which DistributedDataParallel refuses
+        self.encoders = nn.ModuleDict({name: every[name] for name in self.fusion.modalities})
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.decay_at, self.decay = decay_at, decay
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -111,6 +116,7 @@ class FusionClassifier(L.LightningModule):
         operator takes the weights of all heads at once."""
         if self.device_mesh is None or isinstance(self, FSDPModule):
             return
+        self.encoders.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 shards no other parameters
         # over all processes: of Lightning's mesh those of one machine share tensors by default
         mesh = init_device_mesh(self.device_mesh.device_type, (world_size(),))
         for module in (*self.encoders.values(), self.fusion):
@@ -198,6 +204,9 @@ class FusionClassifier(L.LightningModule):
     # evaluation
 
     def on_validation_start(self) -> None:
+        if isinstance(self, FSDPModule):  # which leaves buffers to each process: batch norm's are then the first's, as saved
+            for buffer in self.buffers():
+                dist.broadcast(buffer, 0)
         self.evaluation_guard.place = f"training step {self.global_step}, validation batch"
 
     def on_test_start(self) -> None:

@@ -55,6 +55,20 @@ def test_two_processes_log_what_one_logs_with_a_batch_as_large(folder, by, strat
         assert row == pytest.approx(expected, rel=1e-4), "in float32"
 
 
+def test_sharded_batch_norm_is_validated_by_the_statistics_that_are_saved(folder):
+    """The first process's, as under DDP, whose rows of metrics are the same. An MLP is chosen by default, and has one."""
+    for strategy in ("ddp", "fsdp2"):
+        assert run(folder, "fit", "--data", "features", *SETTINGS, *TWO, "--trainer.strategy", strategy).returncode == 0
+    ddp, sharded = metrics(folder, 0), metrics(folder, 1)
+    for expected, row in zip(ddp, sharded, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4), "in float32"
+
+
+def test_a_modality_that_the_method_does_not_read_has_no_encoder_to_wait_for(folder):
+    done = run(folder, "fit", *ALIKE[:2], *SETTINGS, *TWO, "--trainer.strategy", "ddp", "--model.method", "unimodal-audio")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_split_is_tested_by_two_processes_as_by_one_and_predicted_in_order(folder):
     assert iprm(folder, "fit", *ALIKE, *SETTINGS, "--data.batch_size", "16").code == 0
     (checkpoint,) = (folder / "runs/fit/version_0/checkpoints").iterdir()
