@@ -111,6 +111,7 @@ class FusionClassifier(L.LightningModule):
         operator takes the weights of all heads at once."""
         if self.device_mesh is None or isinstance(self, FSDPModule):
             return
+        self.encoders.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # it shards no other weights
         # over all processes: of Lightning's mesh those of one machine share tensors by default
         mesh = init_device_mesh(self.device_mesh.device_type, (world_size(),))
         for module in (*self.encoders.values(), self.fusion):
