@@ -32,7 +32,7 @@ class RunState(L.Callback):
 
     A run that continues from one (``Trainer.fit(ckpt_path=...)`` with this callback, `iprm resume`) computes what it would
     have computed, bit for bit where the operators are deterministic, if the order of its data depends on seed and epoch alone
-    (`iprm.data.loading.Loader`; a loader that shuffles by torch's generator draws before this restores it), their randomness
+    (those of `MultimodalData`; a loader that shuffles by torch's generator draws before this restores it), their randomness
     on torch's, numpy's and Python's generators, and its number of processes is the same.
 
     Args:
