@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that takes a GPU, in under ten minutes and without a network: build, GPU tests, compute-sanitizer, benchmarks.
-# usage: gpu_check.sh FOLDER   (PYTHON=python3 that has torch, triton, pytest, pytest-benchmark, hypothesis, mpmath, matplotlib)
+# usage: gpu_check.sh FOLDER   (PYTHON=python3 that has torch, triton, pytest, pytest-benchmark, pytest-xdist, hypothesis, mpmath,
+# matplotlib; and for the trainer's GPU tests, which are else left out, lightning and the rest of the extra `train`)
 # Every part runs, whatever the others did; what each printed is in FOLDER, and the exit status says whether all passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -8,6 +9,7 @@ folder=$(realpath -m "$1")
 python=${PYTHON:-python3}
 mkdir -p "$folder"
 failed=()
+left_out=()
 
 part() { # name, most seconds, command; interrupted when they are over, so that pytest still writes what it has
   local name=$1 most=$2 begin=$SECONDS
@@ -20,11 +22,12 @@ part() { # name, most seconds, command; interrupted when they are over, so that 
 
 finish() {
   tar -C "$folder" -czf "$folder/logs.tar.gz" logs && rm -r "$folder/logs"
+  ((${#left_out[@]})) && echo "left out, for $python has no lightning: GPU tests of ${left_out[*]}"
   if ((${#failed[@]})); then
     echo "failed: ${failed[*]}"
     exit 1
   fi
-  echo "all passed"
+  echo "all that ran passed"
 }
 
 mkdir -p "$folder/logs"
@@ -33,6 +36,12 @@ part build 120 env IPRM_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_AR
   "$python" -m pip install -q --no-build-isolation --no-deps --no-index -e .
 ((${#failed[@]})) && finish # nothing else can run
 part tests 130 env TORCHINDUCTOR_COMPILE_THREADS=1 "$python" -m pytest -q -n 8 -m gpu --junitxml="$folder/tests.xml" tests/iprm_kernels
+mapfile -t trainer < <(grep -l "pytest.mark.gpu" tests/iprm/*.py)
+if "$python" -c "import lightning" 2>/dev/null; then
+  part trainer 35 "$python" -m pytest -q -m gpu --junitxml="$folder/trainer.xml" "${trainer[@]}"
+else
+  left_out=("${trainer[@]}")
+fi
 part warm 40 "$python" benchmarks/short_run.py # compiles what the sanitizer then finds compiled
 part memcheck 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --error-exitcode 9 "$python" benchmarks/short_run.py

@@ -42,17 +42,39 @@ def metrics(folder: Path, version: int = 0) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize(
-    ("by", "strategy"), [(IPRM, "ddp"), (TORCHRUN, "ddp"), (IPRM, "fsdp2")], ids=["launched", "torchrun", "sharded"]
-)
-def test_two_processes_log_what_one_logs_with_a_batch_as_large(folder, by, strategy):
-    assert iprm(folder, "fit", *ALIKE, *SETTINGS, "--data.batch_size", "16").code == 0
-    done = run(folder, "fit", *ALIKE, *SETTINGS, *TWO, "--trainer.strategy", strategy, by=by)
-    assert done.returncode == 0, done.stderr
+def check_alike(folder: Path) -> None:
+    """The second run in `folder` has logged what the first has."""
     alone, found = metrics(folder, 0), metrics(folder, 1)
     assert len(alone) == EPOCHS
     for expected, row in zip(alone, found, strict=True):
         assert row == pytest.approx(expected, rel=1e-4), "in float32"
+
+
+@pytest.mark.parametrize(
+    ("by", "strategy"),
+    [
+        pytest.param(IPRM, ["ddp"], id="launched"),
+        pytest.param(TORCHRUN, ["ddp"], id="torchrun"),
+        pytest.param(IPRM, ["fsdp2"], id="sharded"),
+        pytest.param(IPRM, ["DDPStrategy", "--trainer.strategy.broadcast_buffers", "false"], id="buffers left where they are"),
+    ],
+)
+def test_two_processes_log_what_one_logs_with_a_batch_as_large(folder, by, strategy):
+    assert iprm(folder, "fit", *ALIKE, *SETTINGS, "--data.batch_size", "16").code == 0
+    done = run(folder, "fit", *ALIKE, *SETTINGS, *TWO, "--trainer.strategy", *strategy, by=by)
+    assert done.returncode == 0, done.stderr
+    check_alike(folder)
+
+
+def test_pairs_at_random_are_learned_by_two_processes_that_look_for_heads_without_gradient(tmp_path):
+    three = arrays(121)
+    save(tmp_path, {**three, "x_image": three["x_audio"] + three["x_text"][:, :4]})
+    linear = ("--model.encoders", '{"audio": "linear", "text": "linear", "image": "linear"}')
+    at_random = ("--data", "features", *linear, "--model.method_options", '{"pairs": "random"}', *SETTINGS)
+    assert iprm(tmp_path, "fit", *at_random, "--data.batch_size", "16").code == 0
+    done = run(tmp_path, "fit", *at_random, *TWO, "--trainer.strategy", "ddp_find_unused_parameters_true")
+    assert done.returncode == 0, done.stderr
+    check_alike(tmp_path)
 
 
 def test_sharded_batch_norm_is_validated_by_the_statistics_that_are_saved(folder):
