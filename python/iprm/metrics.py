@@ -105,18 +105,19 @@ class EpochMeans:
         if output.strength is not None:
             self.strength = _added(self.strength, output.strength.detach().clone())
 
-    def compute(self, modalities: Sequence[str], weight: Tensor | None = None) -> dict[str, Tensor]:
+    def compute(self, modalities: Sequence[str], weight: Tensor | None = None, *, joint: bool = True) -> dict[str, Tensor]:
         """train_loss, train_accuracy, train_accuracy_<head>, and where ω was measured `strength_<modality>` (its mean) and
         `weight`, the λ given here; numbered `weight_0`, `strength_0_first`, ... where there are several pairs.
 
         Args:
             modalities: in the order of ω.
             weight: () or (P,), λ at the end of the epoch.
+            joint: of all processes, which must all call this; else of this one's rows.
         """
         if self.correct is None:
             return {}
-        group = process_group()
-        losses = all_reduce_sum(torch.stack(self.losses), group) / world_size()  # each process has its share: see `joint_sums`
+        group, processes = (process_group(), world_size()) if joint else (None, 1)
+        losses = all_reduce_sum(torch.stack(self.losses), group) / processes  # each process has its share: see `joint_sums`
         rows = all_reduce_sum(torch.tensor(self.rows, device=losses.device), group)
         correct = all_reduce_sum(self.correct.clone(), group)
         values = {"train_loss": (losses * rows).sum() / rows.sum()}

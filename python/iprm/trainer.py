@@ -154,9 +154,13 @@ class FusionClassifier(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.guard.look()
-        weight = getattr(self.fusion, "weight", None)  # λ of a method that has one
-        self.log_dict(self.means.compute(tuple(self.encoders), weight))
+        self.log_dict(self.train_metrics())
         self.means.reset()
+
+    def train_metrics(self, *, joint: bool = True) -> dict[str, Tensor]:
+        """Those of the epoch so far: of all processes, which must all call this, or of this one's rows."""
+        weight = getattr(self.fusion, "weight", None)  # λ of a method that has one
+        return self.means.compute(tuple(self.encoders), weight, joint=joint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning calls this before it writes a checkpoint: an error here leaves the last one as it was."""

@@ -45,5 +45,11 @@ def test_the_bar_tells_loss_weights_and_the_accuracy_of_every_head(tmp_path, rea
     assert bar.get_metrics(None, None) == read[-1]
 
 
+def test_within_a_long_epoch_it_tells_how_far_loss_and_weights_are(tmp_path, read, monkeypatch):
+    monkeypatch.setattr(iprm.progress, "READ_EVERY", 5)
+    run(tmp_path, 4, 1)
+    assert next(said for said in read if said).keys() == {"loss", "λ", "ω"}, "before any validation"
+
+
 def test_the_bar_is_drawn_ten_times_a_second():
     assert RunProgress().refresh_rate == 10
