@@ -94,7 +94,7 @@ class Minimal(L.LightningModule):
         self.learning_rate, self.momentum, self.weight_decay = model.learning_rate, model.momentum, model.weight_decay
 
     def forward(self, inputs: Mapping[str, Tensor], target: Tensor) -> Any:
-        return self.fusion({name: encoder(inputs[name]) for name, encoder in self.encoders.items()}, target)
+        return self.fusion(encoded(self.encoders, inputs), target)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(*batch).loss
@@ -104,6 +104,15 @@ class Minimal(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return sgd(self)
+
+
+def encoded(encoders: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Features of images in the memory format of the shipped configurations."""
+
+    def placed(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    return {name: encoder(placed(inputs[name])) for name, encoder in encoders.items()}
 
 
 Run = Callable[[FusionClassifier, MultimodalData, Path], list[Epoch]]
@@ -120,7 +129,7 @@ def bare(model: FusionClassifier, data: MultimodalData, folder: Path) -> list[Ep
         order = torch.from_numpy(np.random.default_rng([data.seed, epoch]).permutation(len(train)))
         for rows in order.split(data.batch_size):
             target = train.target.index_select(0, rows)
-            features = {name: encoder(train.inputs[name].index_select(0, rows)) for name, encoder in encoders.items()}
+            features = encoded(encoders, {name: x.index_select(0, rows) for name, x in train.inputs.items()})
             optimiser.zero_grad()
             fusion(features, target).loss.backward()
             optimiser.step()
@@ -137,7 +146,7 @@ def validate(model: FusionClassifier, split: Split, batch_size: int) -> tuple[fl
     with torch.inference_mode():
         for start in range(0, len(split), batch_size):
             rows = slice(start, start + batch_size)
-            features = {name: encoder(split.inputs[name][rows]) for name, encoder in model.encoders.items()}
+            features = encoded(model.encoders, {name: x[rows] for name, x in split.inputs.items()})
             target = split.target[rows]
             output = model.fusion(features, target)
             loss = loss + output.loss * len(target)
@@ -193,7 +202,7 @@ def sgd(model: Any) -> torch.optim.Optimizer:
 
 def classifier(data: MultimodalData, method: str) -> FusionClassifier:
     L.seed_everything(0, verbose=False)
-    return FusionClassifier(data.shapes, data.num_classes, method, decay_at=1.0, channels_last=True)  # as configured
+    return FusionClassifier(data.shapes, data.num_classes, method, decay_at=1.0, channels_last=True)
 
 
 @contextmanager

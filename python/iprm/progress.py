@@ -18,8 +18,8 @@ READ_EVERY = 50
 
 
 class RunProgress(RichProgressBar):
-    """Lightning's bar with what matters, in few letters: loss, λ and ω of the epoch so far (of the first process) or, when it has
-    ended, of all of it; and validation accuracies in percent, of the prediction and of every head."""
+    """Lightning's bar with what matters, in few letters: loss, λ and ω of the epoch so far (of the first process) or, when it
+    has ended, of all of it; and validation accuracies in percent, of the prediction and of every head."""
 
     def __init__(self, refresh_rate: int = DRAWN_A_SECOND, **options: Any) -> None:
         super().__init__(refresh_rate, **options)
