@@ -32,7 +32,8 @@ class RunState(L.Callback):
 
     A run that continues from one (``Trainer.fit(ckpt_path=...)`` with this callback, `iprm resume`) computes what it would
     have computed, bit for bit where the operators are deterministic, if order and randomness of its data depend on torch's,
-    numpy's and Python's generators alone, and its number of processes is the same.
+    numpy's and Python's generators alone, and its number of processes is the same. The generators of a loader's workers are not
+    saved: `iprm.data.loading.Loader` seeds them for each batch.
 
     Args:
         every_n_steps: optimiser steps between saves within an epoch, or a few more where a validation is due then or gradients
