@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +21,11 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if process_group() else 1
+
+
+def processes_here(trainer: Any = None) -> int:
+    """How many processes of a run share this machine: one a device that its trainer has here, or those of torchrun."""
+    return max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), getattr(trainer, "num_devices", 1))
 
 
 def gathered(value: Any) -> list[Any]:

@@ -33,7 +33,8 @@ class RunState(L.Callback):
     A run that continues from one (``Trainer.fit(ckpt_path=...)`` with this callback, `iprm resume`) computes what it would
     have computed, bit for bit where the operators are deterministic, if the order of its data depends on seed and epoch alone
     (those of `MultimodalData`; a loader that shuffles by torch's generator draws before this restores it), their randomness
-    on torch's, numpy's and Python's generators, and its number of processes is the same.
+    on torch's, numpy's and Python's generators (those of workers are not saved: `iprm.data.loading.Loader` seeds them for each
+    batch), and its number of processes is the same.
 
     Args:
         every_n_steps: optimiser steps between saves within an epoch, or a few more where a validation is due then or gradients

@@ -61,6 +61,7 @@ def test_the_order_of_training_batches_follows_the_seed_and_changes_by_epoch():
         ("digits", {"batchsize": 3}, "unknown option of dataset 'digits' 'batchsize': did you mean 'batch_size'"),
         ("features", {}, "dataset 'features' needs the option 'path'"),
         ("digits", {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ("digits", {"num_workers": -1}, "num_workers: expected a number from 0 up, got -1"),
         ("digits", {"seed": -1}, "seed: expected a number from 0 up, got -1"),
         ("digits", {"val_fraction": 0.5, "test_fraction": 0.5}, "sum below 1, got 0.5 and 0.5"),
         ("digits", {"predict_split": "tset"}, "unknown split 'tset': did you mean 'test'"),

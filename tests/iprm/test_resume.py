@@ -21,6 +21,7 @@ EPOCHS, STEPS = 5, 15  # 39 rows in batches of 13
 KILLED_AT = sorted(random.Random(4).sample(range(STEPS), 10))
 TERMINATED_AT = (0, 4, 5, 6, 13)  # the fifth is an epoch's last
 INTERRUPTED_AT = (4, 5)
+AUGMENTED_KILLED_AT = (4, 7)
 BY_STEPS = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "14", "--trainer.val_check_interval", "2")
 KILLED_AT_BY_STEPS = (2, 7, 9)
 RARELY = ("--state.every_n_steps", "0")
@@ -32,14 +33,16 @@ ACCUMULATING = (
 )  # two steps an epoch: of 2 batches and 1
 
 
-def fit(folder: Path, *more: str, signal_step: int = -1, number: int = signal.SIGKILL) -> tuple[Path, list[str]]:
+def fit(
+    folder: Path, *more: str, data: str = "NoisyFeatures", signal_step: int = -1, number: int = signal.SIGKILL
+) -> tuple[Path, list[str]]:
     """The command that trains in a folder, and sends itself a signal before a step."""
     folder.mkdir()
     save(folder, arrays())
-    data = ("--data", "feature_files.NoisyFeatures", "--data.path", "features.npz")
+    of = ("--data", f"feature_files.{data}", "--data.path", "features.npz")
     told = ("--data.signal_step", str(signal_step), "--data.signal_number", str(int(number)))
     settings = ("--trainer.max_epochs", str(EPOCHS), "--trainer.enable_progress_bar", "false", "--state.every_n_steps", "2")
-    return folder, ["fit", *data, *told, *settings, *more]
+    return folder, ["fit", *of, *told, *settings, *more]
 
 
 def resume(folder: Path, *more: str) -> tuple[Path, list[str]]:
@@ -52,8 +55,8 @@ def ran(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("resume")
     commands, expected = [fit(place / "alone"), fit(place / "accumulating", *ACCUMULATING)], [0, 0]
 
-    def ended(name: str, *options: str, number: int, step: int, code: int) -> None:
-        commands.extend([fit(place / name, *options, signal_step=step, number=number), resume(place / name)])
+    def ended(name: str, *options: str, number: int, step: int, code: int, data: str = "NoisyFeatures") -> None:
+        commands.extend([fit(place / name, *options, data=data, signal_step=step, number=number), resume(place / name)])
         expected.extend([code, 0])
 
     commands.append(fit(place / "by steps", *BY_STEPS))
@@ -67,6 +70,11 @@ def ran(tmp_path_factory) -> Path:
     for step in INTERRUPTED_AT:
         ended(f"interrupted{step}", number=signal.SIGINT, step=step, code=130)
         ended(f"accumulating{step}", *ACCUMULATING, number=signal.SIGTERM, step=step, code=143)
+    commands.append(fit(place / "augmented", data="AugmentedFeatures"))
+    expected.append(0)
+    for step in AUGMENTED_KILLED_AT:
+        name = f"augmented{step}"
+        ended(name, data="AugmentedFeatures", number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
     assert run_forked(place, commands) == expected
     return place
 
@@ -75,7 +83,15 @@ def ran(tmp_path_factory) -> Path:
 def test_a_killed_run_resumes_to_the_same_bits(ran, step):
     expected = left(ran / "alone")
     assert len(expected) > 100
+    assert any(name.startswith("best-") for name in expected)
     assert difference(left(ran / f"killed{step}"), expected) == []
+
+
+@pytest.mark.parametrize("step", AUGMENTED_KILLED_AT)
+def test_a_killed_run_of_convolutions_whose_data_two_workers_augment_resumes_to_the_same_bits(ran, step):
+    expected = left(ran / "augmented")
+    assert any(name.endswith("encoders.image.1.running_var") for name in expected)
+    assert difference(left(ran / f"augmented{step}"), expected) == []
 
 
 @pytest.mark.parametrize("step", KILLED_AT_BY_STEPS)
@@ -91,7 +107,10 @@ def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_to_the_same_bits(
     assert "Traceback" not in log
     found, expected = left(ran / f"terminated{step}"), left(ran / "alone")
     last = f"step={STEPS - 3:08d}.ckpt"  # of the last epoch's beginning: what else is saved is saved by another rule
-    assert difference(*({n: v for n, v in of.items() if n.startswith(("metrics", last))} for of in (found, expected))) == []
+    assert (
+        difference(*({n: v for n, v in of.items() if n.startswith(("metrics", "best-", last))} for of in (found, expected)))
+        == []
+    )
 
 
 @pytest.mark.parametrize("step", INTERRUPTED_AT)
@@ -124,6 +143,12 @@ def test_other_data_are_refused(run, tmp_path, option, value, message):
     save(tmp_path, arrays())
     with pytest.raises(InputError, match=message):
         resumed(run, tmp_path, f"--data.{option}", value)
+
+
+def test_other_values_of_as_many_rows_with_the_same_labels_are_refused(run, tmp_path):
+    save(tmp_path, arrays() | {"x_text": arrays()["x_text"] + 1})
+    with pytest.raises(InputError, match="the state is of other data: its train split was"):
+        resumed(run, tmp_path)
 
 
 def resumed(run: Path, folder: Path, *more: str) -> None:

@@ -6,11 +6,12 @@ import math
 import os
 import random
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from iprm.data.base import Batch
+from iprm.data.base import Batch, Split
 from iprm.data.features import Features
 
 
@@ -77,6 +78,46 @@ class NoisyFeatures(Features):
         if trainer.global_step == self.signal_step and trainer.is_global_zero:
             self.signal_step = -1
             os.kill(os.getpid(), self.signal_number)
-        inputs, target = batch
-        shift = float(np.random.normal()) + random.gauss(0, 1)  # noqa: NPY002 - the generator that others use
-        return {name: x + 0.1 * torch.randn_like(x) + 0.01 * shift for name, x in inputs.items()}, target
+        return with_noise(batch)
+
+
+def with_noise(batch: Batch) -> Batch:
+    """Of torch's, numpy's and Python's generators."""
+    inputs, target = batch
+    shift = float(np.random.normal()) + random.gauss(0, 1)  # noqa: NPY002 - the generator that others use
+    return {name: x + 0.1 * torch.randn_like(x) + 0.01 * shift for name, x in inputs.items()}, target
+
+
+@dataclass(frozen=True)
+class AugmentedSplit(Split):
+    """Adds noise to every batch, and makes images (1, 6, 6) of `text`."""
+
+    in_memory = False
+
+    def __getitem__(self, rows: int | torch.Tensor) -> Batch:
+        inputs, target = with_noise(super().__getitem__(rows))
+        text = inputs["text"]
+        return {"audio": inputs["audio"], "image": text[..., None, :, None] * text[..., None, None, :]}, target
+
+
+class AugmentedFeatures(NoisyFeatures):
+    """`NoisyFeatures` that workers load, with noise of theirs on every batch.
+
+    Args:
+        num_workers: how many.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 13,
+        seed: int = 0,
+        signal_step: int = -1,
+        signal_number: int = int(signal.SIGKILL),
+        num_workers: int = 2,
+    ) -> None:
+        super().__init__(path, batch_size, seed, signal_step, signal_number)
+        self.num_workers = num_workers
+
+    def read(self) -> dict[str, Split]:
+        return {name: AugmentedSplit(split.inputs, split.target, split.origin) for name, split in super().read().items()}

@@ -24,9 +24,9 @@ def leaves(content: Any, path: str = "") -> dict[str, Any]:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What a run leaves: the leaves of its last states, and metrics.csv."""
+    """What a run leaves: the leaves of its last states and of its best checkpoint, and metrics.csv."""
     found: dict[str, Any] = {"metrics": (folder / RUN / "metrics.csv").read_text()}
-    for path in sorted((folder / RUN / "states").glob("*.ckpt")):
+    for path in sorted([*(folder / RUN / "states").glob("*.ckpt"), *(folder / RUN / "checkpoints").glob("*.ckpt")]):
         found |= leaves(torch.load(path, weights_only=True), path.name)
     return found
 

@@ -33,6 +33,7 @@ class AvDigits(MultimodalData):
         sample_rate: what the recordings have, in hertz.
         cache_dir: where spectrograms are kept; None for ``iprm`` in the user's cache folder.
         predict_split: what `iprm predict` predicts: "train", "val" or "test".
+        num_workers: processes that read batches ahead; of data in memory none are needed.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class AvDigits(MultimodalData):
         sample_rate: int = 8000,
         cache_dir: str | None = None,
         predict_split: str = "test",
+        num_workers: int | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed, predict_split=predict_split)
+        super().__init__(batch_size=batch_size, seed=seed, predict_split=predict_split, num_workers=num_workers)
         check_fractions(val_fraction, 0.25)
         if not noise >= 0:
             raise InputError(f"noise: expected a number from 0 up, got {noise}")

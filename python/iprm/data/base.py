@@ -1,4 +1,4 @@
-"""What every dataset is: tensors in memory, in three disjoint splits, served in batches of ({modality: tensor}, target)."""
+"""What every dataset is: three disjoint splits, in memory or not, served in batches of ({modality: tensor}, target)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..processes import processes_here
 from ..suggest import InputError, unknown
 from .check import check_at_start
-from .loading import JointBatches, Loader, as_it_is, default_workers
+from .loading import Loader, as_it_is, default_workers
 
 Batch = tuple[dict[str, Tensor], Tensor]
 SPLITS = ("train", "val", "test")
+#: Of each input of a split, the rows whose values its digest is made of: data of any size are told apart in a millisecond.
+SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Split(Dataset[Batch]):
 
     inputs: modality -> (N, ...); target: (N,) int64; origin: modality -> (N,) int64, the item of the source that each row
     was made from, by which splits can be shown to be disjoint.
+
+    A subclass with ``in_memory = False`` makes its batches in ``__getitem__``, in workers, and may use random numbers of torch,
+    numpy and Python for them. Its `inputs` are what it makes them of, such as tensors of memory-mapped files, or empty.
     """
 
     inputs: Mapping[str, Tensor]
@@ -48,11 +55,33 @@ class Split(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return self[torch.as_tensor(indices)]
 
+    def first(self, rows: int = 2) -> dict[str, Tensor]:
+        """The inputs of the first rows, as they are in a batch, without a trace in the generators of random numbers."""
+        with isolate_rng():
+            return self[torch.arange(min(rows, len(self)))][0]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the items of the source, the labels, and of every one of `inputs` the type, the shape and the values of
+        SAMPLED_ROWS rows, evenly spaced: another dataset has another, unless it differs in other rows alone. Of a split without
+        `inputs` no values are read: random numbers may have changed them."""
+        found = hashlib.sha256()
+        for name, numbers in (*sorted(self.origin.items()), ("target", self.target)):
+            found.update(f"{name} {tuple(numbers.shape)}".encode())
+            found.update(numbers.numpy().astype("<i8").tobytes())
+        rows = torch.from_numpy(np.linspace(0, len(self) - 1, min(len(self), SAMPLED_ROWS)).astype(np.int64))
+        for modality, x in sorted(self.inputs.items()):
+            found.update(f"{modality} {x.dtype} {tuple(x.shape)}".encode())
+            found.update(x[rows].reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:16]
+
 
 class MultimodalData(L.LightningDataModule, ABC):
     """A dataset in three splits. A subclass says how it is read, in `read`; everything else follows from the tensors."""
 
-    def __init__(self, *, batch_size: int = 64, seed: int = 0, predict_split: str = "test") -> None:
+    def __init__(
+        self, *, batch_size: int = 64, seed: int = 0, predict_split: str = "test", num_workers: int | None = None
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size: expected at least 1, got {batch_size}")
@@ -60,7 +89,9 @@ class MultimodalData(L.LightningDataModule, ABC):
             raise InputError(f"seed: expected a number from 0 up, got {seed}")
         if predict_split not in SPLITS:
             raise InputError(unknown("split", predict_split, SPLITS))
-        self.batch_size, self.seed, self.predict_split = batch_size, seed, predict_split
+        if num_workers is not None and num_workers < 0:
+            raise InputError(f"num_workers: expected a number from 0 up, got {num_workers}")
+        self.batch_size, self.seed, self.predict_split, self.num_workers = batch_size, seed, predict_split, num_workers
 
     @abstractmethod
     def read(self) -> dict[str, Split]:
@@ -94,24 +125,23 @@ class MultimodalData(L.LightningDataModule, ABC):
     @property
     def shapes(self) -> dict[str, list[int]]:
         """modality -> shape of one row, without the batch dimension."""
-        return {modality: list(x.shape[1:]) for modality, x in self.splits["train"].inputs.items()}
+        return {modality: list(x.shape[1:]) for modality, x in self._first.items()}
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return tuple(self.splits["train"].inputs)
+        return tuple(self._first)
+
+    @functools.cached_property
+    def _first(self) -> dict[str, Tensor]:
+        return self.splits["train"].first()
 
     @property
     def num_classes(self) -> int:
         return 1 + max(int(split.target.max()) for split in self.splits.values())
 
     def describe(self) -> dict[str, Any]:
-        """Sizes of the splits and a digest of which source items each holds: what a report keeps to be checked against."""
-
-        def digest(split: Split) -> str:
-            rows = b"".join(origin.numpy().astype("<i8").tobytes() for _, origin in sorted(split.origin.items()))
-            return hashlib.sha256(rows).hexdigest()[:16]
-
-        return {name: {"rows": len(split), "digest": digest(split)} for name, split in self.splits.items()}
+        """Sizes and digests of the splits: what a report keeps to be checked against, and a run that goes on has to find."""
+        return {name: {"rows": len(split), "digest": split.digest} for name, split in self.splits.items()}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader("train", shuffle=True)
@@ -123,17 +153,21 @@ class MultimodalData(L.LightningDataModule, ABC):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        return self._plain_loader(self.predict_split)  # Lightning makes it anew, to keep count of rows
+        # Lightning makes it anew, to keep count of rows
+        return self._plain_loader(self.predict_split, self._workers(self.splits[self.predict_split]))
 
-    def _plain_loader(self, name: str) -> DataLoader[Batch]:
-        return DataLoader(self.splits[name], batch_size=self.batch_size, collate_fn=as_it_is)
+    def _plain_loader(self, name: str, num_workers: int = 0) -> DataLoader[Batch]:
+        return DataLoader(self.splits[name], batch_size=self.batch_size, collate_fn=as_it_is, num_workers=num_workers)
 
     def _loader(self, name: str, *, shuffle: bool = False) -> DataLoader[Batch]:
         if getattr(self.trainer, "overfit_batches", 0):
             return self._plain_loader(name)  # the same batches in every epoch, of a loader that Lightning knows to be in order
         split = self.splits[name]
-        batches = JointBatches(len(split), self.batch_size, shuffle=shuffle, seed=self.seed)
-        return Loader(split, batches, num_workers=default_workers(split))
+        batches = {"rows": len(split), "batch_size": self.batch_size, "shuffle": shuffle, "seed": self.seed}
+        return Loader(split, num_workers=self._workers(split), **batches)
+
+    def _workers(self, split: Split) -> int:
+        return default_workers(split, processes_here(self.trainer)) if self.num_workers is None else self.num_workers
 
 
 def stratified(labels: np.ndarray, fractions: Mapping[str, float], rng: np.random.Generator) -> dict[str, np.ndarray]:

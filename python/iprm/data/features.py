@@ -48,6 +48,7 @@ class Features(MultimodalData):
         val_fraction: part of the rows that models are selected on, where the file has no ``split``.
         test_fraction: part of the rows kept for the end, where the file has no ``split``.
         predict_split: what `iprm predict` predicts: "train", "val" or "test".
+        num_workers: processes that read batches ahead; of data in memory none are needed.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class Features(MultimodalData):
         val_fraction: float = 0.1,
         test_fraction: float = 0.25,
         predict_split: str = "test",
+        num_workers: int | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed, predict_split=predict_split)
+        super().__init__(batch_size=batch_size, seed=seed, predict_split=predict_split, num_workers=num_workers)
         check_fractions(val_fraction, test_fraction)
         self.path = Path(path)
         self.fractions = {"test": test_fraction, "val": val_fraction}
