@@ -17,6 +17,7 @@ from run_contents import RUN, difference, left
 
 EPOCHS = 3
 IPRM = ("-m", "iprm.cli")
+SCRIPT = (str(Path(sys.executable).parent / "iprm"),)  # unlike -m it does not put the current folder on sys.path
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *IPRM)
 SETTINGS = ("--data.path", "features.npz", "--trainer.max_epochs", str(EPOCHS), "--trainer.enable_progress_bar", "false")
 #: Without normalisation over the batch, of which each process sees its part.
@@ -32,7 +33,7 @@ def folder(tmp_path) -> Path:
 
 
 def run(folder: Path, *arguments: str, by: tuple[str, ...] = IPRM) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, *by, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, timeout=120, capture_output=True, text=True)
 
@@ -53,6 +54,13 @@ def test_two_processes_log_what_one_logs_with_a_batch_as_large(folder, by, strat
     assert len(alone) == EPOCHS
     for expected, row in zip(alone, found, strict=True):
         assert row == pytest.approx(expected, rel=1e-4), "in float32"
+
+
+def test_a_dataset_of_the_users_own_is_found_in_the_current_folder_by_every_process(folder):
+    (folder / "my_data.py").write_text("from iprm.data.features import Features\n\n\nclass MyData(Features): ...\n")
+    done = run(folder, "fit", "--data", "my_data.MyData", *SETTINGS, *TWO, "--trainer.strategy", "ddp", by=SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(folder)) == EPOCHS
 
 
 def test_a_split_is_tested_by_two_processes_as_by_one_and_predicted_in_order(folder):
