@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import misfit
 from .data.base import Batch
@@ -118,6 +119,15 @@ class FusionClassifier(L.LightningModule):
             if any(True for _ in module.parameters()):
                 fully_shard(module, mesh=mesh)
         fully_shard(self, mesh=mesh)
+
+    def check_batch_size(self, rows: int) -> None:
+        """Whether it can be trained on batches of so many rows a process.
+
+        Raises:
+            InputError: it is one row, and an encoder normalises over the batch.
+        """
+        if rows == 1 and any(isinstance(module, _BatchNorm) for module in self.encoders.modules()):
+            raise InputError("batch_size: expected at least 2 to train encoders that normalise over a batch, got 1")
 
     def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """modality -> (B, ...) to modality -> (B, D)."""

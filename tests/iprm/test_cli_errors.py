@@ -99,6 +99,10 @@ VALUES = {
     "a learning rate below 0": (("--model.learning_rate", "-1"), "learning_rate: expected a number from 0 up, got -1.0"),
     "no width": (("--model.feature_dim", "0"), "feature_dim: expected a whole number from 1 up, got 0"),
     "an empty batch": (("--data.batch_size", "0"), "batch_size: expected at least 1, got 0"),
+    "a batch of one row": (
+        ("--data.batch_size", "1"),
+        "batch_size: expected at least 2 to train encoders that normalise over a batch",
+    ),
     "a seed below 0": (("--data.seed", "-1"), "seed: expected a number from 0 up, got -1"),
     "fractions beyond 1": (("--data.val_fraction", "0.9"), "expected positive numbers with a sum below 1, got 0.9 and 0.25"),
     "an unknown accelerator": (("--trainer.accelerator", "gppu"), "trainer: You selected an invalid accelerator name"),
@@ -116,6 +120,11 @@ VALUES = {
 @pytest.mark.parametrize(("arguments", "message"), VALUES.values(), ids=VALUES.keys())
 def test_a_value_that_cannot_be_is_named(tmp_path, arguments, message):
     assert message in refused(tmp_path, *DIGITS, *arguments)
+
+
+def test_without_normalisation_over_the_batch_one_row_is_enough(tmp_path, features):
+    linear = ("--model.encoders", '{"audio": "linear", "text": "linear"}')
+    assert iprm(tmp_path, *FEATURES, *linear, "--data.batch_size", "1", "--trainer.max_epochs", "1").code == 0
 
 
 @pytest.mark.parametrize("command", ["fit", "test", "predict"])

@@ -268,6 +268,10 @@ BAD = {
     "a broken mapping": ((*ARGUMENTS, "--model", "encoders={a"), "encoders: expected "),
     "a number out of range": ((*ARGUMENTS, "--model", "momentum=2"), "momentum: expected a number from 0 to 1, got 2"),
     "an option without value": ((*ARGUMENTS, "--set", "batch_size"), "expected KEY=VALUE, got 'batch_size'"),
+    "a batch of one row": (
+        (*ARGUMENTS, "--set", "batch_size=1"),
+        "batch_size: expected at least 2 to train encoders that normalise",
+    ),
     "a seed": ((*ARGUMENTS, "--set", "seed=3"), "seed: a comparison gives every run its own; choose their number by --seeds"),
     "no seeds": ((*ARGUMENTS, "--seeds", "0"), "argument --seeds: expected a whole number from 1 up, got 0"),
     "no epochs": ((*ARGUMENTS, "--epochs", "few"), "argument --epochs: invalid whole number value: 'few'"),
