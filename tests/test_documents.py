@@ -20,7 +20,6 @@ SHOWN = {"text"}  # what a command prints
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     torch.set_num_threads(1)
     y = np.arange(60) % 3  # what the README calls "your own features"
     rows = np.random.default_rng(0).normal(size=(60, 4)) + y[:, None]

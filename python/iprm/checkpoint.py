@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch
@@ -21,6 +23,10 @@ from .suggest import InputError
 STATES = "states"
 FILENAME = "best-{epoch}-{step}"  # not the one that a user's own ModelCheckpoint has by default
 STATE = re.compile(r"step=(?P<step>\d+)\.ckpt")
+#: Of the weights that do not fit a model, how many are named.
+MOST_MISFITS = 4
+#: Seconds for which a file that is being written may have no lock yet.
+YOUNG = 60
 #: What of the state of a `ModelCheckpoint` is a path.
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
@@ -29,7 +35,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's plugin for reading and writing checkpoints of one file, for ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
     A checkpoint is written beside its place, flushed to the disk, and renamed into it: a run that is killed at any moment
-    leaves the old file or the new one. Whatever is read holds tensors and plain values alone; anything else is refused.
+    leaves the old file or the new one; the next save in that folder removes what a killed one has left beside it. Whatever is
+    read holds tensors and plain values alone; anything else is refused.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -37,8 +44,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().save_checkpoint(checkpoint, path, storage_options)  # another file system than this one
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_parts(path.parent)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
             try:
+                _lock(file)
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -54,7 +63,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        return read_checkpoint(path)
+        return _read(path, ("state_dict",), "Lightning checkpoint of tensors and plain values alone")
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether nobody else had the lock of a file, which this process now holds until it closes it or dies."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # or this file system has no locks
+        return False
+    return True
+
+
+def _remove_parts(folder: Path) -> None:
+    """Removes what saves of dead processes have left in a folder. A live one holds a lock of its file, but for the moment after
+    making it."""
+    for part in folder.glob(".*.????????.part"):
+        with contextlib.suppress(OSError), part.open("rb+") as file:
+            if _lock(file) and time.time() - os.fstat(file.fileno()).st_mtime > YOUNG:
+                part.unlink()
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -98,6 +125,11 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is truncated, foreign, or holds more than tensors and plain values.
     """
+    return _read(path, ("hyper_parameters", "state_dict"), "checkpoint of iprm fit", mmap=mmap)
+
+
+def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = False) -> dict[str, Any]:
+    """The content of a file that is to have these parts, each a dict. `what` it is to be, messages say."""
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such checkpoint")
     content = None
@@ -105,9 +137,26 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     with contextlib.suppress(Exception):
         if zipfile.is_zipfile(path):  # of anything else torch's reader would try formats of long ago
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    if not (isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in ("hyper_parameters", "state_dict"))):
-        raise InputError(f"{path}: not a checkpoint of iprm fit, or a part of one")
+    if not (isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in parts)):
+        raise InputError(f"{path}: not a {what}, or a part of one")
     return content
+
+
+def misfit(here: Mapping[str, Any], there: Mapping[str, Any], strict: bool) -> str:
+    """What of the state that a checkpoint has, `there`, does not fit a model's; empty where all of it does.
+
+    Unless `strict`, only what both have is to fit.
+    """
+    expected, came = ({name: tuple(getattr(x, "shape", ())) for name, x in state.items()} for state in (here, there))
+    wrong = [f"it has no {name}" for name in expected if name not in came] if strict else []
+    wrong += [f"{name} is unknown" for name in came if name not in expected] if strict else []
+    both = [name for name in expected if name in came]
+    wrong += [f"{name} is of shape {came[name]}, not {expected[name]}" for name in both if came[name] != expected[name]]
+    if not wrong:
+        return ""
+    more = f", and {len(wrong) - MOST_MISFITS} more" if len(wrong) > MOST_MISFITS else ""
+    hint = "; if encoders were replaced in the model that was saved, replace them alike in the one that is to have its weights"
+    return f"the checkpoint's weights do not fit the model: {', '.join(wrong[:MOST_MISFITS])}{more}{hint}"
 
 
 def saved_states(run: Path) -> list[Path]:

@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 1 for a run that met a number that is not finite and for a dataset
     with problems, 2 for input that cannot be used (the message says which and suggests another), 130 after an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "" not in sys.path:  # the current folder, where a user's own dataset is; last, so that it shadows nothing
+        sys.path.append("")
     try:
         return _dispatch(arguments)
     except (InputError, OSError) as error:

@@ -6,6 +6,8 @@ import itertools
 import logging
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -55,24 +57,45 @@ def check(
     if not names:
         raise InputError("no methods were named")
     for name in names:
-        FusionClassifier(data.shapes, data.num_classes, name, **settings.model_options)
+        model = FusionClassifier(data.shapes, data.num_classes, name, **settings.model_options)
+        model.check_batch_size(data.batch_size)
     return names, data.modalities, {str(seed): source.describe() for seed, source in sources.items()}
 
 
-def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int], jobs: int) -> list[Result]:
+def compare(settings: Settings, methods: Sequence[str], seeds: Sequence[int], jobs: int) -> Iterator[Result]:
     """Runs every method with every seed, `jobs` at a time, under a progress bar that counts epochs.
 
-    Returns:
-        A result a method and seed, in the order of `methods`, then of `seeds`.
+    Yields:
+        A result a method and seed, as they finish.
 
     Raises:
         InputError, NonFiniteError: from the first run that fails; those not begun are not begun any more.
     """
     runs = [(method, seed) for seed, method in itertools.product(seeds, methods)]
     with _progress(len(runs) * settings.epochs) as advance:
-        results = _in_turn(settings, runs, advance) if jobs == 1 else _in_parallel(settings, runs, jobs, advance)
-    order = {key: place for place, key in enumerate(itertools.product(methods, seeds))}
-    return sorted(results, key=lambda result: order[result.method, result.seed])
+        yield from _in_turn(settings, runs, advance) if jobs == 1 else _in_parallel(settings, runs, jobs, advance)
+
+
+def in_order(results: Sequence[Result], methods: Sequence[str]) -> list[Result]:
+    """In the order of `methods`, then of seeds."""
+    return sorted(results, key=lambda result: (methods.index(result.method), result.seed))
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, and does not end the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)  # as shells count it
 
 
 @contextmanager
@@ -83,28 +106,30 @@ def _progress(epochs: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _in_turn(settings: Settings, runs: Sequence[tuple[str, int]], advance: Callable[[], None]) -> list[Result]:
-    return [run(settings, method, seed, advance) for method, seed in runs]
+def _in_turn(settings: Settings, runs: Sequence[tuple[str, int]], advance: Callable[[], None]) -> Iterator[Result]:
+    for method, seed in runs:
+        yield run(settings, method, seed, advance)
 
 
-def _in_parallel(settings: Settings, runs: Sequence[tuple[str, int]], jobs: int, advance: Callable[[], None]) -> list[Result]:
+def _in_parallel(
+    settings: Settings, runs: Sequence[tuple[str, int]], jobs: int, advance: Callable[[], None]
+) -> Iterator[Result]:
     context = multiprocessing.get_context("spawn")  # forking a process whose torch has threads can hang
     epochs = context.SimpleQueue()
     with ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(epochs,)) as pool:
-        futures: list[Future[Result]] = [pool.submit(_run_in_worker, settings, method, seed) for method, seed in runs]
-        pending = set(futures)
+        pending: set[Future[Result]] = {pool.submit(_run_in_worker, settings, method, seed) for method, seed in runs}
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not epochs.empty():
                     epochs.get()
                     advance()
-                for future in done:
-                    future.result()
+                for future in sorted(done, key=lambda future: future.exception() is not None):
+                    yield future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # with them ends what they have begun, and what is not begun
+                process.terminate()
             raise
-        return [future.result() for future in futures]
 
 
 _epochs: Any = None  # in a worker: where it tells its parent of each epoch
@@ -113,9 +138,13 @@ _epochs: Any = None  # in a worker: where it tells its parent of each epoch
 def _start_worker(epochs: Any) -> None:
     global _epochs
     _epochs = epochs
+    signal.signal(signal.SIGTERM, _end)
     logging.getLogger("iprm.data.check").setLevel(logging.ERROR)  # what it warns of, the parent has said
     torch.set_num_threads(1)
 
 
 def _run_in_worker(settings: Settings, method: str, seed: int) -> Result:
-    return run(settings, method, seed, lambda: _epochs.put(None))
+    try:
+        return run(settings, method, seed, lambda: _epochs.put(None))
+    except SystemExit as end:  # the pool would go on with the next run
+        os._exit(end.code if isinstance(end.code, int) else 1)

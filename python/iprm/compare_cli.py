@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -11,10 +12,10 @@ from pathlib import Path
 from rich.console import Console
 
 from .arguments import Parser, add_dataset_options, at_least_one, key_value
-from .compare import check, compare, default_jobs
+from .compare import check, compare, default_jobs, ended_by_sigterm, in_order
 from .configs import load_config, shipped
 from .data import DATASETS, options_of
-from .experiment import Settings
+from .experiment import Result, Settings
 from .methods import METHODS
 from .options import dataset_options, typed
 from .report import rich_table, write_report
@@ -24,7 +25,8 @@ from .trainer import FusionClassifier
 DESCRIPTION = """\
 Trains several methods with several seeds on one dataset. A seed decides splits, initial weights and the order of batches, and
 is shared by all methods. The model best on validation is tested once. Prints a table of mean ± standard deviation over seeds
-and writes a folder with summary.md, runs.csv, history.csv, plot.png and settings.json.
+and writes a folder with summary.md, runs.csv, history.csv, plot.png and settings.json; if it is ended early, of the runs
+that are finished.
 """
 
 EXAMPLES = """\
@@ -95,11 +97,21 @@ def compare_command(arguments: Sequence[str]) -> int:
     jobs = given.jobs or default_jobs(len(methods) * given.seeds)
     folder = given.output or Path("runs") / f"compare-{given.data}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after the work
-    results = compare(settings, methods, range(given.seeds), jobs)
-
     title = f"{given.data}: {given.seeds} seeds, {settings.epochs} epochs"
     record = {**asdict(settings), "methods": methods, "seeds": list(range(given.seeds)), "jobs": jobs, "splits": splits}
-    summary = write_report(folder, results, modalities, record, title)
+
+    results: list[Result] = []
+    try:
+        with ended_by_sigterm():
+            for result in compare(settings, methods, range(given.seeds), jobs):
+                results.append(result)
+    except BaseException:
+        if results:
+            finished = f"{len(results)} of {len(methods) * given.seeds} runs"
+            write_report(folder, in_order(results, methods), modalities, record, f"{title}; {finished}")
+            print(f"iprm: {finished} are finished; a report of these: {folder}", file=sys.stderr)
+        raise
+    summary = write_report(folder, in_order(results, methods), modalities, record, title)
     console = Console()
     console.print(rich_table(summary, title))
     console.print(f"report: {folder}", highlight=False, soft_wrap=True)

@@ -83,6 +83,11 @@ class FusionCLI(LightningCLI):
         if self.subcommand == "predict":
             Path(given.output).parent.mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after the work
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.subcommand == "fit":
+            self.model.check_batch_size(self.datamodule.batch_size)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer, fits = self._get(self.config_init, "trainer"), self.subcommand == "fit"
         callbacks: list[Callback] = []

@@ -13,8 +13,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import FusionModule
+from .checkpoint import misfit
 from .data.base import Batch
 from .encoders import build_encoders
 from .graphs import GraphedStep
@@ -124,6 +126,15 @@ class FusionClassifier(L.LightningModule):
                 fully_shard(module, mesh=mesh)
         fully_shard(self, mesh=mesh)
 
+    def check_batch_size(self, rows: int) -> None:
+        """Whether it can be trained on batches of so many rows a process.
+
+        Raises:
+            InputError: it is one row, and an encoder normalises over the batch.
+        """
+        if rows == 1 and any(isinstance(module, _BatchNorm) for module in self.encoders.modules()):
+            raise InputError("batch_size: expected at least 2 to train encoders that normalise over a batch, got 1")
+
     def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """modality -> (B, ...) to modality -> (B, D)."""
         return _encode(self.encoders, inputs, self.memory_format)
@@ -172,14 +183,30 @@ class FusionClassifier(L.LightningModule):
         """Lightning calls this before it loads the state.
 
         Raises:
-            InputError: the checkpoint is of a model made with other settings.
+            InputError: the checkpoint is of a model made with other settings, or of another module.
         """
-        there = _structure(**checkpoint["hyper_parameters"])
+        settings = checkpoint.get("hyper_parameters", {})
+        try:
+            there = _structure(**settings)
+        except (TypeError, ValueError, AttributeError) as error:
+            named = f"its settings are {', '.join(map(str, settings))}" if settings else "it has no settings"
+            raise InputError(f"the checkpoint is not of a FusionClassifier: {named}") from error
         for name, here in self.structure.items():
             if there[name] != here:
                 raise InputError(f"the checkpoint is of a model with {name} {there[name]!r}, this one has {here!r}")
         means = checkpoint.get("epoch_means", [])
         self._restored_means = means if len(means) == world_size() else []
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's.
+
+        Raises:
+            InputError: the state does not fit; the message names what of it.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            raise InputError(misfit(self.state_dict(), state_dict, strict) or str(error)) from error
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimiser = torch.optim.SGD(

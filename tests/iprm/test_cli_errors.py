@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from checkpoints import write
 from command import iprm
-from feature_files import changed, save, without
+from feature_files import arrays, changed, save, without
 from iprm import cli
+from iprm.suggest import InputError
+from iprm.trainer import FusionClassifier
 
 DIGITS = ("fit", "--config", "digits")
 FEATURES = ("fit", "--config", "features", "--data.path", "features.npz")
@@ -95,6 +99,10 @@ VALUES = {
     "a learning rate below 0": (("--model.learning_rate", "-1"), "learning_rate: expected a number from 0 up, got -1.0"),
     "no width": (("--model.feature_dim", "0"), "feature_dim: expected a whole number from 1 up, got 0"),
     "an empty batch": (("--data.batch_size", "0"), "batch_size: expected at least 1, got 0"),
+    "a batch of one row": (
+        ("--data.batch_size", "1"),
+        "batch_size: expected at least 2 to train encoders that normalise over a batch",
+    ),
     "a seed below 0": (("--data.seed", "-1"), "seed: expected a number from 0 up, got -1"),
     "fractions beyond 1": (("--data.val_fraction", "0.9"), "expected positive numbers with a sum below 1, got 0.9 and 0.25"),
     "an unknown accelerator": (("--trainer.accelerator", "gppu"), "trainer: You selected an invalid accelerator name"),
@@ -112,6 +120,11 @@ VALUES = {
 @pytest.mark.parametrize(("arguments", "message"), VALUES.values(), ids=VALUES.keys())
 def test_a_value_that_cannot_be_is_named(tmp_path, arguments, message):
     assert message in refused(tmp_path, *DIGITS, *arguments)
+
+
+def test_without_normalisation_over_the_batch_one_row_is_enough(tmp_path, features):
+    linear = ("--model.encoders", '{"audio": "linear", "text": "linear"}')
+    assert iprm(tmp_path, *FEATURES, *linear, "--data.batch_size", "1", "--trainer.max_epochs", "1").code == 0
 
 
 @pytest.mark.parametrize("command", ["fit", "test", "predict"])
@@ -175,6 +188,41 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, write, command):
     write(tmp_path / "some.ckpt")
     message = refused(tmp_path, command, "--config", "digits", "--ckpt_path", "some.ckpt")
     assert message == "some.ckpt: not a checkpoint of iprm fit, or a part of one"
+
+
+class Theirs(L.LightningModule):
+    """A module that is no `FusionClassifier`."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.linear = torch.nn.Linear(width, 1)
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_a_checkpoint_of_another_lightning_module_is_refused(tmp_path, features, command):
+    write(Theirs(), tmp_path / "theirs.ckpt")
+    code, _, err = iprm(tmp_path, command, "--data", "features", "--data.path", features, "--ckpt_path", "theirs.ckpt")
+    assert (code, err) == (2, "iprm: the checkpoint is not of a FusionClassifier: its settings are width\n")
+
+
+@pytest.mark.parametrize("command", ["test", "predict", "export"])
+def test_a_checkpoint_of_a_model_whose_encoder_was_replaced_is_refused_by_what_does_not_fit(tmp_path, command):
+    model = FusionClassifier({"audio": [4], "text": [6]}, 3)
+    model.encoders["audio"] = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 32), torch.nn.Linear(32, 64))
+    write(model, tmp_path / "theirs.ckpt")
+    data = ("--output", "new") if command == "export" else ("--data", "features", "--data.path", save(tmp_path, arrays()))
+    code, _, err = iprm(tmp_path, command, *data, "--ckpt_path", "theirs.ckpt")
+    assert code == 2
+    assert "Traceback" not in err
+    assert "the checkpoint's weights do not fit the model: it has no encoders.audio.2.running_mean, " in err
+    assert err.endswith("replace them alike in the one that is to have its weights\n")
+
+
+def test_of_weights_of_another_shape_both_shapes_are_told(tmp_path):
+    one, other = (FusionClassifier({"audio": [width], "text": [6]}, 3) for width in (4, 5))
+    with pytest.raises(InputError, match=r"encoders.audio.1.weight is of shape \(64, 5\), not \(64, 4\)"):
+        one.load_state_dict(other.state_dict(), strict=False)
 
 
 def test_predictions_that_cannot_be_written_are_refused_before_any_work(tmp_path, features):

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
+import multiprocessing
+import os
+import re
+import signal
 import statistics
 from pathlib import Path
 
@@ -14,6 +20,7 @@ from feature_files import arrays, save, without
 from iprm import compare, experiment
 from iprm.data.features import Features
 from iprm.experiment import Settings, run
+from iprm.guard import NonFiniteError
 from iprm.quiet import quiet_lightning
 from training import classifier, fit
 
@@ -176,7 +183,7 @@ def test_all_methods_share_the_data_of_a_seed(features, monkeypatch):
     digests = []
     make = experiment.make_data
     monkeypatch.setattr(experiment, "make_data", lambda *a, **k: digests.append((data := make(*a, **k)).describe()) or data)
-    compare.compare(settings_for(features, epochs=1), METHODS, SEEDS, jobs=1)
+    list(compare.compare(settings_for(features, epochs=1), METHODS, SEEDS, jobs=1))
     first, second = digests[:2], digests[2:]
     assert first[0] == first[1] != second[0] == second[1]
 
@@ -187,6 +194,57 @@ def test_a_run_that_meets_nan_is_named_and_ends_the_comparison(tmp_path, feature
     assert err.startswith("iprm: stopped at training step ")
     assert err.endswith("(method 'sum', seed 0)\n")
     assert "report" not in out
+
+
+# a comparison that is ended early
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def terminated() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def failed() -> None:
+    raise NonFiniteError("training step 3")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [(failed, 1, "iprm: stopped at training step 3\n"), (interrupted, 130, "iprm: interrupted\n"), (terminated, 143, "")],
+)
+def test_the_runs_that_are_finished_are_reported(tmp_path, features, monkeypatch, end, code, message):
+    monkeypatch.setattr(compare, "run", lambda *given: run(*given) if given[1:3] != ("iprm", 1) else end())
+    before = signal.getsignal(signal.SIGTERM)
+    size = ("--methods", "iprm,sum", "--seeds", "2", "--epochs", "1", "--jobs", "1", "--output", "report")
+    found = iprm(tmp_path, *ARGUMENTS, *size)
+    assert (found.code, found.err) == (code, f"iprm: 2 of 4 runs are finished; a report of these: report\n{message}")
+    assert [(row["method"], row["seed"]) for row in rows(tmp_path / "report/runs.csv")] == [("iprm", "0"), ("sum", "0")]
+    title = (tmp_path / "report/summary.md").read_text(encoding="utf-8").splitlines()[0]
+    assert title == "# features: 2 seeds, 1 epochs; 2 of 4 runs"
+    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == sorted(FILES)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_ends_the_processes_of_a_comparison_and_the_runs_that_are_finished_are_reported(
+    tmp_path, features, monkeypatch
+):
+    """In the third of three runs, two at a time, or late in the second."""
+    epochs = itertools.count(1)
+
+    @contextlib.contextmanager
+    def progress(_):
+        yield lambda: terminated() if next(epochs) == 80 else None
+
+    monkeypatch.setattr(compare, "_progress", progress)
+    size = ("--methods", "sum", "--seeds", "3", "--epochs", "30", "--jobs", "2", "--output", "report")
+    code, _, err = iprm(tmp_path, *ARGUMENTS, *size)
+    assert code == 143
+    assert multiprocessing.active_children() == []
+    (finished,) = re.fullmatch(r"iprm: ([12]) of 3 runs are finished; a report of these: report\n", err).groups()
+    assert len(rows(tmp_path / "report/runs.csv")) == int(finished)
 
 
 # before any training
@@ -210,6 +268,10 @@ BAD = {
     "a broken mapping": ((*ARGUMENTS, "--model", "encoders={a"), "encoders: expected "),
     "a number out of range": ((*ARGUMENTS, "--model", "momentum=2"), "momentum: expected a number from 0 to 1, got 2"),
     "an option without value": ((*ARGUMENTS, "--set", "batch_size"), "expected KEY=VALUE, got 'batch_size'"),
+    "a batch of one row": (
+        (*ARGUMENTS, "--set", "batch_size=1"),
+        "batch_size: expected at least 2 to train encoders that normalise",
+    ),
     "a seed": ((*ARGUMENTS, "--set", "seed=3"), "seed: a comparison gives every run its own; choose their number by --seeds"),
     "no seeds": ((*ARGUMENTS, "--seeds", "0"), "argument --seeds: expected a whole number from 1 up, got 0"),
     "no epochs": ((*ARGUMENTS, "--epochs", "few"), "argument --epochs: invalid whole number value: 'few'"),

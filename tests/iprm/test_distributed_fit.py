@@ -17,6 +17,7 @@ from run_contents import RUN, difference, left
 
 EPOCHS = 3
 IPRM = ("-m", "iprm.cli")
+SCRIPT = (str(Path(sys.executable).parent / "iprm"),)  # unlike -m it does not put the current folder on sys.path
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *IPRM)
 SETTINGS = ("--data.path", "features.npz", "--trainer.max_epochs", str(EPOCHS), "--trainer.enable_progress_bar", "false")
 #: Without normalisation over the batch, of which each process sees its part.
@@ -32,7 +33,7 @@ def folder(tmp_path) -> Path:
 
 
 def run(folder: Path, *arguments: str, by: tuple[str, ...] = IPRM) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, *by, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, timeout=120, capture_output=True, text=True)
 
@@ -81,14 +82,19 @@ def test_sharded_batch_norm_is_validated_by_the_statistics_that_are_saved(folder
     """The first process's, as under DDP, whose rows of metrics are the same. An MLP is chosen by default, and has one."""
     for strategy in ("ddp", "fsdp2"):
         assert run(folder, "fit", "--data", "features", *SETTINGS, *TWO, "--trainer.strategy", strategy).returncode == 0
-    ddp, sharded = metrics(folder, 0), metrics(folder, 1)
-    for expected, row in zip(ddp, sharded, strict=True):
-        assert row == pytest.approx(expected, rel=1e-4), "in float32"
+    check_alike(folder)
 
 
 def test_a_modality_that_the_method_does_not_read_has_no_encoder_to_wait_for(folder):
     done = run(folder, "fit", *ALIKE[:2], *SETTINGS, *TWO, "--trainer.strategy", "ddp", "--model.method", "unimodal-audio")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_dataset_of_the_users_own_is_found_in_the_current_folder_by_every_process(folder):
+    (folder / "my_data.py").write_text("from iprm.data.features import Features\n\n\nclass MyData(Features): ...\n")
+    done = run(folder, "fit", "--data", "my_data.MyData", *SETTINGS, *TWO, "--trainer.strategy", "ddp", by=SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(folder)) == EPOCHS
 
 
 def test_a_split_is_tested_by_two_processes_as_by_one_and_predicted_in_order(folder):

@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from iprm import ProbeRebalance
+from iprm.checkpoint import AtomicCheckpointIO
 from iprm.quiet import quiet_lightning
+from iprm.run_state import RunState
+from iprm.suggest import InputError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -93,6 +96,30 @@ def test_in_a_lightning_module(tmp_path):
         trainer.fit(module, DataLoader(Pairs(), 24, shuffle=True))
     (path,) = tmp_path.rglob("*.ckpt")
     check(module.model, Theirs.load_from_checkpoint(path, weights_only=True).model)
+
+
+def test_a_lightning_module_without_hyperparameters_is_saved_whole_and_goes_on_from_its_state(tmp_path):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+    def trained(steps: int, ckpt_path: str | None = None) -> Theirs:
+        module = Theirs()
+        callbacks, plugins = [RunState(every_n_steps=3)], [AtomicCheckpointIO()]
+        at = {"max_steps": steps, "accelerator": "cpu", "default_root_dir": tmp_path}
+        with quiet_lightning():
+            trainer = L.Trainer(**at, callbacks=callbacks, plugins=plugins, **quiet)
+            trainer.fit(module, DataLoader(Pairs(), 24), ckpt_path=ckpt_path)
+        return module
+
+    alone = trained(STEPS)
+    assert alone.model.fusion.steps == STEPS
+    trained(20)
+    resumed = trained(STEPS, ckpt_path=str(tmp_path / "states/step=00000016.ckpt"))
+    torch.testing.assert_close(resumed.state_dict(), alone.state_dict(), rtol=0, atol=0)
+
+    last = max((tmp_path / "states").iterdir())
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(InputError, match="not a Lightning checkpoint of tensors and plain values alone, or a part of one"):
+        trained(STEPS, ckpt_path=str(last))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

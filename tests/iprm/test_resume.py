@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +35,8 @@ ACCUMULATING = (
     "--trainer.max_epochs",
     "10",
 )  # two steps an epoch: of 2 batches and 1
+
+PATHS = os.pathsep.join(filter(None, sys.path))
 
 
 def fit(
@@ -237,6 +243,35 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(tmp_path, 
         writer.save_checkpoint({"a": 2}, path)
     assert torch.load(path, weights_only=True) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+MINUTES_AGO = time.time() - 300
+
+
+def test_a_save_removes_what_a_killed_one_has_left(tmp_path):
+    killed = "import os, sys; from iprm.checkpoint import AtomicCheckpointIO; os.fsync = lambda _: os.kill(os.getpid(), 9); "
+    killed += "AtomicCheckpointIO().save_checkpoint({'a': 1}, sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", killed, str(tmp_path / "a.ckpt")], env=os.environ | {"PYTHONPATH": PATHS})
+    (part,) = tmp_path.iterdir()
+    assert (done.returncode, part.suffix) == (-signal.SIGKILL, ".part")
+    os.utime(part, (MINUTES_AGO, MINUTES_AGO))
+    AtomicCheckpointIO().save_checkpoint({"a": 2}, tmp_path / "b.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.ckpt"]
+
+
+def test_a_save_leaves_alone_what_another_process_is_writing(tmp_path, monkeypatch):
+    """However long ago it has written anything."""
+    fsync = os.fsync
+
+    def another_saves_meanwhile(file):
+        monkeypatch.setattr("os.fsync", fsync)
+        os.utime(file, (MINUTES_AGO, MINUTES_AGO))
+        AtomicCheckpointIO().save_checkpoint({"a": 2}, tmp_path / "b.ckpt")
+
+    monkeypatch.setattr("os.fsync", another_saves_meanwhile)
+    AtomicCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "a.ckpt")
+    found = {path.name: torch.load(path, weights_only=True) for path in tmp_path.iterdir()}
+    assert found == {"a.ckpt": {"a": 1}, "b.ckpt": {"a": 2}}
 
 
 @pytest.mark.parametrize(

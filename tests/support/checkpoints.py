@@ -29,8 +29,13 @@ def checkpoint(folder: Path, shapes: dict[str, list[int]] = TWO, method: str = "
         model(inputs_of(shapes, 16, step), torch.arange(16) % CLASSES)
     if precision == "bf16":
         model.bfloat16()
+    path = folder / "model.ckpt"
+    write(model, path)
+    return path, model.eval()
+
+
+def write(model: L.LightningModule, path: Path) -> None:
+    """Writes a checkpoint of a module that no trainer has had."""
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.strategy.connect(model)
-    path = folder / "model.ckpt"
     trainer.save_checkpoint(path)
-    return path, model.eval()

@@ -91,7 +91,7 @@ def _said() -> Iterator[io.StringIO]:
 def _environment() -> dict[str, str]:
     bin_folder = str(Path(sys.executable).parent)
     here = {"PATH": os.pathsep.join([bin_folder, os.environ["PATH"]]), "OMP_NUM_THREADS": "1", "HEAD_NODE": "localhost"}
-    return {**os.environ, **here, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    return {**os.environ, **here, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def _run(command: str) -> None:
