@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import tempfile
@@ -11,7 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -25,8 +24,8 @@ FILENAME = "best-{epoch}-{step}"  # not the one that a user's own ModelCheckpoin
 STATE = re.compile(r"step=(?P<step>\d+)\.ckpt")
 #: Of the weights that do not fit a model, how many are named.
 MOST_MISFITS = 4
-#: Seconds for which a file that is being written may have no lock yet.
-YOUNG = 60
+#: Seconds without a write after which a file that was being written is nobody's: a save that lives writes all the time.
+ABANDONED = 3600
 #: What of the state of a `ModelCheckpoint` is a path.
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
@@ -35,8 +34,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's plugin for reading and writing checkpoints of one file, for ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
     A checkpoint is written beside its place, flushed to the disk, and renamed into it: a run that is killed at any moment
-    leaves the old file or the new one; the next save in that folder removes what a killed one has left beside it. Whatever is
-    read holds tensors and plain values alone; anything else is refused.
+    leaves the old file or the new one; a save in that folder an hour later removes what a killed one has left beside it.
+    Whatever is read holds tensors and plain values alone; anything else is refused.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -47,7 +46,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         _remove_parts(path.parent)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
             try:
-                _lock(file)
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -66,21 +64,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return _read(path, ("state_dict",), "Lightning checkpoint of tensors and plain values alone")
 
 
-def _lock(file: IO[bytes]) -> bool:
-    """Whether nobody else had the lock of a file, which this process now holds until it closes it or dies."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # or this file system has no locks
-        return False
-    return True
-
-
 def _remove_parts(folder: Path) -> None:
-    """Removes what saves of dead processes have left in a folder. A live one holds a lock of its file, but for the moment after
-    making it."""
+    """Removes what saves that were killed have left in a folder."""
     for part in folder.glob(".*.????????.part"):
-        with contextlib.suppress(OSError), part.open("rb+") as file:
-            if _lock(file) and time.time() - os.fstat(file.fileno()).st_mtime > YOUNG:
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > ABANDONED:
                 part.unlink()
 
 

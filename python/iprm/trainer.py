@@ -25,7 +25,8 @@ from .methods import build
 from .metrics import EpochMeans, EpochMetrics
 from .output import FusionOutput
 from .processes import gathered, rank, world_size
-from .suggest import InputError, unknown
+from .step import TrainingStep, encode, prepare
+from .suggest import InputError
 
 
 class FusionClassifier(L.LightningModule):
@@ -102,8 +103,8 @@ class FusionClassifier(L.LightningModule):
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.decay_at, self.decay = decay_at, decay
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        _prepare(self.encoders, self.fusion, self.memory_format, compile)
-        step = _Step(self.encoders, self.fusion, self.memory_format)
+        prepare(self.encoders, self.fusion, self.memory_format, compile)
+        step = TrainingStep(self.encoders, self.fusion, self.memory_format)
         self._step = GraphedStep(step) if cuda_graph else step.forward  # no submodule, which would name all parameters twice
         self.means = EpochMeans()
         self._restored_means: list[dict[str, Any]] = []  # of each process
@@ -137,7 +138,7 @@ class FusionClassifier(L.LightningModule):
 
     def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """modality -> (B, ...) to modality -> (B, D)."""
-        return _encode(self.encoders, inputs, self.memory_format)
+        return encode(self.encoders, inputs, self.memory_format)
 
     def forward(self, inputs: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         """modality -> (B, ...), target (B,) int64 or None -> FusionOutput."""
@@ -272,36 +273,6 @@ class FusionClassifier(L.LightningModule):
         """probability (B, C) and target (B,): what `iprm predict` writes."""
         inputs, target = batch
         return {"probability": self(inputs).logits.float().softmax(1), "target": target}
-
-
-class _Step(nn.Module):
-    """What a training step computes: modality -> (B, ...), target (B,) -> features and FusionOutput."""
-
-    def __init__(self, encoders: nn.ModuleDict, fusion: nn.Module, memory_format: torch.memory_format) -> None:
-        super().__init__()
-        self.encoders, self.fusion, self.memory_format = encoders, fusion, memory_format
-
-    def forward(self, inputs: Mapping[str, Tensor], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
-        features = _encode(self.encoders, inputs, self.memory_format)
-        return features, self.fusion(features, target)
-
-
-def _encode(encoders: nn.ModuleDict, inputs: Mapping[str, Tensor], memory_format: torch.memory_format) -> dict[str, Tensor]:
-    def placed(x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
-
-    return {modality: encoder(placed(inputs[modality])) for modality, encoder in encoders.items()}
-
-
-def _prepare(encoders: nn.ModuleDict, fusion: nn.Module, memory_format: torch.memory_format, backend: str | None) -> None:
-    """Weights in the memory format, and modules compiled where they are, so that nothing of a checkpoint has another name."""
-    encoders.to(memory_format=memory_format)  # type: ignore[call-overload]
-    if backend is None:
-        return
-    if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
-        raise InputError(unknown("backend of torch.compile", backend, known))
-    for module in (*encoders.values(), fusion):
-        module.compile(backend=backend)
 
 
 def _check_number(name: str, value: float, highest: float = math.inf) -> None:
