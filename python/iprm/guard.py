@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -40,6 +41,8 @@ class FiniteGuard:
         """
         outcome = output.logits if output.loss is None else output.loss
         watched = (*inputs.values(), *features.values(), outcome)
+        if not outcome.is_cuda and all(_is_finite(x) for x in watched):
+            return
         faulty = torch.stack([_faulty(x) for x in watched])
         if self._first is None:
             self._names = [f"modality {m!r}: its input is not finite" for m in inputs]
@@ -84,6 +87,11 @@ def _faulty(x: Tensor) -> Tensor:
     Of isfinite().all() each operation is a pass of its own: 307 µs at (64, 1, 40, 64) on a CPU, this 28.
     """
     return x.detach().mul(0).sum().ne(0)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether the sum of `x` is finite, and so every number: one pass and one number to read. A sum may overflow without."""
+    return math.isfinite(x.detach().sum().item())
 
 
 def _local(x: Tensor) -> Tensor:

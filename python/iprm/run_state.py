@@ -90,13 +90,15 @@ class RunState(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        due = self.every_n_steps and trainer.global_step >= self._saved_at + self.every_n_steps
+        if world_size() == 1 and not due and not self._signal.came_to_any():
+            return
         loop = trainer.fit_loop.epoch_loop
         self._unasked += 1
         # neither gradients that are being accumulated nor a validation that is due would be found in what was saved before them
         validates = trainer.fit_loop._data_fetcher and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         if loop._should_accumulate() or loop.batch_progress.is_last_batch or validates:
             return
-        due = self.every_n_steps and trainer.global_step >= self._saved_at + self.every_n_steps
         stops = (world_size() == 1 or self._unasked >= ASK_EVERY) and self._signal.came_to_any()
         self._unasked = 0 if self._unasked >= ASK_EVERY else self._unasked
         if due or stops:

@@ -144,6 +144,10 @@ class FusionClassifier(L.LightningModule):
         """modality -> (B, ...), target (B,) int64 or None -> FusionOutput."""
         return self.fusion(self.encode(inputs), target)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """As Lightning does it; on a CPU, where every batch is already, it would walk through all of it."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     # training
 
     def on_train_start(self) -> None:
