@@ -24,6 +24,8 @@ class TrainingStep(nn.Module):
 
 
 def encode(encoders: nn.ModuleDict, inputs: Mapping[str, Tensor], memory_format: torch.memory_format) -> dict[str, Tensor]:
+    """Features of every modality that has an encoder: modality -> (B, ...) to modality -> (B, D)."""
+
     def placed(x: Tensor) -> Tensor:
         return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
 
@@ -31,7 +33,11 @@ def encode(encoders: nn.ModuleDict, inputs: Mapping[str, Tensor], memory_format:
 
 
 def prepare(encoders: nn.ModuleDict, fusion: nn.Module, memory_format: torch.memory_format, backend: str | None) -> None:
-    """Weights in the memory format, and modules compiled where they are, so that nothing of a checkpoint has another name."""
+    """Weights in the memory format, and modules compiled where they are, so that nothing of a checkpoint has another name.
+
+    Raises:
+        InputError: torch.compile has no such backend.
+    """
     encoders.to(memory_format=memory_format)  # type: ignore[call-overload]
     if backend is None:
         return
