@@ -103,8 +103,8 @@ struct SlerpWeight {
   // S(s, c), which is s at c = 1
   IPRM_INLINE V value(const Angle<T, V>& angle) const { return angle.at_one ? s : sine / angle.sine; }
 
-  // dS/ds = theta cos(s theta) / sin(theta), which is 1 at c = 1
-  IPRM_INLINE V ds(const Angle<T, V>& angle) const { return angle.at_one ? V{} + T(1) : angle.theta * cosine / angle.sine; }
+  // dS/ds = theta cos(s theta) / sin(theta), at c = 1 its limit 1, which cos(s 0) is but for an s that is not finite
+  IPRM_INLINE V ds(const Angle<T, V>& angle) const { return angle.at_one ? cosine : angle.theta * cosine / angle.sine; }
 
   // dS/dc, zero where c is clamped. The closed form cancels like theta^3 near c = 1; there it is -(s/2) sum n a_n h^(n-1)
   // with a_0 = 1, a_(n+1) = a_n ((n+1)^2 - s^2) / ((n+1)(n+3/2)), from S = s 2F1(1-s, 1+s; 3/2; h). Beyond s^2 h = 1, an arc of

@@ -131,7 +131,7 @@ def slerp(s, c, STRENGTH: tl.constexpr = False):
     at_one = h <= 0
     sine_theta = tl.where(at_one, 1.0, 2 * square_root(h * k))
     value = tl.where(at_one, s, sine / sine_theta)
-    ds = tl.where(at_one, 1.0, theta * cosine / sine_theta)
+    ds = tl.where(at_one, cosine, theta * cosine / sine_theta)  # cos(s·0) is 1, but for an s that is not finite
     # ∂S/∂c: near c = 1 the closed form cancels like θ³, and the series of the reference takes its place
     closed = (clamped * sine - s * cosine * sine_theta) / (sine_theta * sine_theta * sine_theta)
     a = tl.full(h.shape, 1.0, h.dtype)

@@ -33,11 +33,12 @@ def slerp_weight(s: Tensor, c: Tensor) -> Tensor:
 
 
 def slerp_weight_ds(s: Tensor, c: Tensor) -> Tensor:
-    """∂S/∂s = θ cos(sθ) / sin θ.  (B,), (B,) -> (B,)"""
+    """∂S/∂s = θ cos(sθ) / sin θ; at c = 1 cos(s·0), which is 1 but for an s that is not finite.  (B,), (B,) -> (B,)"""
     c = c.clamp(min=-1 + ANTIPODE_MARGIN[c.dtype])
     h, k = ((1 - c) / 2).clamp(min=0), (1 + c) / 2
     theta = 2 * torch.atan2(h.sqrt(), k.sqrt())
-    return torch.where(h <= 0, torch.ones_like(c), theta * torch.cos(s * theta) / (2 * (h * k).sqrt()))
+    cosine = torch.cos(s * theta)
+    return torch.where(h <= 0, cosine, theta * cosine / (2 * (h * k).sqrt()))
 
 
 def slerp_weight_dc(s: Tensor, c: Tensor) -> Tensor:

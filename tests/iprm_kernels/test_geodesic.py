@@ -123,6 +123,18 @@ def test_identical_vectors_have_finite_gradients_by_any_weight(place: Place, dty
     assert dy.isfinite().all()
 
 
+@FLOATS
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_has_no_gradient_even_between_identical_vectors(
+    place: Place, dtype: torch.dtype, weight: float
+) -> None:
+    """∂S/∂s is 1 there, whatever s: that is no answer where z is NaN. In one column c is 1 exactly."""
+    x = torch.full((1, 1), 2.0, dtype=dtype, device=place.device)
+    z, _, _, dw = gradients(x, x, torch.full((1,), weight, dtype=arithmetic_dtype(dtype), device=place.device), x)
+    assert z.isnan().all()
+    assert dw.isnan().all()
+
+
 def test_one_column_overflows_as_many_do(place: Place) -> None:
     x = torch.tensor([[1e38], [1.0]], device=place.device)
     assert ik.normalize(x).isnan().tolist() == [[True], [False]]
