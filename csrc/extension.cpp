@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(iprm_cpp, m) {
   m.def("strength_weights(Tensor kl, Tensor(a!) strength) -> ()");
   m.def("strength_weights_backward(Tensor grad, Tensor kl, Tensor(a!) grad_kl) -> ()");
   m.def(
+      "average_strength(Tensor strength, float alpha, bool released, Tensor(a!) weight, Tensor(b!) eval_weight, "
+      "Tensor(c!) last, Tensor(d!) steps) -> ()");
+  m.def(
       "head_forward(Tensor x, Tensor y, Tensor weight_mix, Tensor weight_x, Tensor weight_y, Tensor? bias_mix, Tensor? bias_x, "
       "Tensor? bias_y, Tensor target, Tensor probing, float label_smoothing, int ignore_index, int parts, Tensor(a!) state, "
       "Tensor(b!) logits_mix, Tensor(c!) logits_x, Tensor(d!) logits_y, Tensor(e!) kl, Tensor(f!) strength, Tensor(g!) loss, "

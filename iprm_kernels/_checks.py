@@ -175,7 +175,7 @@ def labels(value: Tensor, classes: int, ignore_index: int) -> None:
     """Labels on the CPU are in [0, C) or `ignore_index`; on a GPU looking would synchronise."""
     if value.device.type != "cpu" or len(value) == 0:
         return
-    lowest, highest = value.aminmax()
+    lowest, highest = (end.item() for end in value.aminmax())
     if lowest >= 0 and highest < classes:
         return
     wrong = (value != ignore_index) & ((value < 0) | (value >= classes))

@@ -13,6 +13,7 @@ the operator has allocated (None for a gradient that nobody asked for)::
     batch_kl_pair(p_logits, other_logits, q_logits, kl)
     strength_weights(kl, strength)
     strength_weights_backward(grad, kl, grad_kl)
+    average_strength(strength, alpha, released, weight, eval_weight, last, steps)
     head_forward(x, y, weight_mix, weight_x, weight_y, bias_mix, bias_x, bias_y, target, probing, label_smoothing, ignore_index,
                  parts, state, logits_mix, logits_x, logits_y, kl, strength, loss, losses)
     head_backward(grad_loss, grad_losses, grad_logits_mix, grad_logits_x, grad_logits_y, x, y, weight_mix, weight_x, weight_y,
@@ -23,8 +24,9 @@ the operator has allocated (None for a gradient that nobody asked for)::
     head_pairs_backward(grad_loss, grad_losses, grad_logits, features, weights, biases, pairs, target, state, unimodal,
                         strength, label_smoothing, ignore_index, grad_features, grad_weights, grad_biases)
 
-Features and logits are 2-D with any strides, outputs contiguous; weight is (B,), of stride 0 where one value serves all rows;
-the gradient of batch_kl is () or (B,), as its value was. stats and state of one backend serve the backward of another.
+average_strength reads its last four and writes them anew, contiguous ones of any shape. Features and logits are 2-D with any
+strides, outputs contiguous; weight is (B,), of stride 0 where one value serves all rows; the gradient of batch_kl is () or
+(B,), as its value was. stats and state of one backend serve the backward of another.
 
 A head step of pairs has M features and P pairs of them, the latter in one list; its heads, their losses, logits and gradients
 come mixtures first; λ is (P,), kl and strength (2P,); of logits the backward pass sees those of the modalities, of biases those
@@ -58,6 +60,7 @@ KERNELS = (
     "batch_kl_pair",
     "strength_weights",
     "strength_weights_backward",
+    "average_strength",
     "head_forward",
     "head_backward",
     "head_pairs_forward",

@@ -12,11 +12,13 @@ tensors and float32 for all others, and loads and stores are in the tensor's own
 neither computed nor stored. Rows are always the first dimension of the grid, the only one that holds more than 65,535.
 """
 
+from .average import average_strength
 from .divergence import batch_kl, batch_kl_backward, batch_kl_pair, strength_weights, strength_weights_backward
 from .geodesic import geodesic_mixup, geodesic_mixup_backward, geodesic_remix, normalize, normalize_backward
 from .head import head_pairs_backward, head_pairs_forward, serves
 
 __all__ = [
+    "average_strength",
     "batch_kl",
     "batch_kl_backward",
     "batch_kl_pair",

@@ -7,6 +7,7 @@ statistics that its backward pass wants.
 Notation: x, y (B, D) features; x̂ = x / max(‖x‖, eps); c = ⟨x̂, ŷ⟩; h = (1 - c) / 2 = sin²(θ/2); w (B,) weight of x.
 """
 
+from .average import average_strength
 from .divergence import (
     EXCESS_SERIES_BELOW,
     EXCESS_SERIES_TERMS,
@@ -42,6 +43,7 @@ __all__ = [
     "NEAR_ANTIPODE",
     "SERIES_BELOW",
     "SERIES_TERMS",
+    "average_strength",
     "batch_kl",
     "batch_kl_backward",
     "batch_kl_pair",

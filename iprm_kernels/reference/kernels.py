@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import labels
 from .._library import AUTOCAST, below
 from ..backends import PROBE, REBALANCE
-from . import divergence, geodesic, head
+from . import average, divergence, geodesic, head
 
 
 def into(function: Callable[..., tuple[Any, ...]]) -> Callable[..., None]:
@@ -40,6 +40,12 @@ batch_kl_backward = into(divergence.batch_kl_backward)
 batch_kl_pair = into(divergence.batch_kl_pair)
 strength_weights = into(divergence.strength_weights)
 strength_weights_backward = into(divergence.strength_weights_backward)
+
+
+def average_strength(strength: Tensor, alpha: float, released: bool, *state: Tensor) -> None:
+    weight, eval_weight, last, steps = (tensor.view(strength.numel() // 2, -1).squeeze(1) for tensor in state)
+    found = average.average_strength(strength.view(-1, 2), alpha, released, weight, eval_weight, last, steps)
+    fill((weight, eval_weight, last, steps), found)
 
 
 def head_pairs_forward(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iprm_kernels._checks import dense
+from iprm_kernels._checks import dense, labels
 from iprm_kernels.collectives import joint_sums, weighted
 
 from .output import FusionOutput
@@ -114,8 +114,8 @@ class FusionModule(nn.Module, ABC):
         if target.device != like.device:
             raise ValueError(f"target: expected the device of the features, {like.device}, got {target.device}")
         target = target.long()
-        if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_labels(target, self.num_classes)  # elsewhere looking would synchronise: see cross_entropy
+        if not torch.compiler.is_compiling():
+            labels(target, self.num_classes, IGNORE_INDEX)  # on the CPU; elsewhere looking would synchronise: see cross_entropy
         return target
 
     def extra_repr(self) -> str:
@@ -179,13 +179,6 @@ def _checked_widths(feature_dim: int | Mapping[str, int], modalities: tuple[str,
         if width < 1:
             raise ValueError(f"feature_dim: expected a width of at least 1 for {name!r}, got {width}")
     return {name: int(width) for name, width in widths.items()}
-
-
-def _check_labels(target: Tensor, classes: int) -> None:
-    wrong = _out_of_range(target, classes)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(f"target: expected labels in [0, {classes}), got {int(target[row])} in row {row}")
 
 
 def _out_of_range(target: Tensor, classes: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import iprm_kernels as ik
 from iprm_kernels import autocast
+from iprm_kernels.average import average_strength
 from iprm_kernels.collectives import all_reduce_sum, joint_sums
 
 from .base import IGNORE_INDEX, FusionModule, cross_entropy, sum_logits
@@ -143,7 +144,7 @@ class ProbeRebalance(FusionModule):
             (x, y), (head_x, head_y), (head_mix,) = features.values(), own, mixing
             step = ik.linear_probe_rebalance(x, y, head_x, head_y, head_mix, target, weight, group=process_group())
             logits_by = dict(zip(self.modalities, (step.logits_x, step.logits_y), strict=True)) | {"mix": step.logits_mix}
-            loss, strengths = step.loss, [step.strength]
+            loss, strength = step.loss, step.strength
         else:
             places = [(self.modalities.index(a), self.modalities.index(b)) for a, b in (self.pairs[pair] for pair in drawn)]
             probing = weight[drawn[0] : drawn[-1] + 1]  # all pairs, or the one that was drawn
@@ -152,8 +153,8 @@ class ProbeRebalance(FusionModule):
             )
             mixed = steps.mix_logits.mean(0) if len(drawn) > 1 else steps.mix_logits[0]
             logits_by = dict(zip(self.modalities, steps.logits, strict=True)) | {"mix": mixed}
-            loss, strengths = steps.loss, list(steps.strength)
-        self._advance(drawn, strengths, len(target))
+            loss, strength = steps.loss, steps.strength
+        self._advance(drawn, strength, len(target))
         return FusionOutput(loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
 
     def _step(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
@@ -163,22 +164,22 @@ class ProbeRebalance(FusionModule):
         drawn = self._draw()
         share = None
         if self.mixup == "geodesic" and self.passes == 2:
-            mixed, strengths = self._probe_and_rebalance(drawn, features, unimodal, weight)
+            mixed, strength = self._probe_and_rebalance(drawn, features, unimodal, weight)
         else:
             with torch.set_grad_enabled(self.passes == 1 and torch.is_grad_enabled()), autocast.uncached(weight):
                 probes = [self._mixed(pair, features, weight.reshape(-1)[pair]) for pair in drawn]
             with torch.no_grad():
                 kl, share = self._joint(self._divergences(drawn, unimodal, probes), target)
-                strengths = [ik.strength_weights(own) for own in kl.view(-1, 2)]
-            rebalanced = (self._mixed(pair, features, own[0]) for pair, own in zip(drawn, strengths, strict=True))
+                strength = torch.stack([ik.strength_weights(own) for own in kl.view(-1, 2)])
+            rebalanced = (self._mixed(pair, features, own[0]) for pair, own in zip(drawn, strength, strict=True))
             mixed = probes if self.passes == 1 else list(rebalanced)
-        self._advance(drawn, strengths, len(next(iter(features.values()))))
+        self._advance(drawn, strength, len(next(iter(features.values()))))
         return self._output(unimodal, mixed, target, weight, share)
 
     def _probe_and_rebalance(
         self, drawn: list[int], features: dict[str, Tensor], unimodal: dict[str, Tensor], weight: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The mixed logits (B, C) to learn from, and the measured ω (2,), of each drawn pair."""
+    ) -> tuple[list[Tensor], Tensor]:
+        """Of each of K drawn pairs the mixed logits (B, C) to learn from; and the measured ω (K, 2)."""
         mixed, strengths = [], []
         for pair in drawn:
             a, b = self.pairs[pair]
@@ -186,7 +187,7 @@ class ProbeRebalance(FusionModule):
             step = ik.probe_rebalance(features[a], features[b], unimodal[a], unimodal[b], head, probing, group=process_group())
             mixed.append(step.logits)
             strengths.append(step.strength)
-        return mixed, strengths
+        return mixed, torch.stack(strengths)
 
     def _divergences(self, drawn: list[int], unimodal: dict[str, Tensor], probes: list[Tensor]) -> Tensor:
         """Batch KL of both modalities of each drawn pair from its probe.  -> (2P,)"""
@@ -200,28 +201,20 @@ class ProbeRebalance(FusionModule):
             return all_reduce_sum(kl, group), None
         return joint_sums(kl, target, IGNORE_INDEX, group)
 
-    @torch.no_grad()
-    def _advance(self, drawn: list[int], strengths: list[Tensor], rows: int) -> None:
-        """Takes the measured ω of the drawn pairs into λ: in place, for DistributedDataParallel holds on to the buffers.
+    def _advance(self, drawn: list[int], strength: Tensor, rows: int) -> None:
+        """Takes the measured ω (K, 2) of the drawn pairs into λ: in place, for DistributedDataParallel holds on to the buffers.
 
         An empty batch measures nothing, and an ω that is not finite is left out, so that one bad batch spoils no later one.
         """
         if rows == 0 and process_group() is None:
             return
-        for pair, measured in zip(drawn, strengths, strict=True):
-            weight, eval_weight, steps = (state.view(-1)[pair] for state in (self.weight, self.eval_weight, self.steps))
-            strength, measured = self.strength.view(-1, 2)[pair], measured.to(self.strength.dtype)
-            if self.ema_start == "released":
-                eval_weight.copy_(weight)
-            averaged = torch.lerp(measured[0], weight, self.alpha)
-            if self.ema_start == "paper":
-                averaged = torch.where(steps == 0, measured[0], averaged)
-            finite = measured.isfinite()
-            strength.copy_(torch.where(finite, measured, strength))
-            weight.copy_(torch.where(finite[0], averaged, weight))
-            if self.ema_start == "paper":
-                eval_weight.copy_(weight)
-            steps.add_(finite[0])
+        state = (self.weight, self.eval_weight, self.strength, self.steps)
+        if len(drawn) < len(self.pairs):
+            weight, eval_weight, last, steps = (tensor[drawn[0]] for tensor in state)
+        else:
+            weight, eval_weight, last, steps = state
+        strength = strength.to(last.dtype)
+        average_strength(strength, self.alpha, self.ema_start == "released", weight, eval_weight, last, steps)
 
     def _evaluate(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
         weight = self.eval_weight.clone()

@@ -12,11 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from iprm import ProbeRebalance
+from watching import Watching
 
 import iprm_kernels as ik
 
 B, D, C = 16, 12, 5
 TRIO = ("audio", "text", "video")
+#: Operators that launch nothing.
+VIEWS = tuple(f"aten.{name}." for name in ("alias", "detach", "select", "slice", "unbind", "view"))
 
 
 def batch(modalities=("x", "y"), widths=D, seed=0):
@@ -52,6 +55,20 @@ def test_lambda_is_the_average_of_omega(start, alpha):
         evaluated = fusion.eval()(batch()[0]).weight.item()
         fusion.train()
         assert evaluated == pytest.approx(weight if start == "paper" else probed, abs=1e-6)
+
+
+@pytest.mark.parametrize(("modalities", "most"), [(("x", "y"), 5), (TRIO, 7)])
+def test_beside_the_head_step_a_training_step_is_a_few_launches(modalities, most):
+    """To average λ one; to copy λ and ω; for the logits' sum, and mean over pairs. Single operations were 12 more a pair."""
+    fusion, (features, target) = module(D, C, modalities), batch(modalities)
+    with Watching() as watching:
+        fusion(features, target)
+    looking = ("aten.aminmax", "aten._local_scalar_dense")  # at labels on the CPU
+    launching = [name for name in watching.seen.elements() if not name.startswith((*looking, *VIEWS))]
+    head = [name for name in launching if name.startswith("iprm.linear_probe_rebalance")]
+    assert len(head) == 1
+    assert "iprm.average_strength.default" in launching
+    assert len(launching) - 1 <= most, launching
 
 
 def test_strength_is_measured_against_the_probe():

@@ -82,6 +82,12 @@ def strength_weights_backward(x: torch.Tensor) -> None:
     kernels.strength_weights_backward(x[0], x[0], empty(x.shape[1], dtype=x.dtype))
 
 
+def average_strength(x: torch.Tensor) -> None:
+    pairs = x.shape[1]
+    weight, last = empty(pairs, dtype=x.dtype), empty(pairs, 2, dtype=x.dtype)
+    kernels.average_strength(last, 0.8, False, weight, weight, last, empty(pairs, dtype=torch.int64))
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return recording(monkeypatch)
@@ -90,7 +96,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 ROW_OPS = (
     normalize, normalize_backward, geodesic_mixup, geodesic_mixup_backward, geodesic_remix, batch_kl, batch_kl_backward
 )  # fmt: skip
-STRENGTH_OPS = (strength_weights, strength_weights_backward)
+STRENGTH_OPS = (strength_weights, strength_weights_backward, average_strength)
 OPS = (*ROW_OPS, *STRENGTH_OPS)
 
 #: The longest whole rows of the kernels that need the most registers
