@@ -13,11 +13,34 @@ IPRM_INLINE typename Lanes<T>::Scalar row_max(const T* row, const Tail<T>& tail)
   return max_lanes<S>(largest);
 }
 
-// Columns after which a running sum is put aside and begun anew, 32 vectors: a sum of 20,000 terms in one run is wrong by 1e-6.
-template <class T>
-constexpr int64_t kPartialSum = 32 * Lanes<T>::kCount;
+// high + value, and into low what rounding takes from it
+template <class V>
+IPRM_INLINE void add_exactly(V& high, V& low, V value) {
+  const V sum = high + value, back = sum - high;
+  low += (high - (sum - back)) + (value - back);
+  high = sum;
+}
 
-// sum exp(row - top), the exponentials left in `exps`, zero in lanes past the end
+// The sum over the lanes of both.
+template <class S, class V>
+IPRM_INLINE S sum_lanes_exactly(V high, V low) {
+  if constexpr (sizeof(V) == 2 * sizeof(S)) {
+    S sum = high[0], rest = low[0] + low[1];
+    add_exactly(sum, rest, high[1]);
+    return sum + rest;
+  } else {
+    typedef S Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half highs[2], lows[2];
+    __builtin_memcpy(highs, &high, sizeof(V));
+    __builtin_memcpy(lows, &low, sizeof(V));
+    Half sum = highs[0], rest = lows[0] + lows[1];
+    add_exactly(sum, rest, highs[1]);
+    return sum_lanes_exactly<S>(sum, rest);
+  }
+}
+
+// sum exp(row - top), the exponentials left in `exps`, zero in lanes past the end. Of close rows log P - log Q is as small as an ulp
+// or two of the sums, so these are rounded once, whatever the order that the lanes of an instruction set add them up in.
 template <class T>
 IPRM_INLINE typename Lanes<T>::Scalar exp_sum(
     const T* row, const Tail<T>& tail, typename Lanes<T>::Scalar top, typename Lanes<T>::Scalar* exps) {
@@ -25,7 +48,7 @@ IPRM_INLINE typename Lanes<T>::Scalar exp_sum(
   using V = typename Lanes<T>::Vec;
   constexpr int64_t kCount = Lanes<T>::kCount;
   constexpr S kLowest = -std::numeric_limits<S>::infinity();
-  V sum = {}, part = {};
+  V sum = {}, rest = {};
   if (tail) {  // first, as its lanes that overlap are written again
     sum = exp(tail.unseen(row, kLowest) - top);
     store(exps + (tail.whole > 0 ? tail.columns - kCount : 0), sum);
@@ -33,14 +56,14 @@ IPRM_INLINE typename Lanes<T>::Scalar exp_sum(
   for (int64_t i = 0; i < tail.whole; i += kCount) {
     const V value = exp(load(row + i) - top);
     store(exps + i, value);
-    part += value;
-    if (i % kPartialSum<T> == 0) {
-      sum += part;
-      part = V{};
-    }
+    add_exactly(sum, rest, value);
   }
-  return sum_lanes<S>(sum + part);
+  return sum_lanes_exactly<S>(sum, rest);
 }
+
+// Columns after which a running sum is put aside and begun anew, 32 vectors: a sum of 20,000 terms in one run is wrong by 1e-6.
+template <class T>
+constexpr int64_t kPartialSum = 32 * Lanes<T>::kCount;
 
 // sum_k P phi(d), from the exponentials of both rows
 template <class T>

@@ -1,13 +1,9 @@
 // Two matrix products by register tiles, for matrices of one long and one short side. Included once for every instruction set,
 // behind simd.h, so it has no include guard.
 
-// A tile holds kTileRows x kTileVectors vectors of sums, which with their operands fill the registers: 24 + 5 of AVX-512's
-// 32, 4 x 2 + 6 of AVX2's 16, whose registers are half a vector.
-#if IPRM_REGISTER_BYTES == 64
-constexpr int kTileRows = 6, kTileVectors = 4;
-#else
-constexpr int kTileRows = 2, kTileVectors = 2;
-#endif
+// A tile holds kTileRows x kTileVectors vectors of sums, which with their operands fill the registers: 24 + 5 of AVX-512's 32, 8 + 5
+// of the others' 16.
+constexpr int kTileRows = IPRM_REGISTER_BYTES == 64 ? 6 : 2, kTileVectors = 4;
 
 // sums[r][q] = <x_r, w_q> over `columns`.
 template <class S>
@@ -29,10 +25,7 @@ IPRM_INLINE void dot_tile(const S* const* x, const S* const* w, int64_t columns,
       for (int r = 0; r < kTileRows; ++r) parts[r][q] += tail.values(x[r]) * b;
     }
   }
-  IPRM_UNROLL for (int r = 0; r < kTileRows; ++r) {
-    if constexpr (kTileVectors == 4) sum_lanes_of_four(parts[r], sums[r]);
-    else IPRM_UNROLL for (int q = 0; q < kTileVectors; ++q) sums[r][q] = sum_lanes<S>(parts[r][q]);
-  }
+  IPRM_UNROLL for (int r = 0; r < kTileRows; ++r) sum_lanes_of_four(parts[r], sums[r]);
 }
 
 // out[r][n] = <x_r, w_n> for r < rows <= kTileRows and all n < count. Rows and columns that a tile has too many of are computed

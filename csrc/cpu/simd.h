@@ -1,26 +1,27 @@
-// Vectors of 64 bytes in the compilers' own vector type, which they split where registers are narrower. Included once for
-// every instruction set, inside the namespace of that set (see for_each_isa.h), so it has no include guard.
+// Vectors as wide as a register, in the compilers' own vector type: wider ones gcc keeps in memory, and takes comparisons of
+// them apart, 80 instructions each and 16 branches a choice. Included once for every instruction set, inside the namespace of that
+// set (see for_each_isa.h), so it has no include guard.
 
-typedef float VecF __attribute__((vector_size(64)));
-typedef double VecD __attribute__((vector_size(64)));
-typedef int32_t VecI32 __attribute__((vector_size(64)));
-typedef uint32_t VecU32 __attribute__((vector_size(64)));
-typedef int64_t VecI64 __attribute__((vector_size(64)));
-typedef uint16_t VecU16 __attribute__((vector_size(32)));
+typedef float VecF __attribute__((vector_size(IPRM_REGISTER_BYTES)));
+typedef double VecD __attribute__((vector_size(IPRM_REGISTER_BYTES)));
+typedef int32_t VecI32 __attribute__((vector_size(IPRM_REGISTER_BYTES)));
+typedef uint32_t VecU32 __attribute__((vector_size(IPRM_REGISTER_BYTES)));
+typedef int64_t VecI64 __attribute__((vector_size(IPRM_REGISTER_BYTES)));
+typedef uint16_t VecU16 __attribute__((vector_size(IPRM_REGISTER_BYTES / 2)));
 
 // What a storage type is computed in.
 template <class T>
 struct Lanes {
   using Scalar = float;
   using Vec = VecF;
-  static constexpr int64_t kCount = 16;
+  static constexpr int64_t kCount = sizeof(VecF) / sizeof(float);
 };
 
 template <>
 struct Lanes<double> {
   using Scalar = double;
   using Vec = VecD;
-  static constexpr int64_t kCount = 8;
+  static constexpr int64_t kCount = sizeof(VecD) / sizeof(double);
 };
 
 template <class V>
@@ -79,24 +80,34 @@ IPRM_INLINE void store(Half* to, VecF value) {
 // first.
 template <class T, class V>
 IPRM_INLINE void store_past_caches(T* to, V value) {
-#if IPRM_REGISTER_BYTES == 64 && !defined(__SANITIZE_ADDRESS__)
+#if !defined(__SANITIZE_ADDRESS__) && IPRM_REGISTER_BYTES == 64
   if constexpr (std::is_same_v<T, float>) return _mm512_stream_ps(to, (__m512)value);
   if constexpr (std::is_same_v<T, double>) return _mm512_stream_pd(to, (__m512d)value);
+#elif !defined(__SANITIZE_ADDRESS__) && IPRM_REGISTER_BYTES == 32
+  if constexpr (std::is_same_v<T, float>) return _mm256_stream_ps(to, (__m256)value);
+  if constexpr (std::is_same_v<T, double>) return _mm256_stream_pd(to, (__m256d)value);
 #endif
   store(to, value);
 }
 
 // Before other threads may read what went past the caches, which no ordinary store waits for.
 IPRM_INLINE void settle_stores() {
-#if IPRM_REGISTER_BYTES == 64
+#if IPRM_REGISTER_BYTES >= 32
   _mm_sfence();
 #endif
 }
 
+// 0, 1, 2, ...
+template <class V>
+IPRM_INLINE V lane_numbers() {
+  static constexpr std::decay_t<decltype(V{}[0])> kNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load_bytes<V>(kNumbers);
+}
+
 // The first `count` lanes, zero in the others, touching no memory behind them. Through a copy, each costs a stall of some 15 cycles
-// where the vector load waits for the stores before it; AVX-512 masks. AddressSanitizer does not see what an intrinsic reads and
+// where the vector load waits for the stores before it; AVX2 and AVX-512 mask. AddressSanitizer does not see what an intrinsic reads and
 // writes, masked or past the caches: compiled with it, the loops below do.
-#if IPRM_REGISTER_BYTES == 64 && !defined(__SANITIZE_ADDRESS__)
+#if !defined(__SANITIZE_ADDRESS__) && IPRM_REGISTER_BYTES == 64
 IPRM_INLINE VecF load_some(const float* from, int64_t count) {
   return (VecF)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
 }
@@ -108,6 +119,17 @@ IPRM_INLINE void store_some(float* to, VecF value, int64_t count) {
 }
 IPRM_INLINE void store_some(double* to, VecD value, int64_t count) {
   _mm512_mask_storeu_pd(to, __mmask8((1u << count) - 1), (__m512d)value);
+}
+#elif !defined(__SANITIZE_ADDRESS__) && IPRM_REGISTER_BYTES == 32
+IPRM_INLINE __m256i first_floats(int64_t count) { return (__m256i)(lane_numbers<VecI32>() < int32_t(count)); }
+IPRM_INLINE __m256i first_doubles(int64_t count) { return (__m256i)(lane_numbers<VecI64>() < count); }
+IPRM_INLINE VecF load_some(const float* from, int64_t count) { return (VecF)_mm256_maskload_ps(from, first_floats(count)); }
+IPRM_INLINE VecD load_some(const double* from, int64_t count) { return (VecD)_mm256_maskload_pd(from, first_doubles(count)); }
+IPRM_INLINE void store_some(float* to, VecF value, int64_t count) {
+  _mm256_maskstore_ps(to, first_floats(count), (__m256)value);
+}
+IPRM_INLINE void store_some(double* to, VecD value, int64_t count) {
+  _mm256_maskstore_pd(to, first_doubles(count), (__m256d)value);
 }
 #endif
 
@@ -124,9 +146,6 @@ IPRM_INLINE void store_some(T* to, typename Lanes<T>::Vec value, int64_t count) 
   store(lanes, value);
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
-
-IPRM_INLINE VecF lane_numbers(VecF) { return VecF{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-IPRM_INLINE VecD lane_numbers(VecD) { return VecD{0, 1, 2, 3, 4, 5, 6, 7}; }
 
 // What is left of a row after its whole vectors, as one more vector that ends with the row: it overlaps columns already
 // seen, which a reduction masks out by a neutral `fill` and an elementwise kernel just computes again. Only a row shorter than
@@ -145,7 +164,7 @@ struct Tail {
   IPRM_INLINE V values(const T* row, S fill = 0) const {
     if (whole > 0) return load(row + columns - kCount);
     const V value = load_some(row, columns);
-    return lane_numbers(value) < S(columns) ? value : V{} + fill;
+    return lane_numbers<V>() < S(columns) ? value : V{} + fill;
   }
 
   // for reductions: lanes that do not count hold `fill`
@@ -155,7 +174,7 @@ struct Tail {
 
   IPRM_INLINE V only_unseen(V value, S fill = 0) const {
     if (whole == 0) return value;
-    return lane_numbers(value) < S(kCount - (columns - whole)) ? V{} + fill : value;
+    return lane_numbers<V>() < S(kCount - (columns - whole)) ? V{} + fill : value;
   }
 
   IPRM_INLINE void write(T* row, V value) const {
@@ -193,19 +212,27 @@ IPRM_INLINE V lanewise_max(V a, V b) {
   return a < b ? b : a;
 }
 
-// Sum and maximum over the lanes, always in the same order: halves are folded onto each other down to 16 bytes.
+// All lanes in one, always in the same order: halves are folded onto each other.
+template <class S, class V, class Fold>
+IPRM_INLINE S fold_lanes(V value, const Fold& fold) {
+  if constexpr (sizeof(V) == 2 * sizeof(S)) {
+    return fold(value[0], value[1]);
+  } else {
+    typedef S Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    __builtin_memcpy(halves, &value, sizeof(V));
+    return fold_lanes<S>(Half(fold(halves[0], halves[1])), fold);
+  }
+}
+
 template <class S, class V>
 IPRM_INLINE S sum_lanes(V value) {
-  typedef S Half32 __attribute__((vector_size(32)));
-  typedef S Quarter16 __attribute__((vector_size(16)));
-  Half32 halves[2];
-  __builtin_memcpy(halves, &value, 64);
-  const Half32 half = halves[0] + halves[1];
-  Quarter16 quarters[2];
-  __builtin_memcpy(quarters, &half, 32);
-  const Quarter16 quarter = quarters[0] + quarters[1];
-  if constexpr (sizeof(S) == 8) return quarter[0] + quarter[1];
-  else return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  return fold_lanes<S>(value, [](auto a, auto b) { return a + b; });
+}
+
+template <class S, class V>
+IPRM_INLINE S max_lanes(V value) {
+  return fold_lanes<S>(value, [](auto a, auto b) { return lanewise_max(a, b); });
 }
 
 // The sums over the lanes of four vectors at once: neighbours are added and interleaved, twice, and what is left folded. 13
@@ -216,6 +243,7 @@ IPRM_INLINE S sum_lanes(V value) {
 #define IPRM_SHUFFLE(a, b, type, ...) __builtin_shuffle(a, b, type{__VA_ARGS__})
 #endif
 
+#if IPRM_REGISTER_BYTES == 64
 IPRM_INLINE VecF neighbours(VecF a, VecF b) {
   return IPRM_SHUFFLE(a, b, VecI32, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
       IPRM_SHUFFLE(a, b, VecI32, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
@@ -230,9 +258,26 @@ IPRM_INLINE VecD neighbours(VecD a, VecD b) {
 IPRM_INLINE VecD pairs(VecD a, VecD b) {
   return IPRM_SHUFFLE(a, b, VecI64, 0, 1, 8, 9, 4, 5, 12, 13) + IPRM_SHUFFLE(a, b, VecI64, 2, 3, 10, 11, 6, 7, 14, 15);
 }
+#elif IPRM_REGISTER_BYTES == 32
+IPRM_INLINE VecF neighbours(VecF a, VecF b) {
+  return IPRM_SHUFFLE(a, b, VecI32, 0, 8, 2, 10, 4, 12, 6, 14) + IPRM_SHUFFLE(a, b, VecI32, 1, 9, 3, 11, 5, 13, 7, 15);
+}
+IPRM_INLINE VecF pairs(VecF a, VecF b) {
+  return IPRM_SHUFFLE(a, b, VecI32, 0, 1, 8, 9, 4, 5, 12, 13) + IPRM_SHUFFLE(a, b, VecI32, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+IPRM_INLINE VecD neighbours(VecD a, VecD b) {
+  return IPRM_SHUFFLE(a, b, VecI64, 0, 4, 2, 6) + IPRM_SHUFFLE(a, b, VecI64, 1, 5, 3, 7);
+}
+IPRM_INLINE VecD pairs(VecD a, VecD b) {
+  return IPRM_SHUFFLE(a, b, VecI64, 0, 1, 4, 5) + IPRM_SHUFFLE(a, b, VecI64, 2, 3, 6, 7);
+}
+#endif
 
 template <class S, class V>
 IPRM_INLINE void sum_lanes_of_four(const V* vectors, S* sums) {
+#if IPRM_REGISTER_BYTES == 16
+  for (int i = 0; i < 4; ++i) sums[i] = sum_lanes<S>(vectors[i]);
+#else
   const V mixed = pairs(neighbours(vectors[0], vectors[1]), neighbours(vectors[2], vectors[3]));
   typedef S Four __attribute__((vector_size(4 * sizeof(S))));
   Four parts[sizeof(V) / sizeof(Four)];
@@ -240,21 +285,7 @@ IPRM_INLINE void sum_lanes_of_four(const V* vectors, S* sums) {
   Four sum = parts[0];
   for (size_t i = 1; i < sizeof(V) / sizeof(Four); ++i) sum += parts[i];
   __builtin_memcpy(sums, &sum, sizeof(sum));
-}
-
-template <class S, class V>
-IPRM_INLINE S max_lanes(V value) {
-  typedef S Half32 __attribute__((vector_size(32)));
-  typedef S Quarter16 __attribute__((vector_size(16)));
-  Half32 halves[2];
-  __builtin_memcpy(halves, &value, 64);
-  const Half32 half = lanewise_max(halves[0], halves[1]);
-  Quarter16 quarters[2];
-  __builtin_memcpy(quarters, &half, 32);
-  const Quarter16 quarter = lanewise_max(quarters[0], quarters[1]);
-  S largest = quarter[0];
-  for (int i = 1; i < int(16 / sizeof(S)); ++i) largest = largest < quarter[i] ? quarter[i] : largest;
-  return largest;
+#endif
 }
 
 // exp(r) for |r| <= ln 2 / 2
@@ -341,6 +372,6 @@ IPRM_INLINE VecF log(VecF x) {
 }
 
 IPRM_INLINE VecD log(VecD x) {
-  for (int i = 0; i < 8; ++i) x[i] = std::log(x[i]);
+  for (int64_t i = 0; i < Lanes<double>::kCount; ++i) x[i] = std::log(x[i]);
   return x;
 }
