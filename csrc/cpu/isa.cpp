@@ -1,5 +1,7 @@
 // Which instruction set is used: the widest that this machine has, or the one that IPRM_KERNELS_ISA names.
 #include <cstdlib>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include "rows.h"
@@ -26,8 +28,9 @@ Isa chosen() {
   if (asked == nullptr || *asked == 0) return best;
   for (int set = 0; set <= int(best); ++set)
     if (std::string_view(asked) == kNames[set]) return Isa(set);
-  STD_TORCH_CHECK(
-      false, "IPRM_KERNELS_ISA: expected baseline, avx2 or avx512, at most ", kNames[int(best)], " on this machine, got ", asked);
+  throw std::runtime_error(
+      std::string("IPRM_KERNELS_ISA: expected baseline, avx2 or avx512, at most ") + kNames[int(best)] + " on this machine, got " +
+      asked);
 }
 
 }  // namespace

@@ -14,12 +14,12 @@ from ._tiles import on_device_of
 AVERAGE_BLOCK = 32
 
 
-# ALPHA is a constant of the kernel: a float argument would arrive as float32, in a float64 kernel too.
 @triton.jit
 def is_finite(b):
     return tl.abs(b) < float("inf")
 
 
+# ALPHA is a constant of the kernel: a float argument would arrive as float32, in a float64 kernel too.
 @triton.jit
 def average_strength_kernel(
     p_strength,  # (P, 2)

@@ -115,9 +115,9 @@ def _training_command(command: str, arguments: list[str]) -> int:
     import iprm_kernels as ik
 
     from .guard import NonFiniteError
-    from .info import check_variable
+    from .info import check_variables
 
-    check_variable()
+    check_variables()
     try:
         return run(arguments)
     except (MisconfigurationException, ik.BackendUnavailableError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def info_command(arguments: Sequence[str]) -> int:
     Parser(
         "iprm info", description="Versions, what was built, and which implementation of each operator runs here."
     ).parse_args(arguments)
-    built = {name.replace("_", " "): str(value) or "-" for name, value in ik.build_info().items()}
+    built = {name.replace("_", " "): str(value) or "-" for name, value in _build_info().items()}
     _print("versions", versions())
     _print("C++ extension", built)
     for device, backend in chosen_backends().items():
@@ -41,11 +42,19 @@ def info_command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def check_variable() -> None:
-    """Raises InputError if IPRM_KERNELS_BACKEND asks for what does not exist; the message suggests the closest."""
+def check_variables() -> None:
+    """Raises InputError if IPRM_KERNELS_BACKEND or IPRM_KERNELS_ISA asks for what does not exist."""
     asked = os.environ.get(VARIABLE)
     if asked and asked not in ik.backends():
         raise InputError(f"{VARIABLE}: {unknown('backend', asked, ik.backends())}")
+    _build_info()
+
+
+def _build_info() -> dict[str, Any]:
+    try:
+        return ik.build_info()
+    except RuntimeError as error:  # of IPRM_KERNELS_ISA, which names itself
+        raise InputError(str(error)) from error
 
 
 def _print(title: str, rows: Mapping[str, str]) -> None:
