@@ -39,8 +39,8 @@ IPRM_INLINE S sum_lanes_exactly(V high, V low) {
   }
 }
 
-// sum exp(row - top), the exponentials left in `exps`, zero in lanes past the end. Of close rows log P - log Q is as small as an ulp
-// or two of the sums, so these are rounded once, whatever the order that the lanes of an instruction set add them up in.
+// sum exp(row - top), the exponentials left in `exps`, zero in lanes past the end. Of close rows log P - log Q is as small as an
+// ulp or two of the sums, so these are rounded once, whatever the order that the lanes of an instruction set add them up in.
 template <class T>
 IPRM_INLINE typename Lanes<T>::Scalar exp_sum(
     const T* row, const Tail<T>& tail, typename Lanes<T>::Scalar top, typename Lanes<T>::Scalar* exps) {

@@ -1,9 +1,9 @@
 // Two matrix products by register tiles, for matrices of one long and one short side. Included once for every instruction set,
 // behind simd.h, so it has no include guard.
 
-// A tile holds kTileRows x kTileVectors vectors of sums, which with their operands fill the registers: 24 + 5 of AVX-512's 32; of
-// AVX2's 16 the sums take 12, and half of the operands come from memory, a sixth faster at (4096, 1024, 31) than two rows; 8 + 5 of
-// SSE's, whose doubles are two a vector and so two rows.
+// A tile holds kTileRows x kTileVectors vectors of sums, which with their operands fill the registers: 24 + 5 of AVX-512's 32;
+// of AVX2's 16 the sums take 12, and half of the operands come from memory, a sixth faster at (4096, 1024, 31) than two rows;
+// 8 + 5 of SSE's, whose doubles are two a vector and so two rows.
 constexpr int kTileRows = IPRM_REGISTER_BYTES == 64 ? 6 : IPRM_REGISTER_BYTES == 32 ? 3 : 2, kTileVectors = 4;
 
 // sums[r][q] = <x_r, w_q> over `columns`.

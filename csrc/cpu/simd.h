@@ -1,6 +1,6 @@
 // Vectors as wide as a register, in the compilers' own vector type: wider ones gcc keeps in memory, and takes comparisons of
-// them apart, 80 instructions each and 16 branches a choice. Included once for every instruction set, inside the namespace of that
-// set (see for_each_isa.h), so it has no include guard.
+// them apart, 80 instructions each and 16 branches a choice. Included once for every instruction set, inside the namespace of
+// that set (see for_each_isa.h), so it has no include guard.
 
 typedef float VecF __attribute__((vector_size(IPRM_REGISTER_BYTES)));
 typedef double VecD __attribute__((vector_size(IPRM_REGISTER_BYTES)));
@@ -105,8 +105,8 @@ IPRM_INLINE V lane_numbers() {
 }
 
 // The first `count` lanes, zero in the others, touching no memory behind them. Through a copy, each costs a stall of some 15 cycles
-// where the vector load waits for the stores before it; AVX2 and AVX-512 mask. AddressSanitizer does not see what an intrinsic reads and
-// writes, masked or past the caches: compiled with it, the loops below do.
+// where the vector load waits for the stores before it; AVX2 and AVX-512 mask. AddressSanitizer does not see what an intrinsic
+// reads and writes, masked or past the caches: compiled with it, the loops below do.
 #if !defined(__SANITIZE_ADDRESS__) && IPRM_REGISTER_BYTES == 64
 IPRM_INLINE VecF load_some(const float* from, int64_t count) {
   return (VecF)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
