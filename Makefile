@@ -30,7 +30,7 @@ test: install
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/iprm_kernels -k triton
 
 fuzz: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s --hypothesis-profile fuzz $(wildcard tests/*/test_hostile*.py)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s --hypothesis-profile fuzz $(wildcard tests/*/test_hostile*.py tests/*/*/test_hostile*.py)
 
 # Preloaded, as Python itself is not built with them; libstdc++ too, or exceptions pass the sanitizers by. Leaks are not looked for:
 # Python and torch end with thousands of allocations that they never free. torch's own libraries free by one allocator what another

@@ -36,7 +36,7 @@ part build 120 env IPRM_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_AR
   "$python" -m pip install -q --no-build-isolation --no-deps --no-index -e .
 ((${#failed[@]})) && finish # nothing else can run
 part tests 130 env TORCHINDUCTOR_COMPILE_THREADS=1 "$python" -m pytest -q -n 8 -m gpu --junitxml="$folder/tests.xml" tests/iprm_kernels
-mapfile -t trainer < <(grep -l "pytest.mark.gpu" tests/iprm/*.py)
+mapfile -t trainer < <(grep -rl "pytest.mark.gpu" tests/iprm --include='*.py' | sort)
 if "$python" -c "import lightning" 2>/dev/null; then
   part trainer 35 "$python" -m pytest -q -m gpu --junitxml="$folder/trainer.xml" "${trainer[@]}"
 else

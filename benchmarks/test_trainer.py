@@ -20,15 +20,17 @@ import numpy as np
 import pytest
 import rich
 import torch
-from iprm.checkpoint import AtomicCheckpointIO, BestCheckpoint
-from iprm.data.av_digits import AvDigits
-from iprm.data.base import MultimodalData, Split
-from iprm.data.digits import Digits
-from iprm.progress import RunProgress
-from iprm.quiet import quiet_lightning
-from iprm.run_log import RunLog
-from iprm.run_state import RunState
-from iprm.trainer import FusionClassifier
+from iprm.data.datasets.av_digits import AvDigits
+from iprm.data.datasets.digits import Digits
+from iprm.data.module import MultimodalData
+from iprm.data.split import Split
+from iprm.training.callbacks.best_checkpoint import BestCheckpoint
+from iprm.training.callbacks.csv_logger import RunLog
+from iprm.training.callbacks.progress import RunProgress
+from iprm.training.callbacks.run_state import RunState
+from iprm.training.checkpoint import AtomicCheckpointIO
+from iprm.training.classifier import FusionClassifier
+from iprm.training.lightning_warnings import quiet_lightning
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 

@@ -38,6 +38,8 @@ def test_gpu_tests_of_the_trainer_run_where_lightning_is_and_are_named_where_it_
     *_, left_out, outcome = said.splitlines()
     assert outcome == "all that ran passed"
     of_trainer = tests[1] if lightning else left_out
-    assert of_trainer.endswith(" tests/iprm/test_graphs.py tests/iprm/test_guard.py tests/iprm/test_profile.py")
+    assert of_trainer.endswith(
+        " tests/iprm/profile/test_profile.py tests/iprm/training/test_cuda_graphs.py tests/iprm/training/test_finite.py"
+    )
     assert left_out.startswith("left out, for ") != lightning
     assert len(tests) == (2 if lightning else 1)

@@ -6,14 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from iprm.fusion.output import FusionOutput
+    from iprm.fusion.probe_rebalance import ProbeRebalance
     from iprm_kernels import __version__
-
-    from .fusion import ProbeRebalance
-    from .output import FusionOutput
 
 __all__ = ["FusionOutput", "ProbeRebalance", "__version__"]
 
-PLACES = {"FusionOutput": ".output", "ProbeRebalance": ".fusion", "__version__": "iprm_kernels"}
+PLACES = {"FusionOutput": ".fusion.output", "ProbeRebalance": ".fusion.probe_rebalance", "__version__": "iprm_kernels"}
 
 
 def __getattr__(name: str) -> Any:

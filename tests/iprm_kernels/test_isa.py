@@ -39,7 +39,7 @@ def test_the_environment_chooses(name: str) -> None:
 def test_what_the_machine_lacks_is_refused(name: str) -> None:
     message = f"IPRM_KERNELS_ISA: expected baseline, avx2 or avx512, at most {WIDEST} on this machine, got {name}"
     assert message in run(name, "-c", SAID).stderr
-    told = run(name, "-m", "iprm.cli", "info")
+    told = run(name, "-m", "iprm", "info")
     assert (told.returncode, told.stdout, told.stderr.count("\n"), message in told.stderr) == (2, "", 1, True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from iprm.trainer import FusionClassifier
+from iprm.training.classifier import FusionClassifier
 from torch import Tensor
 
 CLASSES = 5

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from iprm.cli import main
+from iprm.cli.main import main
 
 
 class Outcome(NamedTuple):

@@ -15,7 +15,7 @@ from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
-from iprm.cli import main
+from iprm.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from iprm.data.base import Batch, Split
-from iprm.data.features import Features
+from iprm.data.datasets.features import Features
+from iprm.data.split import Batch, Split
 
 
 def arrays(rows: int = 60) -> dict[str, np.ndarray]:

@@ -32,12 +32,12 @@ def run_forked(folder: Path, commands: Sequence[Command], timeout: float = 300) 
 
 
 def _main(listing: Path) -> None:
-    import iprm.fit
-    import iprm.resume
+    import iprm.cli.fit
+    import iprm.cli.resume
     import torch
-    from iprm.cli import main
+    from iprm.cli.main import main
 
-    assert iprm.fit is not None
+    assert iprm.cli.fit is not None
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     codes = []

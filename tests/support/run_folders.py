@@ -82,7 +82,7 @@ def write_run(
     modalities: Sequence[str] = ("video", "audio"),
     classes: int = 4,
     epochs: int = 5,
-    data: str = "iprm.data.features.Features",
+    data: str = "iprm.data.datasets.features.Features",
     settings: dict[str, Any] | None = None,
 ) -> Path:
     """A run that has ended. The order of the modalities is not that of the alphabet."""

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from iprm.data.base import MultimodalData
-from iprm.quiet import quiet_lightning
-from iprm.trainer import FusionClassifier
+from iprm.data.module import MultimodalData
+from iprm.training.classifier import FusionClassifier
+from iprm.training.lightning_warnings import quiet_lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 

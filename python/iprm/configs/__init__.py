@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..suggest import InputError, unknown
+from iprm.errors import InputError, unknown
 
 
 def shipped() -> list[str]:

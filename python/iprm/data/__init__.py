@@ -7,16 +7,16 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..suggest import InputError, unknown
+from iprm.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from .base import MultimodalData
+    from .module import MultimodalData
 
 #: name -> "module:class". A new dataset is one line here and one file beside this one.
 DATASETS = {
-    "digits": "iprm.data.digits:Digits",
-    "av-digits": "iprm.data.av_digits:AvDigits",
-    "features": "iprm.data.features:Features",
+    "digits": "iprm.data.datasets.digits:Digits",
+    "av-digits": "iprm.data.datasets.av_digits:AvDigits",
+    "features": "iprm.data.datasets.features:Features",
 }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
-from ..processes import rank, world_size
+from iprm.distributed import rank, world_size
 
 #: Beyond this many workers a loader of decoded features no longer gets faster, and each holds some 300 MB.
 MOST_WORKERS = 8

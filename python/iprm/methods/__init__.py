@@ -7,11 +7,10 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from iprm.base import FusionModule, checked_modalities
-from iprm.fusion import ProbeRebalance
-
-from .late import Joint, Sum, Unimodal
-from .shared import Concat, Weight
+from iprm.fusion.early import Concat, Weight
+from iprm.fusion.late import Joint, Sum, Unimodal
+from iprm.fusion.module import FusionModule, checked_modalities
+from iprm.fusion.probe_rebalance import ProbeRebalance
 
 
 class Method(NamedTuple):

@@ -1,0 +1,1 @@
+"""The command `iprm`: one file per command."""

@@ -1,0 +1,175 @@
+"""The command `iprm profile`: a short run of `iprm fit` under a clock, a table, a picture and JSON."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import platform
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from iprm.compare.table import ABSENT
+from iprm.data.loading import available_cores
+from iprm.environment import versions
+from iprm.profile.figures import plot
+from iprm.profile.profiler import Instrument
+from iprm.profile.result import Profile, Spread
+from iprm.training.callbacks.run_state import RunState
+
+from .fit import FusionCLI, lightning_command
+from .info import chosen_backends
+from .parser import Parser, at_least_one
+
+DESCRIPTION = """\
+Says where an epoch's time goes. Trains for a few steps as iprm fit would with the same settings, and prints the stages of a
+step: fetching a batch, each encoder's and the head's passes, the optimiser, metrics, Lightning and the rest, which add up to
+the step. Writes profile.png and profile.json, and nothing else: no checkpoints, states or logs, whose time is not in the
+figures.
+
+All settings of iprm fit can be given; iprm fit --help explains them. Those that limit a run are this command's own.
+"""
+
+EXAMPLES = """\
+examples:
+  iprm profile --config digits
+  iprm profile --config digits --model.channels_last true --steps 200
+  iprm profile --config runs/digits/fit/version_0/config.yaml --data.batch_size 256
+"""
+
+#: What a run is not to do here, or only as far as it is measured.
+SETTINGS = {
+    "logger": "false",
+    "enable_checkpointing": "false",
+    "enable_progress_bar": "false",
+    "fast_dev_run": "false",
+    "num_sanity_val_steps": "0",
+    "max_epochs": "-1",
+    "max_steps": "-1",
+    "max_time": "null",
+    "min_epochs": "null",
+    "min_steps": "null",
+    "val_check_interval": "1.0",
+    "check_val_every_n_epoch": "1",
+}
+
+
+class ProfileCLI(FusionCLI):
+    """`iprm fit`, measured for some steps and then stopped; writes profile.json and profile.png into a folder."""
+
+    def __init__(self, *args: Any, steps: int, output: Path, **kwargs: Any) -> None:
+        self.output = output
+        self.instrument = Instrument(steps)
+        super().__init__(*args, **(kwargs | {"save_config_callback": None}))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        given = self._get(self.config_init, "trainer").callbacks or []
+        given = given if isinstance(given, list) else [given]
+        callbacks = [callback for callback in given if not isinstance(callback, (Checkpoint, EarlyStopping, RunState))]
+        return super().instantiate_trainer(profiler=self.instrument, callbacks=callbacks, **kwargs)
+
+    def fit(self, **kwargs: Any) -> None:
+        first = self.trainer.is_global_zero
+        if first:
+            self.output.mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after the work
+        self.instrument.attach(self.trainer, self.model)
+        self.trainer.fit(**kwargs)
+        profile = self.instrument.result()
+        if first:
+            self._write(profile)
+
+    def _write(self, profile: Profile) -> None:
+        settings = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_unset=False))
+        content = record(profile) | {"settings": settings, "versions": versions(), "machine": machine(self.model.device)}
+        (self.output / "profile.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        title = f"{type(self.datamodule).__name__}, {self.model.hparams['method']}: {profile.rows} rows a step"
+        plot(self.output / "profile.png", profile, title)
+        console = Console()
+        console.print(rich_table(profile, title))
+        for line in remarks(profile):
+            console.print(line, highlight=False, soft_wrap=True)
+        console.print(f"profile: {self.output}", highlight=False, soft_wrap=True)
+
+
+def profile_command(arguments: Sequence[str]) -> int:
+    """Runs `iprm profile` and returns the exit code."""
+    p = Parser(
+        "iprm profile",
+        usage="iprm profile --config NAME_OR_FILE [--SETTING VALUE ...] [--steps N] [--output FOLDER]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--steps", type=at_least_one, default=50, metavar="N", help="how many steps to measure (default: 50)")
+    p.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/profile-<time>")
+    given, settings = p.parse_known_args(arguments)
+    folder = given.output or Path("runs") / f"profile-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    own = [text for name, value in SETTINGS.items() for text in (f"--trainer.{name}", value)]
+    return lightning_command("fit", [*settings, *own], cli=functools.partial(ProfileCLI, steps=given.steps, output=folder))
+
+
+def record(profile: Profile) -> dict[str, Any]:
+    """The figures as plain values, in seconds."""
+    derived = {name: getattr(profile, name) for name in ("steps_of_epoch", "epoch")}
+    return asdict(profile) | derived
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures hold for."""
+    found = {"platform": platform.platform(), "processor": _processor(), "cores": available_cores()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return found | {"threads": torch.get_num_threads(), "device": name, "backends": chosen_backends()}
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def rich_table(profile: Profile, title: str) -> Table:
+    """A row a stage, then the whole step."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage")
+    for name in ("ms a step", "20 - 80 %", "share", "s/epoch"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for stage in profile.stages:
+        table.add_row(stage.name, *_milliseconds(stage.step), f"{stage.share:.1%}", _seconds(stage.epoch))
+    table.add_section()
+    table.add_row("step", *_milliseconds(profile.step), "100.0%", _seconds(profile.steps_of_epoch), style="bold")
+    return table
+
+
+def _milliseconds(spread: Spread) -> tuple[str, str]:
+    median, low, high = (1000 * value for value in (spread.median, spread.low, spread.high))
+    return f"{median:.3f}", f"{low:.3f} - {high:.3f}"
+
+
+def _seconds(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.3f}"
+
+
+def remarks(profile: Profile) -> list[str]:
+    """What the table does not say: the rest of an epoch, what measuring costs, and how far the figures go."""
+    batches = ABSENT if profile.epoch_batches is None else profile.epoch_batches
+    parts = f"{batches} batches {_seconds(profile.steps_of_epoch)}, validation {_seconds(profile.validation)}"
+    lines = [f"an epoch, s: {_seconds(profile.epoch)} = {parts}, between epochs {_seconds(profile.between)}"]
+    cost, low, high = (1000 * value for value in (profile.cost.median, profile.cost.low, profile.cost.high))
+    unmeasured = f"a step that is not measured takes {1000 * profile.unmeasured.median:.3f} ms"
+    lines.append(f"measuring adds {cost:+.3f} ms a step (90 % interval {low:+.3f} to {high:+.3f}); {unmeasured}")
+    if profile.batches != 1:
+        lines.append(f"a step adds the gradients of {profile.batches:g} batches")
+    if profile.synchronised:
+        lines.append("every stage was waited for, so that none overlaps the next, as they do in a run that is not measured")
+    return lines

@@ -1,0 +1,56 @@
+"""The command `iprm report`."""
+
+from __future__ import annotations
+
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+from iprm.environment import versions
+from iprm.errors import InputError
+
+from .parser import Parser
+
+DESCRIPTION = """\
+Writes one HTML file about one or several runs of iprm fit: accuracy of every head, losses, λ and ω over the epochs; confusion
+matrix, angles between the modalities and strength by class on validation; settings and versions. It opens in any browser,
+without a network. A run that goes on, or was stopped, is reported as far as it came.
+"""
+
+EXAMPLES = """\
+examples:
+  iprm report runs/digits/fit/version_0
+  iprm report runs/digits/fit/version_* --output digits.html
+"""
+
+
+def parser() -> Parser:
+    """The arguments of `iprm report`."""
+    p = Parser("iprm report", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that iprm fit has written: .../fit/version_N")
+    p.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    return p
+
+
+def report_command(arguments: Sequence[str]) -> int:
+    """Runs `iprm report` and returns the exit code.
+
+    Raises:
+        InputError: a run does not exist or is none, or a package is missing.
+    """
+    given = parser().parse_args(arguments)
+    try:
+        from iprm.report.render import render
+        from iprm.report.runs import read_runs
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("iprm"):
+            raise
+        raise InputError(f'this command needs more packages: pip install "iprm-kernels[train]" ({error})') from error
+    runs = read_runs(given.runs)
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    given.output.write_text(render(runs, versions()["iprm-kernels"]), encoding="utf-8")
+    for run in runs:
+        for word in run.missing:
+            print(f"{run.folder}: {word}")
+    print(f"report: {given.output}")
+    return 0

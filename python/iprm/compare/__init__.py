@@ -1,0 +1,1 @@
+"""Comparisons: methods x seeds on one dataset, the table and the figure."""

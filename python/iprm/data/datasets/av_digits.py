@@ -1,0 +1,110 @@
+"""`av-digits`: spoken digits, each paired with a noisy scan of the same digit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iprm.data.module import MultimodalData
+from iprm.data.split import Split, check_fractions, stratified
+from iprm.errors import InputError
+
+from .digits import scanned_digits
+from .recordings import Recordings, default_cache_dir, load_recordings, readable_recordings
+from .spectrogram import LogMel
+
+#: The test recordings of the Free Spoken Digit Dataset are those of index 0 to 4 of every speaker and digit.
+TEST_INDICES = 5
+
+
+class AvDigits(MultimodalData):
+    """Modality `audio` (1, 40, 64): log-mel spectrogram of a recording. Modality `image` (1, 8, 8): one of scikit-learn's
+    scanned digits of the same class, pixels in 0..1 with Gaussian noise added.
+
+    Recordings of index 0 to 4 are the test split, as in the Free Spoken Digit Dataset; validation recordings are drawn from
+    the others. The scans are divided in the same proportions before any is paired, so that no split sees another's.
+
+    Args:
+        path: the folder of recordings, ``{digit}_{speaker}_{index}.wav``.
+        batch_size: rows a step.
+        seed: decides the splits, the pairs and the noise.
+        noise: standard deviation of the noise on the pixels.
+        val_fraction: part of the recordings outside the test split that models are selected on.
+        sample_rate: what the recordings have, in hertz.
+        cache_dir: where spectrograms are kept; None for ``iprm`` in the user's cache folder.
+        predict_split: what `iprm predict` predicts: "train", "val" or "test".
+        num_workers: processes that read batches ahead; of data in memory none are needed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 64,
+        seed: int = 0,
+        noise: float = 0.8,
+        val_fraction: float = 0.1,
+        sample_rate: int = 8000,
+        cache_dir: str | None = None,
+        predict_split: str = "test",
+        num_workers: int | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, predict_split=predict_split, num_workers=num_workers)
+        check_fractions(val_fraction, 0.25)
+        if not noise >= 0:
+            raise InputError(f"noise: expected a number from 0 up, got {noise}")
+        self.path, self.noise, self.val_fraction = Path(path), noise, val_fraction
+        self.log_mel = LogMel(sample_rate)
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+
+    def prepare_data(self) -> None:
+        self._recordings()
+
+    def _recordings(self) -> Recordings:
+        return load_recordings(self.path, self.log_mel, self.cache_dir)
+
+    def read(self) -> dict[str, Split]:
+        return self._paired(self._recordings())
+
+    def inspect(self, faults: list[str]) -> dict[str, Split]:
+        return self._paired(readable_recordings(self.path, self.log_mel, self.cache_dir, faults))
+
+    def _paired(self, recordings: Recordings) -> dict[str, Split]:
+        pixels, labels = scanned_digits()
+        splitter, image_splitter, pairer, noiser = (np.random.default_rng([self.seed, stream]) for stream in range(4))
+        audio_rows = self._audio_split(recordings.digits, recordings.indices, splitter)
+        image_rows = self._image_split(audio_rows, labels, image_splitter)
+
+        def split(name: str) -> Split:
+            rows = audio_rows[name]
+            digits = recordings.digits[rows]
+            pairs = np.empty(len(rows), np.int64)
+            for digit in np.unique(digits):
+                candidates = image_rows[name][labels[image_rows[name]] == digit]
+                pairs[digits == digit] = pairer.choice(candidates, size=int((digits == digit).sum()))
+            noise = noiser.normal(0, self.noise, size=(len(rows), *pixels.shape[1:]))
+            images = (pixels[pairs] + noise).astype(np.float32)[:, None]
+            inputs = {"audio": torch.from_numpy(recordings.spectrograms[rows]), "image": torch.from_numpy(images)}
+            origin = {"audio": torch.from_numpy(rows), "image": torch.from_numpy(pairs)}
+            return Split(inputs, torch.from_numpy(digits), origin)
+
+        return {name: split(name) for name in ("train", "val", "test")}
+
+    def _audio_split(self, digits: np.ndarray, indices: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        test, others = np.flatnonzero(indices < TEST_INDICES), np.flatnonzero(indices >= TEST_INDICES)
+        rest = stratified(digits[others], {"val": self.val_fraction}, rng)
+        rows = {"train": others[rest["train"]], "val": others[rest["val"]], "test": test}
+        for name, part in rows.items():
+            if len(part) == 0:
+                raise InputError(
+                    f"{self.path}: the {name} split is empty; recordings of index 0 to {TEST_INDICES - 1} are the test split, "
+                    f"{self.val_fraction:.0%} of the others the validation split"
+                )
+        return rows
+
+    @staticmethod
+    def _image_split(audio: dict[str, np.ndarray], labels: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The scans in the proportions of the recordings, but at least a tenth for either held-out split."""
+        total = sum(len(rows) for rows in audio.values())
+        return stratified(labels, {name: min(0.4, max(0.1, len(audio[name]) / total)) for name in ("test", "val")}, rng)

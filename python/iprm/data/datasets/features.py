@@ -1,0 +1,180 @@
+"""`features`: what most users have, one .npz of features that some encoders of theirs have extracted."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from iprm.data.module import MultimodalData
+from iprm.data.split import SPLITS, Split, check_fractions, stratified
+from iprm.errors import InputError
+
+PREFIX = "x_"
+MOST_CLASSES = 2**20
+
+
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type that an array declares, before anything is made of that size."""
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f"version {version} of the .npy format is none of arrays of numbers")
+    shape, _, dtype = read[version](stream)
+    return shape, dtype
+
+
+def _memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class Features(MultimodalData):
+    """One .npz file with arrays ``x_<modality>`` (N, D_m), ``y`` (N,) whole numbers from 0, and optionally ``split`` (N,) of
+    "train", "val" and "test", or of 0, 1 and 2 for these. Features are used as they are, in float32.
+
+    Without ``split``, rows are divided at random, every class in proportion. Object arrays are refused: loading one would
+    run whatever code the file holds.
+
+    Args:
+        path: the .npz file.
+        batch_size: rows a step.
+        seed: decides the splits, where the file does not.
+        val_fraction: part of the rows that models are selected on, where the file has no ``split``.
+        test_fraction: part of the rows kept for the end, where the file has no ``split``.
+        predict_split: what `iprm predict` predicts: "train", "val" or "test".
+        num_workers: processes that read batches ahead; of data in memory none are needed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 64,
+        seed: int = 0,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.25,
+        predict_split: str = "test",
+        num_workers: int | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, predict_split=predict_split, num_workers=num_workers)
+        check_fractions(val_fraction, test_fraction)
+        self.path = Path(path)
+        self.fractions = {"test": test_fraction, "val": val_fraction}
+
+    def read(self) -> dict[str, Split]:
+        return self._read(finite=True)
+
+    def inspect(self, faults: list[str]) -> dict[str, Split]:
+        return self._read(finite=False)
+
+    def _read(self, finite: bool) -> dict[str, Split]:
+        """The splits, of which values that are not finite are refused if `finite`."""
+        arrays = self._arrays()
+        labels = self._labels(arrays)
+        features = self._features(arrays, len(labels))
+        if finite:
+            self._refuse_non_finite(features)
+        if "split" in arrays:
+            rows = self._given_split(arrays["split"], len(labels))
+        else:
+            rows = stratified(labels, self.fractions, np.random.default_rng(self.seed))
+        for name in SPLITS:
+            if len(rows[name]) == 0:
+                raise self._error(f"the {name} split is empty ({len(labels)} rows in all)")
+
+        def split(index: np.ndarray) -> Split:
+            inputs = {modality: torch.from_numpy(x[index]) for modality, x in features.items()}
+            return Split(inputs, torch.from_numpy(labels[index]), dict.fromkeys(inputs, torch.from_numpy(index)))
+
+        return {name: split(rows[name]) for name in SPLITS}
+
+    def _error(self, what: str) -> InputError:
+        return InputError(f"{self.path}: {what}")
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        if not self.path.is_file():
+            raise self._error("there is no such file")
+        with self.path.open("rb") as start:
+            if start.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
+                raise self._error("expected an .npz of several arrays (numpy.savez), got a single array")
+        try:
+            file = zipfile.ZipFile(self.path)
+        except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise self._error(f"not a readable .npz file: {error}") from error
+        with file:
+            entries = {entry.filename.removesuffix(".npy"): entry for entry in file.infolist()}
+            unpacked, memory = sum(entry.file_size for entry in entries.values()), _memory()
+            if unpacked > memory:
+                raise self._error(f"its arrays would take {unpacked} bytes, and this machine has {memory}")
+            return {name: self._array(file, name, entry) for name, entry in entries.items()}
+
+    def _array(self, file: zipfile.ZipFile, name: str, entry: zipfile.ZipInfo) -> np.ndarray:
+        try:
+            with file.open(entry) as stream:
+                shape, dtype = _header(stream)
+            if not dtype.hasobject and math.prod(shape) * dtype.itemsize > entry.file_size:
+                raise EOFError(f"it declares a shape {shape} of {dtype}, and holds {entry.file_size} bytes")
+            with file.open(entry) as stream:
+                return np.lib.format.read_array(stream, allow_pickle=False)
+        except Exception as error:  # of a broken file zipfile, its decompressors and numpy each raise errors of their own
+            if "Object arrays cannot be loaded" in str(error):
+                raise self._error(f"array {name!r} cannot be read without running code it holds: {error}") from error
+            raise self._error(f"array {name!r} is broken: {str(error) or type(error).__name__}") from error
+
+    def _labels(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        if "y" not in arrays:
+            raise self._error(f"there is no array 'y' of labels; the file has {', '.join(sorted(arrays)) or 'no arrays'}")
+        y = arrays["y"]
+        if not np.issubdtype(y.dtype, np.integer):
+            raise self._error(f"y: expected whole numbers (an integer type), got {y.dtype}; save y.astype(int)")
+        if y.ndim != 1:
+            raise self._error(f"y: expected shape (N,), got {y.shape}")
+        if len(y) == 0:
+            raise self._error("the dataset is empty: y has no rows")
+        if y.min() < 0:
+            raise self._error(f"y: expected labels from 0 up, got {y.min()} in row {int(y.argmin())}")
+        if y.max() >= MOST_CLASSES:
+            row = int(y.argmax())
+            raise self._error(
+                f"y: expected class indices below {MOST_CLASSES}, got {y.max()} in row {row}: a head has a row each"
+            )
+        return y.astype(np.int64)
+
+    def _features(self, arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+        names = [name for name in arrays if name.startswith(PREFIX) and name != PREFIX]
+        if not names:
+            raise self._error(f"there is no array 'x_<modality>' of features; the file has {', '.join(sorted(arrays))}")
+        return {name.removeprefix(PREFIX): self._feature(name, arrays[name], count) for name in names}
+
+    def _feature(self, name: str, x: np.ndarray, count: int) -> np.ndarray:
+        if not np.issubdtype(x.dtype, np.floating) and not np.issubdtype(x.dtype, np.integer):
+            raise self._error(f"{name}: expected numbers, got {x.dtype}")
+        if x.ndim != 2 or x.shape[1] == 0:
+            raise self._error(f"{name}: expected shape (N, D) with D of at least 1, got {x.shape}")
+        if len(x) != count:
+            raise self._error(f"{name}: expected as many rows as y, {count}, got {len(x)}")
+        with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is named as such
+            return x.astype(np.float32)
+
+    def _refuse_non_finite(self, features: Mapping[str, np.ndarray]) -> None:
+        for modality, x in features.items():
+            broken = np.flatnonzero(~np.isfinite(x).all(axis=1))
+            if len(broken):
+                more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
+                raise self._error(f"modality {modality!r}: row {broken[0]} has a feature that is not finite in float32{more}")
+
+    def _given_split(self, split: np.ndarray, count: int) -> dict[str, np.ndarray]:
+        if split.shape != (count,):
+            raise self._error(f"split: expected shape ({count},) as y, got {split.shape}")
+        names = SPLITS if split.dtype.kind == "U" else tuple(range(len(SPLITS)))
+        foreign = ~np.isin(split, names)
+        if foreign.any():
+            row = int(foreign.argmax())
+            raise self._error(f'split: expected "train", "val" or "test", or 0, 1 or 2, got {split[row].item()!r} in row {row}')
+        return {name: np.flatnonzero(split == value) for name, value in zip(SPLITS, names, strict=True)}

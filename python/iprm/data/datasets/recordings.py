@@ -1,0 +1,156 @@
+"""A folder of spoken digits, ``{digit}_{speaker}_{index}.wav``, as spectrograms that are computed once and cached."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import zipfile
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from iprm.errors import InputError
+
+from .spectrogram import LogMel
+
+NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<index>\d+)\.wav")
+#: Raised whenever the same files and parameters would give other spectrograms than before.
+CACHE_VERSION = 1
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """Spectrograms (N, 1, bands, frames) float32, and digit and index of each recording, (N,) int64, in order of file name."""
+
+    spectrograms: np.ndarray
+    digits: np.ndarray
+    indices: np.ndarray
+
+
+def default_cache_dir() -> Path:
+    """``iprm`` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iprm"
+
+
+def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path) -> Recordings:
+    """Reads the folder, from the cache if it holds these very files (name, size, time of change) and parameters.
+
+    There is one cache file a folder, replaced as a whole when anything changed, so the cache does not grow.
+
+    Raises:
+        InputError: no such folder, no recordings in it, or a file that is foreign or broken, by name.
+    """
+    files = _list(folder)
+    for file in files:
+        _check_name(file)
+    key = _key(files, log_mel)
+    cache = cache_dir / f"recordings-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.npz"
+    spectrograms = _cached(cache, key)
+    if spectrograms is None:
+        spectrograms = _compute(files, log_mel)
+        _store(cache, key, spectrograms)
+    return _recordings(files, spectrograms)
+
+
+def readable_recordings(folder: Path, log_mel: LogMel, cache_dir: Path, faults: list[str]) -> Recordings:
+    """As `load_recordings`, but every file that it would refuse is left out, and told in `faults`.
+
+    Raises:
+        InputError: no such folder, or nothing in it that can be read.
+    """
+    files = _list(folder)
+    try:
+        return load_recordings(folder, log_mel, cache_dir)
+    except InputError:  # of the first file that is no good: look at each
+        spectrograms = {}
+        for file in track(files, "Recordings", transient=True):
+            try:
+                _check_name(file)
+                spectrograms[file] = _spectrogram(file, log_mel)
+            except InputError as error:
+                faults.append(str(error))
+    if not spectrograms:
+        raise InputError(f"{folder}: none of its {len(files)} files is a recording that can be read")
+    return _recordings(list(spectrograms), np.stack(list(spectrograms.values())))
+
+
+def _recordings(files: list[Path], spectrograms: np.ndarray) -> Recordings:
+    names = [NAME.fullmatch(file.name) for file in files]
+    digits = np.array([int(match["digit"]) for match in names if match], np.int64)
+    indices = np.array([int(match["index"]) for match in names if match], np.int64)
+    return Recordings(spectrograms, digits, indices)
+
+
+def _check_name(file: Path) -> None:
+    if not NAME.fullmatch(file.name):
+        raise InputError(f"{file}: a foreign file; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav alone")
+
+
+def _list(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder of recordings")
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    if not files:
+        raise InputError(f"{folder}: the folder is empty; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav")
+    return files
+
+
+def _key(files: list[Path], log_mel: LogMel) -> str:
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((CACHE_VERSION, astuple(log_mel), stats)).encode()).hexdigest()
+
+
+def _cached(cache: Path, key: str) -> np.ndarray | None:
+    if not cache.is_file():
+        return None
+    try:
+        with np.load(cache, allow_pickle=False) as file:
+            return file["spectrograms"] if file["key"].item() == key else None
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s: the cache is not readable (%s) and is computed anew", cache, error)
+        return None
+
+
+def _store(cache: Path, key: str, spectrograms: np.ndarray) -> None:
+    """Writes beside the cache and renames: a reader sees the old file or the new one, never a part of it."""
+    temporary = None
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".part", delete=False) as file:
+            temporary = Path(file.name)
+            np.savez(file, key=np.array(key), spectrograms=spectrograms)
+        temporary.replace(cache)
+    except OSError as error:
+        log.warning("%s: the spectrograms cannot be cached: %s", cache, error)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _compute(files: list[Path], log_mel: LogMel) -> np.ndarray:
+    return np.stack([_spectrogram(file, log_mel) for file in track(files, "Spectrograms", transient=True)])
+
+
+def _spectrogram(file: Path, log_mel: LogMel) -> np.ndarray:
+    import soundfile
+
+    try:
+        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise InputError(f"{file}: not a readable recording: {error}") from error
+    if rate != log_mel.sample_rate:
+        raise InputError(f"{file}: expected {log_mel.sample_rate} samples a second, got {rate}")
+    if len(samples) == 0:
+        raise InputError(f"{file}: the recording is empty")
+    if not np.isfinite(samples).all():
+        raise InputError(f"{file}: the recording has samples that are not finite")
+    return log_mel(torch.from_numpy(samples.mean(axis=1))).numpy()

@@ -1,0 +1,304 @@
+"""What can be wrong with a dataset: looked for in full by `iprm check`, and at a glance before every run.
+
+Rows are identical where their bytes are. What is called missing, `scan` says.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from iprm.errors import InputError
+
+from .column_stats import Scan, joint_digests, scan
+
+if TYPE_CHECKING:
+    from .split import Split
+
+Splits = Mapping[str, "Split"]
+ORDER = ("train", "val", "test")
+#: Names in a message; beyond, their number.
+MOST_NAMES = 10
+
+log = logging.getLogger(__name__)
+
+
+class Finding(NamedTuple):
+    """A problem spoils training or what is measured of it; a remark is worth knowing."""
+
+    problem: bool
+    what: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """scans: modality -> split -> Scan; classes: (C,) all labels there are; counts: split -> (C,) rows of each."""
+
+    scans: dict[str, dict[str, Scan]]
+    classes: np.ndarray
+    counts: dict[str, np.ndarray]
+    findings: list[Finding]
+
+
+def check(source: str, splits: Splits) -> Report:
+    """Everything that can be said of a dataset from its tensors. `source` names it in errors.
+
+    Raises:
+        InputError: what `check_structure` refuses.
+    """
+    check_structure(source, splits)
+    splits = {name: splits[name] for name in sorted(splits, key=ORDER.index)}
+    classes, counts = class_counts(splits)
+    names = list(next(iter(splits.values())).inputs)
+    scans = {m: {name: scan(split.inputs[m]) for name, split in splits.items()} for m in names}
+    findings = [
+        *_of_labels(classes, counts),
+        *_of_what_is_made(names),
+        *(finding for modality, by_split in scans.items() for finding in _of_modality(modality, by_split, splits)),
+        *_of_leakage(scans, splits),
+    ]
+    return Report(scans, classes, counts, sorted(findings, key=lambda finding: not finding.problem))
+
+
+def check_at_start(source: str, splits: Splits) -> None:
+    """What would spoil a run and is seen at a glance: labels, and modalities that are the same in every row of a split.
+
+    Of these the first two rows tell, unless it is so; of a split that is not in memory, of which two rows alone are read, only
+    `check` tells. Labels are counted once. It takes 0.16 ms for the 1,797 rows of `digits`,
+    3 ms for 130,000 (one Zen 4 core): below 0.1 % of an epoch. Warnings go to the log, each once a process.
+
+    Raises:
+        InputError: labels below 0; a training split of one class where there are more, or in which no modality varies; what
+            `check_structure` refuses.
+    """
+    check_structure(source, splits)
+    classes, counts = class_counts(splits)
+    if classes[0] < 0:
+        raise InputError(f"{source}: expected labels from 0 up, got {classes[0]}")
+    taught = classes[counts["train"] > 0]
+    if len(taught) == 1 < len(classes):
+        raise InputError(f"{source}: all rows of train are of class {taught[0]}, one of {len(classes)}: nothing to learn")
+    still = {name: [m for m, x in split.inputs.items() if split.in_memory and _is_still(x)] for name, split in splits.items()}
+    if still["train"] and len(still["train"]) == len(splits["train"].inputs):
+        raise InputError(f"{source}: every modality is the same in all rows of train: {', '.join(still['train'])}")
+    for finding in _untaught(classes, counts):
+        _warn_once(f"{source}: {finding.what}")
+    for name, modalities in still.items():
+        for modality in modalities:
+            _warn_once(f"{source}: {_stillness(modality, name, not splits[name].inputs[modality][0].any())}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _is_still(x: Tensor) -> bool:
+    """Whether all of several rows are the same. Looks on only as long as they are."""
+    if len(x) < 2:
+        return False
+    edges = [0, 2, *range(64, len(x), 4096), len(x)]
+    return all(bool((x[start:end] == x[:1]).all()) for start, end in itertools.pairwise(edges))
+
+
+def check_structure(source: str, splits: Splits) -> None:
+    """Every split has rows, the same modalities, and as many rows of each as labels; of a split that is not in memory, two rows
+    are made to see it.
+
+    Raises:
+        InputError: otherwise.
+    """
+    like: Mapping[str, Tensor] = {}
+    for name in sorted(splits, key=ORDER.index):
+        split = splits[name]
+        if len(split.target) == 0:
+            raise InputError(f"{source}: the {name} split is empty")
+        inputs, labels = (split.inputs, len(split.target)) if split.in_memory else (split.first(), min(2, len(split.target)))
+        like = like or inputs
+        if list(inputs) != list(like):
+            raise InputError(f"{source}: {name} has the modalities {', '.join(inputs)}, train has {', '.join(like)}")
+        for modality, x in inputs.items():
+            where = f"{source}: modality {modality!r}"
+            if len(x) != labels:
+                raise InputError(f"{where}: {len(x)} rows in {name}, which has {labels} labels")
+            if x.shape[1:] != like[modality].shape[1:]:
+                there, here = tuple(like[modality].shape[1:]), tuple(x.shape[1:])
+                raise InputError(f"{where}: rows of shape {here} in {name}, of {there} in train")
+
+
+def class_counts(splits: Splits) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """All labels there are, and how many rows each split has of each.  (C,), split -> (C,)"""
+    found = {name: np.unique(split.target.numpy(), return_counts=True) for name, split in splits.items()}
+    classes = np.unique(np.concatenate([labels for labels, _ in found.values()]))
+    counts = {name: np.zeros(len(classes), np.int64) for name in splits}
+    for name, (labels, count) in found.items():
+        counts[name][np.searchsorted(classes, labels)] = count
+    return classes, counts
+
+
+# labels
+
+
+def _of_labels(classes: np.ndarray, counts: Mapping[str, np.ndarray]) -> Iterator[Finding]:
+    if classes[0] < 0:
+        yield Finding(True, f"labels: expected from 0 up, got {classes[0]}")
+    if len(classes) == 1:
+        yield Finding(True, f"labels: all rows are of class {classes[0]}; expected at least 2 classes")
+    yield from _untaught(classes, counts)
+    taught = counts["train"] > 0
+    for name, count in counts.items():
+        absent = classes[taught & (count == 0)]
+        if len(absent):
+            yield Finding(True, f"labels: {name} has no rows of {_named('class', 'classes', absent)}, which train has")
+    gaps = np.setdiff1d(np.arange(min(classes[-1], 2**20)), classes)
+    if len(gaps):
+        what = f"no split has rows of {_named('class', 'classes', gaps)}, the highest is {classes[-1]}"
+        yield Finding(False, f"labels: {what}")
+
+
+def _untaught(classes: np.ndarray, counts: Mapping[str, np.ndarray]) -> Iterator[Finding]:
+    taught = counts["train"] > 0
+    for name, count in counts.items():
+        beyond = ~taught & (count > 0)
+        if beyond.any():
+            what = f"{_rows(count[beyond].sum())} of {name} with labels beyond those of train"
+            yield Finding(True, f"labels: {what}, {_named('class', 'classes', classes[beyond])}: they cannot be learned")
+
+
+# modalities
+
+
+def _of_what_is_made(names: Sequence[str]) -> Iterator[Finding]:
+    if not names:
+        yield Finding(False, "inputs: made when they are asked for, and not read through")
+
+
+def _of_modality(modality: str, scans: Mapping[str, Scan], splits: Splits) -> Iterator[Finding]:
+    for name, found in scans.items():
+        rows = len(found.digest)
+        still = rows > 1 and len(found.constant) == found.low.size
+        if still:
+            yield Finding(True, _stillness(modality, name, len(found.missing) == rows))
+        if len(found.non_finite):
+            what = f"{_rows(len(found.non_finite))} of {name} with a value that is not finite"
+            first = _row(found.non_finite[0], splits[name], modality)
+            yield Finding(True, f"modality {modality!r}: {what}, the first is {first}")
+        if len(found.missing) and not still:
+            what = f"missing (every value 0 or NaN) in {_rows(len(found.missing))} of {rows} of {name}"
+            first = _row(found.missing[0], splits[name], modality)
+            yield Finding(True, f"modality {modality!r}: {what}, the first is {first}")
+    if len({found.dtype for found in scans.values()}) > 1:
+        types = ", ".join(f"{found.dtype} in {name}" for name, found in scans.items())
+        yield Finding(True, f"modality {modality!r}: expected one type, got {types}")
+    constant = scans["train"].constant
+    if 0 < len(constant) < scans["train"].low.size:
+        width = scans["train"].low.size
+        what = f"{_named('feature', 'features', constant)} of {width} without variance in train"
+        yield Finding(False, f"modality {modality!r}: {what}")
+
+
+def _stillness(modality: str, split: str, zero: bool) -> str:
+    return f"modality {modality!r}: {'all zero' if zero else 'the same'} in all rows of {split}"
+
+
+# leakage
+
+
+def _of_leakage(scans: Mapping[str, Mapping[str, Scan]], splits: Splits) -> Iterator[Finding]:
+    if not scans:
+        yield from _of_origins(splits)
+        return
+    joint = {name: joint_digests([by_split[name].digest for by_split in scans.values()]) for name in splits}
+    empty = {name: _in_all([by_split[name].missing for by_split in scans.values()]) for name in splits}
+    leading = next(iter(scans))  # its items stand for those of all
+
+    def pair(first: str, second: str, row: int, digests: Mapping[str, np.ndarray], modality: str) -> str:
+        other = _place_of(digests[first], digests[second][row])
+        here, there = _row(row, splits[second], modality), _row(other, splits[first], modality)
+        return f"{here} of {second} is {there} of {first}"
+
+    known = {}
+    for first, second in itertools.combinations(splits, 2):
+        twice = known[first, second] = _shared(joint[first], joint[second], empty[second])
+        if len(twice):
+            what = f"{_rows(len(twice))} of {second} identical to rows of {first} in every modality"
+            yield Finding(True, f"leakage: {what}; {pair(first, second, twice[0], joint, leading)}")
+    if len(scans) > 1:
+        for (first, second), twice in known.items():
+            for modality, by_split in scans.items():
+                digests = {first: by_split[first].digest, second: by_split[second].digest}
+                alone = np.setdiff1d(_shared(digests[first], digests[second], by_split[second].missing), twice)
+                if len(alone):
+                    what = f"{_rows(len(alone))} of {second} identical to rows of {first} in modality {modality!r} alone"
+                    yield Finding(True, f"leakage: {what}; {pair(first, second, alone[0], digests, modality)}")
+    yield from _of_origins(splits)
+    for name, digest in joint.items():
+        repeated = np.setdiff1d(np.flatnonzero(_is_repetition(digest)), empty[name])
+        if len(repeated):
+            what = f"{_rows(len(repeated))} of {name} repeating an earlier one in every modality"
+            row, earlier = repeated[0], _place_of(digest, digest[repeated[0]])
+            yield Finding(
+                False,
+                f"duplicates: {what}; {_row(row, splits[name], leading)} is {_row(earlier, splits[name], leading)}",
+            )
+
+
+def _of_origins(splits: Splits) -> Iterator[Finding]:
+    for (first, one), (second, two) in itertools.combinations(splits.items(), 2):
+        shared: dict[bytes, tuple[np.ndarray, list[str]]] = {}
+        for modality in one.origin.keys() & two.origin.keys():
+            items = np.intersect1d(one.origin[modality].numpy(), two.origin[modality].numpy())
+            shared.setdefault(items.tobytes(), (items, []))[1].append(modality)
+        for items, modalities in shared.values():
+            if len(items):
+                what = f"{_named('item', 'items', items)} of the source in both {first} and {second}"
+                yield Finding(True, f"leakage: {what} ({', '.join(sorted(modalities))})")
+
+
+def _in_all(rows: Sequence[np.ndarray]) -> np.ndarray:
+    return functools.reduce(np.intersect1d, rows)
+
+
+def _shared(first: np.ndarray, second: np.ndarray, but: np.ndarray) -> np.ndarray:
+    """The rows of the second whose digest is one of the first's, less those of `but`."""
+    return np.setdiff1d(np.flatnonzero(np.isin(second, first)), but)
+
+
+def _place_of(digests: np.ndarray, digest: np.uint64) -> int:
+    return int((digests == digest).argmax())
+
+
+def _is_repetition(digest: np.ndarray) -> np.ndarray:
+    first = np.unique(digest, return_index=True)[1]
+    repetition = np.ones(len(digest), bool)
+    repetition[first] = False
+    return repetition
+
+
+# words
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
+
+
+def _row(row: int, split: Split, modality: str) -> str:
+    """``row 3 (item 17)``: its place in the split, and in the source where that is known."""
+    items = split.origin.get(modality)
+    return f"row {row}" + ("" if items is None else f" (item {int(items[row])})")
+
+
+def _named(one: str, several: str, which: Iterable[int]) -> str:
+    """``class 3``, or ``2 classes (3, 7)``, or ``12 classes (0, 1, ... and 2 more)``."""
+    names = [str(name) for name in which]
+    if len(names) == 1:
+        return f"{one} {names[0]}"
+    more = f", and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"{len(names)} {several} ({', '.join(names[:MOST_NAMES])}{more})"

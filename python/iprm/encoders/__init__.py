@@ -1,0 +1,1 @@
+"""Encoders: the input of one modality in, its features (B, D) out."""

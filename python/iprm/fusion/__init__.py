@@ -1,0 +1,1 @@
+"""Fusion modules: features of several modalities in, `FusionOutput` out."""

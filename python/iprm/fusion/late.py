@@ -1,0 +1,71 @@
+"""Late fusion: one linear head a modality, logits summed. Alone, together, and together with losses of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .module import FusionModule, cross_entropy, sum_logits
+from .output import FusionOutput
+
+
+class Sum(FusionModule):
+    r"""Sum fusion: ``logits = Σ_m (W_m x_m + b_m)``, learned by the cross entropy of the sum alone.
+
+    For features of equal width this is one linear map of them all, as in `Concat`, with a bias a modality.
+    """
+
+    unimodal_losses = False
+
+    def __init__(self, feature_dim: int | Mapping[str, int], num_classes: int, modalities: Sequence[str] = ("x", "y")) -> None:
+        super().__init__(feature_dim, num_classes, modalities)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, self.num_classes) for name, width in self.widths.items()})
+
+    def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+        features, target = self._checked(features, target)
+        logits_by = {name: self.heads[name](x) for name, x in features.items()}
+        logits = sum_logits(logits_by)
+        if target is None:
+            return FusionOutput(None, logits, logits_by)
+        share = self._share(target)
+        loss = cross_entropy(logits, target, share)
+        if self.unimodal_losses:
+            loss = loss + torch.stack([cross_entropy(own, target, share) for own in logits_by.values()]).sum()
+        return FusionOutput(loss, logits, logits_by)
+
+
+class Joint(Sum):
+    r"""`Sum` with ``loss = CE(Σ_m logits_m) + Σ_m CE(logits_m)``: `iprm.ProbeRebalance`'s losses without its mixing."""
+
+    unimodal_losses = True
+
+
+class Unimodal(Sum):
+    """One modality alone: ``logits = W x_m + b``. Its ``modalities`` are that one; features of others are left aside.
+
+    Raises:
+        ValueError: `modality` is none of `modalities`.
+    """
+
+    minimum_modalities = 1
+
+    def __init__(
+        self,
+        feature_dim: int | Mapping[str, int],
+        num_classes: int,
+        modalities: Sequence[str] = ("x", "y"),
+        *,
+        modality: str,
+    ) -> None:
+        if modality not in modalities:
+            raise ValueError(f"modality: expected one of {', '.join(modalities)}, got {modality!r}")
+        if isinstance(feature_dim, Mapping):
+            feature_dim = {name: width for name, width in feature_dim.items() if name == modality}
+        super().__init__(feature_dim, num_classes, (modality,))
+
+    def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+        if isinstance(features, Mapping):
+            features = {name: x for name, x in features.items() if name in self.modalities}
+        return super().forward(features, target)

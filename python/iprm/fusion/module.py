@@ -1,0 +1,197 @@
+"""What all fusion modules share: the modalities and their widths, checked inputs, projections, the loss of one prediction."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iprm.distributed import process_group
+from iprm_kernels._checks import dense, labels
+from iprm_kernels.collectives import joint_sums, weighted
+
+from .output import FusionOutput
+
+IGNORE_INDEX = -100  # the label of torch.nn.functional.cross_entropy for a sample that enters no loss
+
+
+class FusionModule(nn.Module, ABC):
+    """Fuses the features of several modalities into one prediction.
+
+    Args:
+        feature_dim: width D of every modality's features, or a mapping modality -> width.
+        num_classes: C, at least 2.
+        modalities: names, in the order that weights and pairs refer to.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, naming it, what was expected and what came.
+    """
+
+    minimum_modalities = 2
+
+    def __init__(self, feature_dim: int | Mapping[str, int], num_classes: int, modalities: Sequence[str]) -> None:
+        super().__init__()
+        self.modalities = checked_modalities(modalities, self.minimum_modalities)
+        self.widths = _checked_widths(feature_dim, self.modalities)
+        if not _is_integer(num_classes):
+            raise TypeError(f"num_classes: expected an integer, got {num_classes!r}")
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        self.num_classes = int(num_classes)
+
+    @abstractmethod
+    def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+        """Logits, and with a target the loss.
+
+        Under an initialised torch.distributed the training loss is this process's share in that of the joint batch: its mean
+        over the processes, and that of its gradients, as DistributedDataParallel takes it, are what one process would find in
+        all rows, however many of them each has.
+
+        Args:
+            features: modality -> (B, D_modality), floating, in the dtype of the parameters unless autocast is on.
+            target: (B,) integer class indices; -100 keeps a sample out of the losses. None where there are no labels.
+
+        Raises:
+            TypeError: features or target of a wrong type.
+            ValueError: a modality missing or unknown, a wrong shape or device, on the CPU a label outside [0, C). On a GPU,
+                where looking would synchronise, and in a compiled module such a label makes the loss NaN.
+        """
+
+    def _project_to_smallest(self) -> int:
+        """Makes a learned linear map for each modality wider than the narrowest, and returns the narrowest width."""
+        smallest = min(self.widths.values())
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(width, smallest) for name, width in self.widths.items() if width != smallest}
+        )
+        return smallest
+
+    def _projected(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The features, all in the narrowest width.  (B, D_modality) each -> (B, D) each"""
+        return {name: self.projections[name](x) if name in self.projections else x for name, x in features.items()}
+
+    def _share(self, target: Tensor) -> Tensor | None:
+        """This process's share in the training loss of all, by a call to all; None in a single process and in evaluation."""
+        group = process_group()
+        if group is None or not self.training:
+            return None
+        nothing = torch.empty(0, dtype=torch.float64, device=target.device)
+        return joint_sums(nothing, target, IGNORE_INDEX, group)[1]
+
+    def _checked(self, features: Mapping[str, Tensor], target: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The features in the order of the modalities and the target as int64, once both were found to fit this module."""
+        if not isinstance(features, Mapping):
+            raise TypeError(f"features: expected a mapping modality -> tensor, got {type(features).__name__}")
+        if set(features) != set(self.modalities):
+            raise ValueError(f"features: expected the modalities {', '.join(self.modalities)}, {self._difference(features)}")
+        parameter = next(self.parameters())
+        for name, width in self.widths.items():
+            _check_features(f"features[{name!r}]", features[name], width, parameter)
+        ordered = {name: features[name] for name in self.modalities}
+        first = self.modalities[0]
+        rows = ordered[first].shape[0]  # len() would fix the batch size of a model that torch.export traces
+        for name, x in ordered.items():
+            if x.shape[0] != rows:
+                expected = f"expected a batch of {rows}, as features[{first!r}] has"
+                raise ValueError(f"features[{name!r}]: {expected}, got shape {tuple(x.shape)}")
+        return ordered, None if target is None else self._checked_target(target, ordered[first])
+
+    def _difference(self, features: Mapping[str, Tensor]) -> str:
+        missing = [name for name in self.modalities if name not in features]
+        unknown = [str(name) for name in features if name not in self.modalities]
+        return "; ".join(f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names)
+
+    def _checked_target(self, target: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target: expected a tensor (B,) of class indices, got {type(target).__name__}")
+        dense("target", target)
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise TypeError(f"target: expected integer class indices, got {target.dtype}")
+        if target.shape != like.shape[:1]:
+            raise ValueError(f"target: expected shape {tuple(like.shape[:1])}, got {tuple(target.shape)}")
+        if target.device != like.device:
+            raise ValueError(f"target: expected the device of the features, {like.device}, got {target.device}")
+        target = target.long()
+        if not torch.compiler.is_compiling():
+            labels(target, self.num_classes, IGNORE_INDEX)  # on the CPU; elsewhere looking would synchronise: see cross_entropy
+        return target
+
+    def extra_repr(self) -> str:
+        widths = ", ".join(f"{name}: {width}" for name, width in self.widths.items())
+        return f"feature_dim={{{widths}}}, num_classes={self.num_classes}"
+
+
+def cross_entropy(logits: Tensor, target: Tensor, share: Tensor | None = None) -> Tensor:
+    """Mean cross entropy, NaN for a label out of range, where PyTorch would end the CUDA context.  (B, C), (B,) -> ()
+
+    In float32 for narrower logits, as under autocast. Times the share of this process in the mean over the rows of all, if it
+    is given: see `iprm_kernels.collectives.joint_sums`.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wrong = _out_of_range(target, logits.shape[1])
+    poison = torch.where(wrong, torch.nan, 1.0).to(logits.dtype)  # multiplied, so that the row's gradient is NaN as well
+    mean = F.cross_entropy(logits * poison[:, None], target.masked_fill(wrong, 0), ignore_index=IGNORE_INDEX)
+    return mean if share is None else weighted(mean, share.to(mean.dtype))
+
+
+def sum_logits(logits_by: Mapping[str, Tensor]) -> Tensor:
+    """The sum of all logits.  (B, C) each -> (B, C)"""
+    first, *others = logits_by.values()
+    for logits in others:
+        first = first + logits
+    return first
+
+
+def _is_integer(value: object) -> bool:
+    """Python's and numpy's integers, such as ``y.max() + 1`` of an array."""
+    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
+
+
+def checked_modalities(modalities: Sequence[str], minimum: int) -> tuple[str, ...]:
+    """The names as a tuple, once they were found to be names, different ones, and enough of them."""
+    if not isinstance(modalities, Iterable) or isinstance(modalities, str) or not all(isinstance(m, str) for m in modalities):
+        raise TypeError(f"modalities: expected a sequence of names, got {modalities!r}")
+    names = tuple(modalities)
+    if len(names) < minimum:
+        raise ValueError(f"modalities: expected at least {minimum}, got {len(names)}: {names}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"modalities: expected different names, got {names}")
+    for name in names:
+        # modalities name submodules and keys of logits_by
+        if not name or "." in name or name == "mix" or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"modalities: {name!r} cannot name a modality (empty, dotted, or taken)")
+    return names
+
+
+def _checked_widths(feature_dim: int | Mapping[str, int], modalities: tuple[str, ...]) -> dict[str, int]:
+    if isinstance(feature_dim, Mapping):
+        if set(feature_dim) != set(modalities):
+            got = ", ".join(map(str, feature_dim)) or "none"
+            raise ValueError(f"feature_dim: expected a width for each of {', '.join(modalities)}, got {got}")
+        widths = {name: feature_dim[name] for name in modalities}
+    else:
+        widths = dict.fromkeys(modalities, feature_dim)
+    for name, width in widths.items():
+        if not _is_integer(width):
+            raise TypeError(f"feature_dim: expected an integer width for {name!r}, got {width!r}")
+        if width < 1:
+            raise ValueError(f"feature_dim: expected a width of at least 1 for {name!r}, got {width}")
+    return {name: int(width) for name, width in widths.items()}
+
+
+def _out_of_range(target: Tensor, classes: int) -> Tensor:
+    return (target != IGNORE_INDEX) & ((target < 0) | (target >= classes))
+
+
+def _check_features(name: str, x: Tensor, width: int, parameter: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor (B, {width}), got {type(x).__name__}")
+    dense(name, x)
+    if x.dim() != 2 or x.shape[1] != width:
+        raise ValueError(f"{name}: expected shape (B, {width}), got {tuple(x.shape)}")
+    if x.device != parameter.device:
+        raise ValueError(f"{name}: expected the device of the parameters, {parameter.device}, got {x.device}")
+    if not x.is_floating_point() or (x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"{name}: expected the dtype of the parameters, {parameter.dtype}, got {x.dtype}")

@@ -1,1 +1,0 @@
-"""`iprm report`: one HTML file about one or several runs of `iprm fit`. Reads their folders alone, and loads no torch."""

@@ -1,0 +1,1 @@
+"""Trained models without Lightning: reading checkpoints, new samples, predictions, export."""

@@ -1,0 +1,1 @@
+"""The HTML report of runs, made from their folders alone."""

@@ -1,0 +1,170 @@
+"""What a run measures of itself at its end, so that a report of it needs neither data nor model: diagnostics.json."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from iprm.cli.info import chosen_backends
+from iprm.data.loading import Loader
+from iprm.environment import versions
+from iprm.errors import InputError
+from iprm.fusion.module import FusionModule
+from iprm.training.callbacks.best_checkpoint import best_checkpoint
+from iprm.training.checkpoint import read_checkpoint
+from iprm.training.classifier import FusionClassifier
+
+from .modality_diagnostics import SplitMeasurement
+
+FILE = "diagnostics.json"
+
+
+class Diagnostics(Callback):
+    """Writes diagnostics.json into the run's folder when training has ended, for `iprm report`.
+
+    `iprm fit` has it. In a Lightning run of your own it is one more callback of the trainer::
+
+        trainer = L.Trainer(callbacks=[ModelCheckpoint(monitor="val_accuracy", mode="max"), Diagnostics()])
+        trainer.fit(FusionClassifier(data.shapes, data.num_classes), datamodule=data)
+
+    It goes once through the validation split, with the weights that a `ModelCheckpoint` with a monitor has kept as the best,
+    or else with the last ones, and on process 0 alone. Weights, module modes and random states are afterwards what they were.
+    Nothing is read back from a GPU before the last batch. With M modalities and C classes the file holds
+
+    - ``weights``: ``{"from": "best", "epoch", "monitor", "value"}``, or ``{"from": "last", "epoch"}``;
+    - ``method``, ``modalities``, ``num_classes``, ``rows`` (samples that have a label);
+    - ``class_counts``: C counts;
+    - ``confusion``: counts of the C×C matrix that are not zero, ``{"target": [...], "prediction": [...], "count": [...]}``;
+    - ``angles``: for each pair of modalities whose features have one width, θ = ∠(x, y) in radians:
+      ``{"pair": [a, b], "counts": 36 over [0, π], "mean", "undirected"}``, the last counting rows of which one vector is zero;
+    - ``strength``: for each pair that IPRM mixes, with its newest λ, by class:
+      ``{"pair": [a, b], "kl": [C sums, C sums], "omega": [C, C]}``, ω = `iprm_kernels.strength_weights` of the two sums;
+      null for classes without a sample;
+    - ``versions``, ``platform``, ``device``, ``precision``, ``backends``.
+
+    It needs a `FusionClassifier`, a validation split, and a strategy that has the whole model in every process; where one is
+    missing, or the file cannot be written, it warns and leaves the run as it is.
+    """
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # not on_fit_end: by then Lightning has moved the model off its device
+        folder = trainer.log_dir or trainer.default_root_dir  # asked of all processes, which agree on it
+        fast = getattr(trainer, "fast_dev_run", False)  # leaves no folder
+        if fast or not trainer.is_global_zero or not trainer.enable_validation:
+            return
+        if not isinstance(pl_module, FusionClassifier):
+            rank_zero_warn(f"Diagnostics: expected a FusionClassifier, got {type(pl_module).__name__}; nothing is recorded")
+            return
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            rank_zero_warn(f"Diagnostics: {type(trainer.strategy).__name__} divides the model; nothing is recorded")
+            return
+        with isolate_rng(), torch.no_grad(), _evaluating(pl_module), _best_weights(trainer, pl_module) as weights:
+            record = {"weights": weights, **_measure(trainer, pl_module), **_environment(trainer, pl_module)}
+        try:
+            _write(Path(folder) / FILE, record)
+        except OSError as error:
+            rank_zero_warn(f"Diagnostics: not written: {error}")
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Every submodule in the mode of evaluation, and afterwards in its own."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextlib.contextmanager
+def _best_weights(trainer: L.Trainer, module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The parameters and buffers best on validation, where a checkpoint has them; afterwards the last again, bit for bit."""
+    kept = best_checkpoint(trainer)
+    checkpoint = _load(kept.best_model_path) if kept is not None and kept.best_model_path else None
+    if kept is None or checkpoint is None:
+        yield {"from": "last", "epoch": trainer.current_epoch - 1}  # by now it counts one further
+        return
+    # tensors are copied in place: load_state_dict has hooks, and a module may derive more than its state from them
+    state = {name: x for name, x in module.state_dict().items() if isinstance(x, Tensor)}
+    last = {name: x.clone() for name, x in state.items()}
+    try:
+        for name, x in state.items():
+            x.copy_(checkpoint["state_dict"][name])
+        score = None if kept.best_model_score is None else float(kept.best_model_score)
+        yield {"from": "best", "epoch": checkpoint["epoch"], "monitor": kept.monitor, "value": score}
+    finally:
+        for name, x in state.items():
+            x.copy_(last[name])
+
+
+def _load(path: str) -> dict[str, Any] | None:
+    try:
+        return read_checkpoint(path)
+    except InputError as error:
+        rank_zero_warn(f"Diagnostics: the last weights are measured: {error}")
+        return None
+
+
+def _batches(trainer: L.Trainer) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """The validation split on the model's device; all of it, where the processes of a run have divided it."""
+    loader: Any = trainer.val_dataloaders
+    count = trainer.num_val_batches[0]
+    if isinstance(loader, Loader):
+        count *= trainer.world_size
+        loader = loader.undivided()
+    elif isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
+        count *= trainer.world_size
+        loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+    for batch in itertools.islice(loader, None if count == math.inf else int(count)):
+        # as Lightning's own loop does: the precision's types, the hooks of data and model, the device
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _measure(trainer: L.Trainer, module: FusionClassifier) -> dict[str, Any]:
+    """What `SplitMeasurement` says of the validation split."""
+    assert isinstance(module.fusion, FusionModule)
+    measurement = SplitMeasurement(module.fusion)
+    for inputs, target in _batches(trainer):
+        with trainer.precision_plugin.val_step_context():
+            measurement.update(module.encode(inputs), target)
+    return {"method": module.hparams.get("method"), **measurement.compute()}
+
+
+def _environment(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+    device = module.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": f"{device.type}: {name}",
+        "precision": str(trainer.precision),
+        "backends": chosen_backends(),
+    }
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Whole or not at all: a report may read it meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,216 @@
+"""What a run that was killed needs to go on to the very bits it would have had."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from iprm.data.module import MultimodalData
+from iprm.distributed import gathered, rank, world_size
+from iprm.errors import InputError
+from iprm.training.checkpoint import STATES, saved_states
+
+from .csv_logger import RunLog
+
+#: Batches after which several processes ask each other whether SIGTERM came: the answer takes them a wait for the GPU.
+ASK_EVERY = 20
+
+
+class RunState(L.Callback):
+    """Saves the whole state of a run, at the beginning of every epoch, every `every_n_steps` steps and at SIGTERM, as
+    ``states/step=<N>.ckpt`` in the run's folder: weights, λ and ω, optimiser, schedule, the place in the epoch, the states of
+    the random number generators of all processes, and the metrics so far.
+
+    A run that continues from one (``Trainer.fit(ckpt_path=...)`` with this callback, `iprm resume`) computes what it would
+    have computed, bit for bit where the operators are deterministic, if the order of its data depends on seed and epoch alone
+    (those of `MultimodalData`; a loader that shuffles by torch's generator draws before this restores it), their randomness
+    on torch's, numpy's and Python's generators (those of workers are not saved: `iprm.data.loading.Loader` seeds them for each
+    batch), and its number of processes is the same.
+
+    Args:
+        every_n_steps: optimiser steps between saves within an epoch, or a few more where a validation is due then or gradients
+            are being accumulated; 0 saves at an epoch's beginning alone.
+        keep: how many of the last states are kept, at least 2: of the last one a disk may lose a part.
+    """
+
+    def __init__(self, every_n_steps: int = 0, keep: int = 2) -> None:
+        if every_n_steps < 0:
+            raise InputError(f"every_n_steps: expected a number from 0 up, got {every_n_steps}")
+        if keep < 2:
+            raise InputError(f"keep: expected at least 2, got {keep}")
+        self.every_n_steps, self.keep = every_n_steps, keep
+        self.saved: Path | None = None  # the last one
+        self._trainer: L.Trainer | None = None
+        self._restored: list[dict[str, Any]] = []  # the generators of each process
+        self._at_epoch_start = False  # of the state that is saved, or was restored
+        self._saved_at = 0  # optimiser steps
+        self._unasked = 0  # batches since all processes asked each other
+        self._signal = _Termination()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._trainer = trainer
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if rank() < len(self._restored):
+            restore_generators(self._restored[rank()])
+        self._restored = []
+        self._saved_at = trainer.global_step
+        if self._at_epoch_start:  # else Lightning may take a run bounded by steps to be in the middle of the epoch before
+            trainer.fit_loop.epoch_loop.restarting = False
+        # Lightning's own handler calls all processes from within a signal, in the middle of whatever they say to each other,
+        # and its loop asks them every step and waits for a GPU's answer
+        self._signal.catch(trainer)
+        setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010 - a method
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning has counted the epoch as begun, and would take a run that is restored here to be at its end
+        loop = trainer.fit_loop
+        loop.epoch_loop.batch_progress.reset_on_run()
+        loop.epoch_loop.val_loop.batch_progress.reset()  # of the last epoch
+        counts = (loop.epoch_progress.current, loop.epoch_progress.total)
+        for count in counts:
+            count.ready -= 1
+        self._at_epoch_start = True
+        self._save(trainer)
+        self._at_epoch_start = False
+        for count in counts:
+            count.ready += 1
+        if self._signal.came_to_any():
+            raise SIGTERMException
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        due = self.every_n_steps and trainer.global_step >= self._saved_at + self.every_n_steps
+        if world_size() == 1 and not due and not self._signal.came_to_any():
+            return
+        loop = trainer.fit_loop.epoch_loop
+        self._unasked += 1
+        # neither gradients that are being accumulated nor a validation that is due would be found in what was saved before them
+        validates = trainer.fit_loop._data_fetcher and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        if loop._should_accumulate() or loop.batch_progress.is_last_batch or validates:
+            return
+        stops = (world_size() == 1 or self._unasked >= ASK_EVERY) and self._signal.came_to_any()
+        self._unasked = 0 if self._unasked >= ASK_EVERY else self._unasked
+        if due or stops:
+            self._save(trainer)
+        if stops:
+            raise SIGTERMException
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signal.release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._signal.release()
+
+    def _save(self, trainer: L.Trainer) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # the same on every process
+        self.saved = folder / STATES / f"step={trainer.global_step:08d}.ckpt"
+        self._saved_at = trainer.global_step
+        trainer.save_checkpoint(self.saved)
+        if trainer.is_global_zero:
+            before = [state for state in saved_states(folder) if state <= self.saved]
+            for old in before[: -self.keep]:
+                old.unlink()
+
+    def state_dict(self) -> dict[str, Any]:
+        rows = [row for log in self._logs() for row in log.rows]
+        return {
+            "generators": gathered(generators()),
+            "metrics": rows,
+            "at_epoch_start": self._at_epoch_start,
+            "data": self._data(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        there, here = state["data"], self._data()
+        for name, was in there.items():
+            if name in here and was != here[name]:
+                raise InputError(f"the state is of other data: its {name} was {was}, this run's is {here[name]}")
+        self._restored, self._at_epoch_start = state["generators"], state["at_epoch_start"]
+        for log in self._logs():
+            log.restore(state["metrics"])
+
+    def _data(self) -> dict[str, Any]:
+        """What decides the rows of each batch: sizes and digests of the splits, and the size of a joint batch."""
+        data = getattr(self._trainer, "datamodule", None)
+        if not isinstance(data, MultimodalData):
+            return {}
+        splits = {f"{name} split": described for name, described in data.describe().items()}
+        return {"seed": data.seed, "rows a step": data.batch_size * world_size(), **splits}
+
+    def _logs(self) -> list[RunLog]:
+        """The run's metrics.csv, if it has one."""
+        loggers = self._trainer.loggers if self._trainer else []
+        return [logger for logger in loggers if isinstance(logger, RunLog)][:1]
+
+
+class _Termination:
+    """Remembers that SIGTERM came, to this process or to any."""
+
+    def __init__(self) -> None:
+        self._came = False
+        self._before: Any = None  # the handler; None while none is set
+
+    def catch(self, trainer: L.Trainer) -> None:
+        def remember(number: int, frame: Any) -> None:
+            launcher = trainer.strategy.launcher
+            if not self._came and launcher is not None:
+                launcher.kill(number)  # the processes that this one has started
+            self._came = True
+
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, remember)
+
+    def release(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def came_to_any(self) -> bool:
+        """Asks all processes, and waits for their answers."""
+        if world_size() == 1:
+            return self._came
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        came = torch.tensor(int(self._came), device=device)
+        dist.all_reduce(came, op=dist.ReduceOp.MAX)
+        return bool(came.item())
+
+
+def generators() -> dict[str, Any]:
+    """The states of torch's, numpy's and Python's generators of random numbers, in tensors and plain values."""
+    name, key, *rest = np.random.get_state()  # noqa: NPY002 - the generator that others use
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(np.asarray(key).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    """Sets the generators to what `generators` returned."""
+    torch.set_rng_state(states["torch"])
+    name, key, *rest = states["numpy"]
+    assert isinstance(key, Tensor)
+    np.random.set_state((name, key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(_tuples(states["python"]))
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _tuples(state: Any) -> Any:
+    version, numbers, gauss = state
+    return version, tuple(numbers), gauss

@@ -1,0 +1,138 @@
+"""Checkpoints: written whole or not at all, read without running code, and kept so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from iprm.errors import InputError
+
+STATES = "states"
+STATE = re.compile(r"step=(?P<step>\d+)\.ckpt")
+#: Of the weights that do not fit a model, how many are named.
+MOST_MISFITS = 4
+#: Seconds without a write after which a file that was being written is nobody's: a save that lives writes all the time.
+ABANDONED = 3600
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's plugin for reading and writing checkpoints of one file, for ``Trainer(plugins=[AtomicCheckpointIO()])``.
+
+    A checkpoint is written beside its place, flushed to the disk, and renamed into it: a run that is killed at any moment
+    leaves the old file or the new one; a save in that folder an hour later removes what a killed one has left beside it.
+    Whatever is read holds tensors and plain values alone; anything else is refused.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)  # another file system than this one
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_parts(path.parent)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
+            try:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    Path(file.name).unlink()
+                raise
+        return None
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        return _read(path, ("state_dict",), "Lightning checkpoint of tensors and plain values alone")
+
+
+def _remove_parts(folder: Path) -> None:
+    """Removes what saves that were killed have left in a folder."""
+    for part in folder.glob(".*.????????.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
+
+
+def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint of a `FusionClassifier`, on the CPU. No code that the file may hold is run.
+
+    Args:
+        path: the file.
+        mmap: leave tensors in the file until they are read.
+
+    Raises:
+        InputError: there is none, or it is truncated, foreign, or holds more than tensors and plain values.
+    """
+    return _read(path, ("hyper_parameters", "state_dict"), "checkpoint of iprm fit", mmap=mmap)
+
+
+def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = False) -> dict[str, Any]:
+    """The content of a file that is to have these parts, each a dict. `what` it is to be, messages say."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such checkpoint")
+    content = None
+    # of broken archives and pickles the readers let any error through: BadZipFile, IndexError, AttributeError, AssertionError
+    with contextlib.suppress(Exception):
+        if zipfile.is_zipfile(path):  # of anything else torch's reader would try formats of long ago
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if not (isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in parts)):
+        raise InputError(f"{path}: not a {what}, or a part of one")
+    return content
+
+
+def misfit(here: Mapping[str, Any], there: Mapping[str, Any], strict: bool) -> str:
+    """What of the state that a checkpoint has, `there`, does not fit a model's; empty where all of it does.
+
+    Unless `strict`, only what both have is to fit.
+    """
+    expected, came = ({name: tuple(getattr(x, "shape", ())) for name, x in state.items()} for state in (here, there))
+    wrong = [f"it has no {name}" for name in expected if name not in came] if strict else []
+    wrong += [f"{name} is unknown" for name in came if name not in expected] if strict else []
+    both = [name for name in expected if name in came]
+    wrong += [f"{name} is of shape {came[name]}, not {expected[name]}" for name in both if came[name] != expected[name]]
+    if not wrong:
+        return ""
+    more = f", and {len(wrong) - MOST_MISFITS} more" if len(wrong) > MOST_MISFITS else ""
+    hint = "; if encoders were replaced in the model that was saved, replace them alike in the one that is to have its weights"
+    return f"the checkpoint's weights do not fit the model: {', '.join(wrong[:MOST_MISFITS])}{more}{hint}"
+
+
+def saved_states(run: Path) -> list[Path]:
+    """The states that a run can go on from, oldest first."""
+    steps = {path: STATE.fullmatch(path.name) for path in (run / STATES).glob("*.ckpt")}
+    return sorted((path for path, match in steps.items() if match), key=lambda path: int(STATE.fullmatch(path.name)["step"]))  # type: ignore[index]
+
+
+def state_to_resume(run: Path, previous: bool = False) -> Path:
+    """The last state of a run, or with `previous` the one before; it was found to be whole.
+
+    Raises:
+        InputError: no such run or state, or it cannot be read.
+    """
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: there is no such run; expected the folder of one, such as runs/digits/fit/version_0")
+    states = saved_states(run)
+    if len(states) < 1 + previous:
+        which = "no state before the last" if states else "no state"
+        raise InputError(f"{run}: {which} was saved to go on from")
+    state = states[-2 if previous else -1]
+    try:
+        read_checkpoint(state)
+    except InputError as error:
+        other = f"; to go on from the state before it: iprm resume {run} --previous" if not previous and states[1:] else ""
+        raise InputError(f"{error}{other}") from error
+    return state

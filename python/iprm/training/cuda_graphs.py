@@ -1,0 +1,103 @@
+"""A training step of fixed shapes as one CUDA graph: forward and backward pass are launched as a whole, each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iprm.distributed import world_size
+from iprm.fusion.output import FusionOutput
+
+log = logging.getLogger(__name__)
+
+Shapes = list[tuple[str, torch.Size, torch.dtype]]
+
+
+class GraphedStep:
+    """Calls a module through a CUDA graph captured of its first training step, and as it is where no graph can serve.
+
+    For `module(inputs, target) -> (features, FusionOutput)` in training mode, with inputs of the shapes of the first step: an
+    epoch's last, smaller batch runs as it is. Why no graph is captured is said once, in the log.
+
+    Args:
+        module: what a step calls; a graph holds on to its parameters and buffers, which must stay where they are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.accumulates = False  # gradients over batches
+        self._graphed: _Flat | None = None
+        self._shapes: Shapes = []
+        self._told: set[str] = set()
+
+    def __call__(self, inputs: Mapping[str, Tensor], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
+        obstacle = self._obstacle(target)
+        if not obstacle and self._graphed is None:
+            self._capture(inputs, target)
+        if not obstacle and self._shapes != _shapes(inputs, target):
+            obstacle = "this batch has another shape than the one captured"
+        if obstacle:
+            if obstacle not in self._told:
+                self._told.add(obstacle)
+                log.warning("cuda_graph: %s; such steps run without a graph", obstacle)
+            return self.module(inputs, target)
+        assert self._graphed is not None
+        return self._graphed.unpacked(self._graphed(*inputs.values(), target))
+
+    def _obstacle(self, target: Tensor) -> str:
+        """Why this step cannot be a graph; empty if it can."""
+        if target.device.type != "cuda":
+            return f"a graph needs a GPU, and the batch is on {target.device.type!r}"
+        if torch.is_autocast_enabled("cuda"):
+            return "mixed precision casts weights anew every step, which a captured graph would not; use precision 32-true"
+        if self.accumulates:
+            return "gradients are accumulated over batches, and a replay writes over those of the last"
+        if world_size() > 1:
+            return "a step of several processes waits for others between its launches"
+        if any(getattr(module, "sampling", None) == "random" for module in self.module.modules()):
+            return "pairs='random' draws on the host"
+        return ""
+
+    def _capture(self, inputs: Mapping[str, Tensor], target: Tensor) -> None:
+        # the warm-up runs the module for real, and would be training steps that no optimiser took
+        kept = [buffer.clone() for buffer in self.module.buffers()]
+        flat = _Flat(self.module, tuple(inputs))
+        samples = tuple(x.detach().clone() for x in (*inputs.values(), target))
+        torch.cuda.make_graphed_callables(flat, samples)  # from here on, a call to it launches the graph
+        with torch.no_grad():
+            for buffer, value in zip(self.module.buffers(), kept, strict=True):
+                buffer.copy_(value)
+        self._graphed, self._shapes = flat, _shapes(inputs, target)
+
+
+class _Flat(nn.Module):
+    """A step from tensors to tensors alone, as a graph wants it."""
+
+    def __init__(self, module: nn.Module, modalities: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module, self.modalities = module, modalities
+        self._spec: Any = None
+        self._absent: list[int] = []
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        *inputs, target = tensors
+        result = self.module(dict(zip(self.modalities, inputs, strict=True)), target)
+        leaves, self._spec = torch.utils._pytree.tree_flatten(result)
+        self._absent = [place for place, leaf in enumerate(leaves) if leaf is None]
+        return tuple(leaf for leaf in leaves if leaf is not None)
+
+    def unpacked(self, leaves: tuple[Tensor, ...]) -> Any:
+        """What the module would have returned."""
+        whole: list[Tensor | None] = list(leaves)
+        for place in self._absent:
+            whole.insert(place, None)
+        return torch.utils._pytree.tree_unflatten(whole, self._spec)
+
+
+def _shapes(inputs: Mapping[str, Tensor], target: Tensor) -> Shapes:
+    named = [*inputs.items(), ("", target)]
+    return [(name, x.shape, x.dtype) for name, x in named]

@@ -1,0 +1,241 @@
+"""Files made to do harm: none runs code, ends the interpreter or takes memory, and each is refused with an `InputError`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import random
+import struct
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from feature_files import arrays, save
+from iprm.data import make_data
+from iprm.errors import InputError
+from iprm.training.checkpoint import read_checkpoint
+
+MIB = 2**20
+
+
+class Payload:
+    """Unpickled, it makes the file that no test may find."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Any:
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists(), "a file ran its code"
+
+
+def test_the_payload_would_run(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+def read(path: Path) -> Any:
+    return make_data("features", path=str(path)).splits
+
+
+def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, array, allow_pickle=allow_pickle)
+    return stream.getvalue()
+
+
+def declared(shape: str, dtype: str = "'<f4'", content: bytes = b"\0" * 64) -> bytes:
+    """An .npy that declares what it does not hold."""
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content
+
+
+def archive(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in entries.items():
+            file.writestr(name, content)
+    return path
+
+
+def whole() -> dict[str, bytes]:
+    return {f"{name}.npy": npy(array) for name, array in arrays().items()}
+
+
+DECLARED = {
+    "2**60 rows": declared("(1152921504606846976, 4)"),
+    "2**34 rows": declared("(17179869184, 4)"),
+    "a size beyond 64 bits": declared(f"({2**62}, {2**62})"),
+    "a size beyond any integer": declared(f"({10**400},)"),
+    "negative rows": declared("(-1, 4)"),
+    "rows of half": declared("(0.5, 4)"),
+    "rows of a string": declared("('60', 4)"),
+    "an item of 2 GB": declared("(60, 4)", "'|V2147483647'"),
+    "letters of 4 GB": declared("(60,)", "'<U1000000000'"),
+    "objects": declared("(60, 4)", "'|O'", b"\x80\x04cos\nsystem\n"),
+    "an unknown type": declared("(60, 4)", "'<z9'"),
+    "a type of code": declared("(60, 4)", "__import__('os').system('touch canary')"),
+    "a type of depth": declared("(60, 4)", "[" * 1000 + "]" * 1000),
+    "a long header": declared("(60, 4)" + " " * 60_000),
+    "a later format": b"\x93NUMPY\x09\x00" + b"\0" * 100,
+    "no array": b"no array at all",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("entry", ["x_audio.npy", "y.npy", "split.npy"])
+@pytest.mark.parametrize("kind", DECLARED)
+def test_an_array_that_declares_what_it_does_not_hold(tmp_path: Path, kind: str, entry: str) -> None:
+    path = archive(tmp_path / "f.npz", whole() | {entry: DECLARED[kind]})
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"f\.npz: array '\w+' (is broken|cannot be read)"):
+        read(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * MIB
+    assert not Path("canary").exists()
+
+
+def test_pickled_arrays_run_nothing(tmp_path: Path, canary: Path) -> None:
+    objects = np.array([Payload(canary)] * 60, dtype=object)
+    for place in ("x_audio.npy", "y.npy", "split.npy"):
+        path = archive(tmp_path / "f.npz", whole() | {place: npy(objects, allow_pickle=True)})
+        with pytest.raises(InputError, match="cannot be read without running code"):
+            read(path)
+    (tmp_path / "f.npz").write_bytes(pickle.dumps(Payload(canary)))
+    with pytest.raises(InputError, match="not a readable"):
+        read(tmp_path / "f.npz")
+
+
+def test_an_archive_that_unpacks_to_more_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MB of zeros in 64 kB, on a machine of 32 MB."""
+    path = archive(tmp_path / "f.npz", whole() | {"x_audio.npy": npy(np.zeros((60, 2**18), np.float32))})
+    assert path.stat().st_size < MIB
+    monkeypatch.setattr("iprm.data.datasets.features._memory", lambda: 32 * MIB)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"its arrays would take \d+ bytes, and this machine has 33554432"):
+        read(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * MIB
+
+
+@pytest.mark.parametrize(("size", "message"), [(100, "is broken"), (2**32 - 2, "this machine has")])
+def test_a_directory_that_lies_about_a_size(tmp_path: Path, size: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a megabyte of zeros the zip's directory says that it is a few bytes, or four gigabytes."""
+    path = archive(tmp_path / "f.npz", whole() | {"x_audio.npy": npy(np.zeros((60, 2**12), np.float32))})
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"PK\x01\x02", 0, content.rindex(b"x_audio.npy"))
+    content[place + 24 : place + 28] = struct.pack("<I", size)
+    path.write_bytes(content)
+    monkeypatch.setattr("iprm.data.datasets.features._memory", lambda: 1024 * MIB)
+    with pytest.raises(InputError, match=message):
+        read(path)
+
+
+def test_names_that_leave_the_folder_write_nothing(tmp_path: Path) -> None:
+    names = ["../../escaped.npy", "/tmp/escaped.npy", "x_../../escaped.npy", "..\\escaped.npy", "x_a/b.npy", "folder/"]
+    before = set(tmp_path.parent.rglob("*"))
+    path = archive(tmp_path / "f.npz", whole() | {name: npy(np.zeros((60, 2))) for name in names})
+    read(path)
+    assert set(tmp_path.parent.rglob("*")) - before == {path}
+    assert not Path("/tmp/escaped.npy").exists()
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    content = Path(save(tmp_path, arrays())).read_bytes()
+    for tenth in range(10):
+        (tmp_path / "cut.npz").write_bytes(content[: len(content) * tenth // 10])
+        with pytest.raises(InputError):
+            read(tmp_path / "cut.npz")
+
+
+def flipped(content: bytes, rng: random.Random) -> bytes:
+    copy = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        copy[rng.randrange(len(copy))] ^= 1 << rng.randrange(8)
+    return bytes(copy)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_flipped_bits_are_refused_or_harmless(tmp_path: Path, compression: int) -> None:
+    rng, refused = random.Random(0), 0
+    content = archive(tmp_path / "f.npz", whole(), compression).read_bytes()
+    for _ in range(150):
+        (tmp_path / "flipped.npz").write_bytes(flipped(content, rng))
+        try:
+            splits = read(tmp_path / "flipped.npz")
+        except InputError:
+            refused += 1
+        else:
+            assert sum(len(split) for split in splits.values()) == 60
+    assert refused > 75
+
+
+# checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "whole.ckpt"
+    torch.save({"hyper_parameters": {"alpha": 0.5}, "state_dict": {"weight": torch.ones(64, 64)}}, path)
+    read_checkpoint(path)
+    return path
+
+
+def refuse(path: Path) -> None:
+    with pytest.raises(InputError):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path, canary: Path) -> None:
+    path, payload = tmp_path / "evil.ckpt", Payload(canary)
+    path.write_bytes(pickle.dumps(payload))
+    refuse(path)
+    torch.save({"hyper_parameters": payload}, path)
+    refuse(path)
+    torch.save({"hyper_parameters": payload}, path, _use_new_zipfile_serialization=False)
+    refuse(path)
+    archive(path, {"archive/data.pkl": pickle.dumps(payload), "archive/version": b"3"}, zipfile.ZIP_STORED)
+    refuse(path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.ckpt"))
+    refuse(tmp_path / "script.ckpt")
+    (tmp_path / "empty.ckpt").touch()
+    refuse(tmp_path / "empty.ckpt")
+    (tmp_path / "folder.ckpt").mkdir()
+    refuse(tmp_path / "folder.ckpt")
+    for content in ([1, 2], 3, {"hyper_parameters": 1, "state_dict": 2}):
+        torch.save(content, tmp_path / "other.ckpt")
+        refuse(tmp_path / "other.ckpt")
+    refuse(archive(tmp_path / "zip.ckpt", {"../../escaped": b"x", "data.pkl": b"\x80\x02."}))
+    refuse(Path(save(tmp_path, arrays())))
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    content = checkpoint.read_bytes()
+    for tenth in range(10):
+        (tmp_path / "cut.ckpt").write_bytes(content[: len(content) * tenth // 10])
+        refuse(tmp_path / "cut.ckpt")
+
+
+def test_flipped_bits_of_a_checkpoint_are_refused_or_harmless(tmp_path: Path, checkpoint: Path) -> None:
+    rng, content = random.Random(0), checkpoint.read_bytes()
+    for _ in range(200):
+        (tmp_path / "flipped.ckpt").write_bytes(flipped(content, rng))
+        with contextlib.suppress(InputError):
+            read_checkpoint(tmp_path / "flipped.ckpt")

@@ -1,0 +1,134 @@
+"""`iprm report` of runs that go on, were stopped or are broken: a report all the same, which says what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from html_page import Tags, card, figures, hovers, report
+from iprm.report.runs import read_runs
+from run_folders import course, write_metrics, write_run
+
+
+def without(name: str):
+    return lambda run: (run / name).unlink()
+
+
+def cut(run: Path) -> None:
+    text = (run / "metrics.csv").read_text()
+    lines = text.splitlines(keepends=True)
+    (run / "metrics.csv").write_text("".join(lines[:5]) + lines[5][:20])
+
+
+def rewritten(name: str, content: str):
+    return lambda run: (run / name).write_text(content)
+
+
+def recorded_otherwise(**values: object):
+    def rewrite(run: Path) -> None:
+        record = json.loads((run / "diagnostics.json").read_text())
+        (run / "diagnostics.json").write_text(json.dumps(record | values))
+
+    return rewrite
+
+
+def no_checkpoint(run: Path) -> None:
+    next((run / "checkpoints").iterdir()).unlink()
+
+
+WANTING = {
+    "no diagnostics": (without("diagnostics.json"), "No diagnostics.json, which is written at the end of training"),
+    "no metrics": (without("metrics.csv"), "No metrics.csv: no epoch has ended yet."),
+    "no config": (without("config.yaml"), "No config.yaml: method, seed and settings are not known."),
+    "no checkpoint": (no_checkpoint, "No checkpoint in checkpoints/."),
+    "a line that is being written": (cut, "The last line of metrics.csv is incomplete and left out."),
+    "epochs to come": (cut, "2 of 5 epochs: still running, or stopped early."),
+    "a header alone": (rewritten("metrics.csv", "epoch,step,val_loss\n"), "metrics.csv holds no epoch yet."),
+    "an empty file": (rewritten("metrics.csv", ""), "metrics.csv holds no epoch yet."),
+    "a config that is no YAML": (rewritten("config.yaml", "model: [\n"), "config.yaml cannot be read: "),
+    "a config that is a list": (rewritten("config.yaml", "- 1\n"), "config.yaml holds no settings."),
+    "half of the diagnostics": (rewritten("diagnostics.json", '{"num_cl'), "diagnostics.json cannot be read: JSONDecodeError"),
+    "counts that do not add up": (
+        recorded_otherwise(class_counts=[6, 6, 6, 7]),
+        "diagnostics.json cannot be read: ValueError: confusion: its rows are expected to sum to class_counts",
+    ),
+    "another number of classes": (recorded_otherwise(num_classes=2), "diagnostics.json cannot be read: ValueError: confusion"),
+    "angles without bins": (
+        recorded_otherwise(angles=[{"pair": ["a", "b"], "counts": [], "mean": 1, "undirected": 0}]),
+        "diagnostics.json cannot be read: ValueError: angles: expected some bins, got 0",
+    ),
+    "unknown weights": (recorded_otherwise(weights={}), "diagnostics.json cannot be read: KeyError: 'from'"),
+    "other diagnostics": (rewritten("diagnostics.json", "[]"), "diagnostics.json cannot be read: TypeError"),
+}
+
+
+@pytest.mark.parametrize(("harm", "word"), WANTING.values(), ids=WANTING.keys())
+def test_a_report_says_what_is_missing_alone_and_beside_another_run(tmp_path, harm, word):
+    run = write_run(tmp_path / "version_0")
+    harm(run)
+    assert any(missing.startswith(word) for missing in read_runs([run])[0].missing)
+    for runs in ([run], [run, write_run(tmp_path / "version_1")]):
+        assert word in Tags(report(tmp_path, *runs)).text
+
+
+def test_a_whole_run_misses_nothing(tmp_path):
+    run = write_run(tmp_path / "version_0")
+    assert read_runs([run])[0].missing == []
+    assert 'class="missing"' not in report(tmp_path, run)
+
+
+def test_a_run_that_has_only_begun_gives_a_report(tmp_path):
+    run = tmp_path / "version_0"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed_everything: 3\nmodel: {method: iprm}\n")
+    page = report(tmp_path, run)
+    assert figures(page) == {"method": "iprm", "seed": "3", "best epoch": "–", "val accuracy": "–", "epochs": "0", "data": "–"}
+    assert "No epoch yet." in page
+    assert "Nothing recorded." in page
+
+
+def test_one_epoch_is_drawn_as_dots(tmp_path):
+    content = card(report(tmp_path, write_run(tmp_path / "version_0", epochs=1)), "Accuracy")
+    assert len(re.findall("<circle", content)) == 8, "four heads, in validation and in training"
+    assert len(hovers(content)) == 1
+
+
+def test_three_modalities_without_diagnostics_have_pairs_by_number(tmp_path):
+    run = write_run(tmp_path / "version_0", modalities=("video", "audio", "text"))
+    (run / "diagnostics.json").unlink()
+    assert [pair.name for pair in read_runs([run])[0].pairs] == [f"pair {n} first × pair {n} second" for n in range(3)], (
+        "metrics.csv orders its columns by name, so the order of the modalities is lost"
+    )
+
+
+def test_an_epoch_that_is_not_validated_yet_is_drawn_of_training_alone(tmp_path):
+    run = write_run(tmp_path / "version_0")
+    write_metrics(run / "metrics.csv", [{"epoch": 0, "train_loss": 1.5}])
+    assert hovers(card(report(tmp_path, run), "Loss")) == ["epoch 0\nloss: training 1.500"]
+
+
+def test_a_run_that_iprm_fit_did_not_start_is_known_by_what_a_logger_writes(tmp_path):
+    run = write_run(tmp_path / "version_0")
+    (run / "config.yaml").unlink()
+    (run / "hparams.yaml").write_text("method: iprm-linear\nlearning_rate: 0.5\n")
+    (read,) = read_runs([run])
+    assert (read.method, read.settings["model.learning_rate"]) == ("iprm-linear", 0.5)
+    assert read.missing == ["No config.yaml: of the settings only the model's are known."]
+
+
+def test_of_a_continued_run_the_epochs_before_it_count(tmp_path):
+    run = write_run(tmp_path / "version_0", epochs=5)
+    write_metrics(run / "metrics.csv", course(("video", "audio"), 5, mixes=True)[6:])
+    assert figures(report(tmp_path, run))["epochs"] == "5"
+    assert read_runs([run])[0].missing == []
+
+
+def test_a_value_that_is_not_finite_is_left_out_and_a_later_row_of_an_epoch_is_the_one_that_counts(tmp_path):
+    run = write_run(tmp_path / "version_0")
+    write_metrics(
+        run / "metrics.csv",
+        [{"epoch": 0, "val_loss": 1.0}, {"epoch": 1, "val_loss": float("nan")}, {"epoch": 0, "val_loss": 2.0}],
+    )
+    assert read_runs([run])[0].courses == {"val_loss": {0: 2.0}}

@@ -1,0 +1,123 @@
+"""Training steps as CUDA graphs: what they compute is what the module computes, and where they cannot be is said once."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from iprm.fusion.probe_rebalance import ProbeRebalance
+from iprm.training.cuda_graphs import GraphedStep
+from torch import nn
+
+
+class Step(nn.Module):
+    """Encoders with running statistics, and IPRM."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoders = nn.ModuleDict({m: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)) for m in ("sound", "text")})
+        self.fusion = ProbeRebalance(8, 3, ("sound", "text"), **options)
+
+    def forward(self, inputs, target):
+        features = {m: encoder(inputs[m]) for m, encoder in self.encoders.items()}
+        return features, self.fusion(features, target)
+
+
+def batch(seed=0, rows=12, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {m: torch.randn(rows, 5, generator=generator).to(device) for m in ("sound", "text")}
+    return inputs, torch.randint(3, (rows,), generator=generator).to(device)
+
+
+def train(step, module, device="cpu", sizes=(12, 12, 12, 7, 12)):
+    """Losses, and the module's state after a few steps, the fourth of which is smaller."""
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    losses = []
+    for seed, rows in enumerate(sizes):
+        optimiser.zero_grad()
+        features, out = step(*batch(seed, rows, device))
+        out.loss.backward()
+        optimiser.step()
+        losses.append(out.loss.item())
+        assert features["text"].shape == (rows, 8)
+        assert out.logits_by["mix"].shape == (rows, 3)
+    return losses, module.state_dict()
+
+
+@pytest.mark.gpu
+def test_a_graph_trains_as_the_module_does():
+    module = Step().cuda()
+    alone = copy.deepcopy(module)
+    losses, state = train(GraphedStep(module), module, "cuda")
+    expected, plain = train(alone, alone, "cuda")
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(state, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def captured_here(monkeypatch):
+    """Capturing on the CPU: warms up as CUDA's does, running the module and what follows for real, and captures nothing."""
+
+    def warm_up(module, samples):
+        for _ in range(3):
+            sum(x.sum() for x in module(*samples) if x.requires_grad).backward()
+        module.zero_grad()
+
+    monkeypatch.setattr(GraphedStep, "_obstacle", lambda self, target: "")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", warm_up)
+
+
+def test_capturing_counts_as_no_step(captured_here, caplog):
+    module = Step()
+    alone = copy.deepcopy(module)
+    losses, state = train(GraphedStep(module), module)
+    expected, plain = train(alone, alone)
+    assert losses == expected
+    assert state["fusion.steps"] == 5
+    torch.testing.assert_close(state, plain, rtol=0, atol=0)
+    assert [record.message for record in caplog.records] == [
+        "cuda_graph: this batch has another shape than the one captured; such steps run without a graph"
+    ]
+
+
+def test_without_a_gpu_steps_run_as_they_are_and_that_is_said_once(caplog):
+    module = Step()
+    alone = copy.deepcopy(module)
+    with caplog.at_level(logging.WARNING):
+        assert train(GraphedStep(module), module)[0] == train(alone, alone)[0]
+    assert [record.message for record in caplog.records] == [
+        "cuda_graph: a graph needs a GPU, and the batch is on 'cpu'; such steps run without a graph"
+    ]
+
+
+class OnGpu:
+    """A target that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("patched", "options", "words"),
+    [
+        ("torch.is_autocast_enabled", {}, "mixed precision"),
+        ("iprm.training.cuda_graphs.world_size", {}, "several processes"),
+        (None, {"pairs": "random"}, "draws on the host"),
+    ],
+)
+def test_what_cannot_be_captured_is_named(monkeypatch, patched, options, words):
+    if patched:
+        monkeypatch.setattr(patched, lambda *_: 2)
+    assert words in GraphedStep(Step(**options))._obstacle(OnGpu())
+
+
+def test_accumulated_gradients_are_no_graphs():
+    step = GraphedStep(Step())
+    step.accumulates = True
+    assert "accumulated" in step._obstacle(OnGpu())
+
+
+def test_what_can_be_captured_has_no_obstacle():
+    assert GraphedStep(Step())._obstacle(OnGpu()) == ""

@@ -1,0 +1,130 @@
+"""`iprm fit` in several processes: by Lightning's launcher, under torchrun, and sharded. It finds what one process finds, and
+goes on where it was stopped."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import iprm, table
+from feature_files import arrays, save
+from run_contents import RUN, difference, left
+
+EPOCHS = 3
+IPRM = ("-m", "iprm")
+SCRIPT = (str(Path(sys.executable).parent / "iprm"),)  # unlike -m it does not put the current folder on sys.path
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *IPRM)
+SETTINGS = ("--data.path", "features.npz", "--trainer.max_epochs", str(EPOCHS), "--trainer.enable_progress_bar", "false")
+#: Without normalisation over the batch, of which each process sees its part.
+ALIKE = ("--data", "features", "--model.encoders", '{"audio": "linear", "text": "linear"}', "--model.learning_rate", "0.1")
+TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--data.batch_size", "8")
+NOISY = ("--data", "feature_files.NoisyFeatures", "--trainer.strategy", "ddp")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    save(tmp_path, arrays(121))  # 78 rows to train on: the last joint batch of 16 has 14
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str, by: tuple[str, ...] = IPRM) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *by, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, timeout=120, capture_output=True, text=True)
+
+
+def metrics(folder: Path, version: int = 0) -> list[dict[str, float]]:
+    with (folder / f"runs/fit/version_{version}/metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def check_alike(folder: Path) -> None:
+    """The second run in `folder` has logged what the first has."""
+    alone, found = metrics(folder, 0), metrics(folder, 1)
+    assert len(alone) == EPOCHS
+    for expected, row in zip(alone, found, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4), "in float32"
+
+
+@pytest.mark.parametrize(
+    ("by", "strategy"),
+    [
+        pytest.param(IPRM, ["ddp"], id="launched"),
+        pytest.param(TORCHRUN, ["ddp"], id="torchrun"),
+        pytest.param(IPRM, ["fsdp2"], id="sharded"),
+        pytest.param(IPRM, ["DDPStrategy", "--trainer.strategy.broadcast_buffers", "false"], id="buffers left where they are"),
+    ],
+)
+def test_two_processes_log_what_one_logs_with_a_batch_as_large(folder, by, strategy):
+    assert iprm(folder, "fit", *ALIKE, *SETTINGS, "--data.batch_size", "16").code == 0
+    done = run(folder, "fit", *ALIKE, *SETTINGS, *TWO, "--trainer.strategy", *strategy, by=by)
+    assert done.returncode == 0, done.stderr
+    check_alike(folder)
+
+
+def test_pairs_at_random_are_learned_by_two_processes_that_look_for_heads_without_gradient(tmp_path):
+    three = arrays(121)
+    save(tmp_path, {**three, "x_image": three["x_audio"] + three["x_text"][:, :4]})
+    linear = ("--model.encoders", '{"audio": "linear", "text": "linear", "image": "linear"}')
+    at_random = ("--data", "features", *linear, "--model.method_options", '{"pairs": "random"}', *SETTINGS)
+    assert iprm(tmp_path, "fit", *at_random, "--data.batch_size", "16").code == 0
+    done = run(tmp_path, "fit", *at_random, *TWO, "--trainer.strategy", "ddp_find_unused_parameters_true")
+    assert done.returncode == 0, done.stderr
+    check_alike(tmp_path)
+
+
+def test_sharded_batch_norm_is_validated_by_the_statistics_that_are_saved(folder):
+    """The first process's, as under DDP, whose rows of metrics are the same. An MLP is chosen by default, and has one."""
+    for strategy in ("ddp", "fsdp2"):
+        assert run(folder, "fit", "--data", "features", *SETTINGS, *TWO, "--trainer.strategy", strategy).returncode == 0
+    check_alike(folder)
+
+
+def test_a_modality_that_the_method_does_not_read_has_no_encoder_to_wait_for(folder):
+    done = run(folder, "fit", *ALIKE[:2], *SETTINGS, *TWO, "--trainer.strategy", "ddp", "--model.method", "unimodal-audio")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_dataset_of_the_users_own_is_found_in_the_current_folder_by_every_process(folder):
+    (folder / "my_data.py").write_text("from iprm.data.datasets.features import Features\n\n\nclass MyData(Features): ...\n")
+    done = run(folder, "fit", "--data", "my_data.MyData", *SETTINGS, *TWO, "--trainer.strategy", "ddp", by=SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(folder)) == EPOCHS
+
+
+def test_a_split_is_tested_by_two_processes_as_by_one_and_predicted_in_order(folder):
+    assert iprm(folder, "fit", *ALIKE, *SETTINGS, "--data.batch_size", "16").code == 0
+    (checkpoint,) = (folder / "runs/fit/version_0/checkpoints").iterdir()
+    of = ("--config", "runs/fit/version_0/config.yaml", "--ckpt_path", str(checkpoint))
+    alone = iprm(folder, "test", *of)
+    done = run(folder, "test", *of, *TWO, "--trainer.strategy", "ddp")
+    assert done.returncode == 0, done.stderr
+    expected = table(alone.out)
+    assert "test_accuracy" in expected
+    assert table(done.stdout) == pytest.approx(expected, rel=1e-6), "in float32"
+
+    for name, options in (("alone", ()), ("two", (*TWO, "--trainer.strategy", "ddp"))):
+        assert run(folder, "predict", *of, *options, "--output", f"{name}.csv").returncode == 0
+    with (folder / "alone.csv").open() as one, (folder / "two.csv").open() as other:
+        rows, targets = zip(*([row["row"], row["target"]] for row in csv.DictReader(one)), strict=True)
+        assert list(zip(rows, targets, strict=True)) == [(row["row"], row["target"]) for row in csv.DictReader(other)]
+
+
+def test_sigterm_to_one_process_stops_both_and_they_resume_to_the_same_bits(folder):
+    """Each has noise of its own on its batches."""
+    places = [folder / "alone", folder / "stopped"]
+    for place in places:
+        place.mkdir()
+        save(place, arrays(121))
+    assert run(places[0], "fit", *NOISY, *SETTINGS, *TWO).returncode == 0
+    told = ("--data.signal_step", "7", "--data.signal_number", str(int(signal.SIGTERM)))
+    stopped = run(places[1], "fit", *NOISY, *SETTINGS, *TWO, *told)
+    assert stopped.returncode == 143, stopped.stderr
+    assert f"stopped by SIGTERM; to go on: iprm resume {RUN}" in stopped.stderr
+    assert run(places[1], "resume", str(RUN), "--data.signal_step", "-1").returncode == 0
+    assert difference(left(places[1]), left(places[0])) == []

@@ -1,0 +1,140 @@
+"""What is measured over an epoch, against scikit-learn on the whole split and against sums done by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from iprm.fusion.output import FusionOutput
+from iprm.training.metrics import EpochMeans, EpochMetrics
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score
+
+C = 4
+
+
+def batches(classes: int = C, sizes=(9, 9, 5)):
+    """Outputs of two heads, and targets below `classes`, a batch each."""
+    generator = torch.Generator().manual_seed(0)
+    for size in sizes:
+        logits = torch.randn(size, C, generator=generator)
+        heads = {"x": logits + torch.randn(size, C, generator=generator), "mix": torch.randn(size, C, generator=generator)}
+        target = torch.arange(size) % classes
+        yield FusionOutput(torch.nn.functional.cross_entropy(logits, target), logits, heads), target
+
+
+def measured(data) -> dict[str, float]:
+    metrics = EpochMetrics(C)
+    for output, target in data:
+        metrics.update(output, target)
+    return {name: value.item() for name, value in metrics.compute().items()}
+
+
+def joined(data):
+    """The whole split: target (N,), and logits (N, C) by head, "" the prediction's."""
+    outputs, targets = zip(*data, strict=True)
+    logits = {"": torch.cat([out.logits for out in outputs])}
+    logits |= {name: torch.cat([out.logits_by[name] for out in outputs]) for name in outputs[0].logits_by}
+    return torch.cat(targets), logits
+
+
+def test_every_metric_of_a_split_is_scikit_learns():
+    target, logits = joined(batches())
+    expected = {
+        "loss": torch.nn.functional.cross_entropy(logits[""], target).item(),
+        "accuracy": accuracy_score(target, logits[""].argmax(1)),
+        "macro_f1": f1_score(target, logits[""].argmax(1), average="macro"),
+        "map": average_precision_score(np.eye(C)[target], logits[""].double().softmax(1), average="macro"),
+        "accuracy_x": accuracy_score(target, logits["x"].argmax(1)),
+        "accuracy_mix": accuracy_score(target, logits["mix"].argmax(1)),
+    }
+    assert measured(batches()) == pytest.approx(expected)
+
+
+def test_a_class_that_the_split_does_not_have_does_not_count_in_the_mean_over_classes():
+    target, logits = joined(batches(classes=C - 1))
+    probability = logits[""].double().softmax(1)
+    with pytest.warns(UserWarning, match="Average precision score for one or more classes was `nan`"):
+        values = measured(batches(classes=C - 1))
+    assert values["map"] == pytest.approx(average_precision_score(np.eye(C - 1)[target], probability[:, : C - 1]))
+    assert values["macro_f1"] == pytest.approx(f1_score(target, logits[""].argmax(1), average="macro"))
+
+
+def test_batches_count_by_their_rows():
+    (output, target), *_ = batches(sizes=(23,))
+    halves = [
+        (
+            FusionOutput(torch.nn.functional.cross_entropy(output.logits[rows], target[rows]), output.logits[rows], {}),
+            target[rows],
+        )
+        for rows in (slice(0, 20), slice(20, 23))
+    ]
+    assert measured(halves) == pytest.approx(measured([(output._replace(logits_by={}), target)]))
+
+
+def test_a_split_is_forgotten_by_the_next():
+    metrics = EpochMetrics(C)
+    first, second, _ = batches()
+    metrics.update(*first)
+    metrics.reset()
+    metrics.update(*second)
+    assert {name: value.item() for name, value in metrics.compute().items()} == measured([second])
+
+
+def test_an_output_without_a_loss_is_refused():
+    (output, target), *_ = batches()
+    with pytest.raises(TypeError, match="output: expected one with a loss"):
+        EpochMetrics(C).update(output._replace(loss=None), target)
+
+
+def step(loss: float, correct: int, rows: int, strength=None):
+    """An output whose prediction is right in the first `correct` of `rows`, and head `x` in none."""
+    target = torch.zeros(rows, dtype=torch.int64)
+    logits = torch.nn.functional.one_hot((torch.arange(rows) >= correct).long(), 2).float()
+    wrong = torch.nn.functional.one_hot(torch.ones(rows, dtype=torch.int64), 2).float()
+    return FusionOutput(torch.tensor(loss), logits, {"x": wrong}, strength), target
+
+
+def means_of(steps, weight=None) -> dict[str, float]:
+    means = EpochMeans()
+    for output, target in steps:
+        means.update(output, target)
+    return {name: value.item() for name, value in means.compute(("x", "y"), weight).items()}
+
+
+def test_training_means_are_over_rows():
+    values = means_of([step(loss=1.0, correct=3, rows=4), step(loss=4.0, correct=1, rows=2)])
+    assert values == pytest.approx({"train_loss": (4 * 1 + 2 * 4) / 6, "train_accuracy": 4 / 6, "train_accuracy_x": 0})
+
+
+def test_omega_is_averaged_over_steps_and_named_by_modality():
+    strengths = [torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.5])]
+    values = means_of([step(1.0, 1, 2, strength) for strength in strengths], weight=torch.tensor(0.4))
+    assert values["strength_x"] == pytest.approx(0.35)
+    assert values["strength_y"] == pytest.approx(0.65)
+    assert values["weight"] == pytest.approx(0.4)
+
+
+def test_lambda_and_omega_of_several_pairs_are_numbered():
+    strength = torch.tensor([[0.2, 0.8], [0.3, 0.7], [0.4, 0.6]])
+    values = means_of([step(1.0, 1, 2, strength)], weight=torch.tensor([0.1, 0.2, 0.3]))
+    expected = {"weight_0": 0.1, "weight_1": 0.2, "weight_2": 0.3, "strength_0_first": 0.2, "strength_0_second": 0.8}
+    expected |= {"strength_1_first": 0.3, "strength_1_second": 0.7, "strength_2_first": 0.4, "strength_2_second": 0.6}
+    assert {name: value for name, value in values.items() if not name.startswith("train")} == pytest.approx(expected)
+
+
+def test_an_epoch_without_steps_has_no_means():
+    means = EpochMeans()
+    means.update(*step(1.0, 1, 2))
+    means.reset()
+    assert means.compute(("x", "y")) == {}
+
+
+def test_means_survive_outputs_that_are_written_over():
+    """As those of a CUDA graph are, by its next replay."""
+    output, target = step(2.0, 1, 2, torch.tensor([0.25, 0.75]))
+    means = EpochMeans()
+    means.update(output, target)
+    output.loss.fill_(7.0)
+    output.strength.fill_(7.0)
+    values = means.compute(("x", "y"), torch.tensor(0.5))
+    assert (values["train_loss"].item(), values["strength_x"].item()) == (2.0, 0.25)

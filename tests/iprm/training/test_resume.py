@@ -1,0 +1,284 @@
+"""A run that is killed goes on to the very bits of one that never was."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from command import iprm
+from feature_files import arrays, save
+from forked import run_forked
+from iprm.errors import InputError
+from iprm.training.callbacks.run_state import RunState
+from iprm.training.checkpoint import AtomicCheckpointIO, read_checkpoint, state_to_resume
+from run_contents import RUN, difference, left
+
+EPOCHS, STEPS = 5, 15  # 39 rows in batches of 13
+KILLED_AT = sorted(random.Random(4).sample(range(STEPS), 10))
+TERMINATED_AT = (0, 4, 5, 6, 13)  # the fifth is an epoch's last
+INTERRUPTED_AT = (4, 5)
+AUGMENTED_KILLED_AT = (4, 7)
+BY_STEPS = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "14", "--trainer.val_check_interval", "2")
+KILLED_AT_BY_STEPS = (2, 7, 9)
+RARELY = ("--state.every_n_steps", "0")
+ACCUMULATING = (
+    "--trainer.accumulate_grad_batches",
+    "2",
+    "--trainer.max_epochs",
+    "10",
+)  # two steps an epoch: of 2 batches and 1
+
+PATHS = os.pathsep.join(filter(None, sys.path))
+
+
+def fit(
+    folder: Path, *more: str, data: str = "NoisyFeatures", signal_step: int = -1, number: int = signal.SIGKILL
+) -> tuple[Path, list[str]]:
+    """The command that trains in a folder, and sends itself a signal before a step."""
+    folder.mkdir()
+    save(folder, arrays())
+    of = ("--data", f"feature_files.{data}", "--data.path", "features.npz")
+    told = ("--data.signal_step", str(signal_step), "--data.signal_number", str(int(number)))
+    settings = ("--trainer.max_epochs", str(EPOCHS), "--trainer.enable_progress_bar", "false", "--state.every_n_steps", "2")
+    return folder, ["fit", *of, *told, *settings, *more]
+
+
+def resume(folder: Path, *more: str) -> tuple[Path, list[str]]:
+    return folder, ["resume", str(RUN), "--data.signal_step", "-1", *more]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """Runs left alone, and runs that were ended in many ways and resumed."""
+    place = tmp_path_factory.mktemp("resume")
+    commands, expected = [fit(place / "alone"), fit(place / "accumulating", *ACCUMULATING)], [0, 0]
+
+    def ended(name: str, *options: str, number: int, step: int, code: int, data: str = "NoisyFeatures") -> None:
+        commands.extend([fit(place / name, *options, data=data, signal_step=step, number=number), resume(place / name)])
+        expected.extend([code, 0])
+
+    commands.append(fit(place / "by steps", *BY_STEPS))
+    expected.append(0)
+    for step in KILLED_AT_BY_STEPS:
+        ended(f"by steps{step}", *BY_STEPS, number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
+    for step in KILLED_AT:
+        ended(f"killed{step}", number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
+    for step in TERMINATED_AT:
+        ended(f"terminated{step}", *RARELY, number=signal.SIGTERM, step=step, code=143)
+    for step in INTERRUPTED_AT:
+        ended(f"interrupted{step}", number=signal.SIGINT, step=step, code=130)
+        ended(f"accumulating{step}", *ACCUMULATING, number=signal.SIGTERM, step=step, code=143)
+    commands.append(fit(place / "augmented", data="AugmentedFeatures"))
+    expected.append(0)
+    for step in AUGMENTED_KILLED_AT:
+        name = f"augmented{step}"
+        ended(name, data="AugmentedFeatures", number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
+    assert run_forked(place, commands) == expected
+    return place
+
+
+@pytest.mark.parametrize("step", KILLED_AT)
+def test_a_killed_run_resumes_to_the_same_bits(ran, step):
+    expected = left(ran / "alone")
+    assert len(expected) > 100
+    assert any(name.startswith("best-") for name in expected)
+    assert difference(left(ran / f"killed{step}"), expected) == []
+
+
+@pytest.mark.parametrize("step", AUGMENTED_KILLED_AT)
+def test_a_killed_run_of_convolutions_whose_data_two_workers_augment_resumes_to_the_same_bits(ran, step):
+    expected = left(ran / "augmented")
+    assert any(name.endswith("encoders.image.1.running_var") for name in expected)
+    assert difference(left(ran / f"augmented{step}"), expected) == []
+
+
+@pytest.mark.parametrize("step", KILLED_AT_BY_STEPS)
+def test_a_killed_run_that_is_bounded_by_steps_and_validates_within_epochs_resumes_to_the_same_bits(ran, step):
+    assert difference(left(ran / f"by steps{step}"), left(ran / "by steps")) == []
+
+
+@pytest.mark.parametrize("step", TERMINATED_AT)
+def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_to_the_same_bits(ran, step):
+    """In the middle of an epoch and in its last step, with no other save but at the beginning of epochs."""
+    log = (ran / f"terminated{step}" / "log.txt").read_text()
+    assert f"stopped by SIGTERM; to go on: iprm resume {RUN}" in log
+    assert "Traceback" not in log
+    found, expected = left(ran / f"terminated{step}"), left(ran / "alone")
+    last = f"step={STEPS - 3:08d}.ckpt"  # of the last epoch's beginning: what else is saved is saved by another rule
+    assert (
+        difference(*({n: v for n, v in of.items() if n.startswith(("metrics", "best-", last))} for of in (found, expected)))
+        == []
+    )
+
+
+@pytest.mark.parametrize("step", INTERRUPTED_AT)
+def test_an_interrupted_run_resumes_to_the_same_bits(ran, step):
+    assert difference(left(ran / f"interrupted{step}"), left(ran / "alone")) == []
+
+
+@pytest.mark.parametrize("step", INTERRUPTED_AT)
+def test_gradients_that_were_being_accumulated_are_computed_anew(ran, step):
+    assert difference(left(ran / f"accumulating{step}"), left(ran / "accumulating")) == []
+
+
+def test_a_finished_run_can_be_made_longer(ran, tmp_path):
+    longer, folder = tmp_path / "longer", tmp_path / "short"
+    two, four = ("--trainer.max_epochs", "2"), ("--trainer.max_epochs", "4")
+    decay = ("--model.decay", "1")  # else the schedule of a run knows how long it was to be
+    commands = [fit(longer, *four, *decay), fit(folder, *two, *decay), resume(folder, *four)]
+    assert run_forked(tmp_path, commands) == [0, 0, 0]
+    assert left(folder)["metrics"] == left(longer)["metrics"]
+
+
+# what cannot be resumed
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("seed", "5", "its seed was 0, this run's is 5"), ("batch_size", "16", "its rows a step was 13, this run's is 16")],
+)
+def test_other_data_are_refused(run, tmp_path, option, value, message):
+    save(tmp_path, arrays())
+    with pytest.raises(InputError, match=message):
+        resumed(run, tmp_path, f"--data.{option}", value)
+
+
+def test_other_values_of_as_many_rows_with_the_same_labels_are_refused(run, tmp_path):
+    save(tmp_path, arrays() | {"x_text": arrays()["x_text"] + 1})
+    with pytest.raises(InputError, match="the state is of other data: its train split was"):
+        resumed(run, tmp_path)
+
+
+def resumed(run: Path, folder: Path, *more: str) -> None:
+    code, _, err = iprm(folder, "resume", str(run), "--data.path", str(folder / "features.npz"), *more)
+    if code == 2:
+        raise InputError(err)
+
+
+def states(run: Path) -> list[Path]:
+    return sorted((run / "states").glob("*.ckpt"))
+
+
+@pytest.fixture
+def run(ran, tmp_path) -> Path:
+    """A copy of a run, elsewhere."""
+    return Path(shutil.copytree(ran / "alone" / RUN, tmp_path / "moved"))
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.999])
+def test_a_truncated_state_is_refused_and_the_one_before_is_offered(run, tmp_path, part):
+    last = states(run)[-1]
+    last.write_bytes(last.read_bytes()[: int(part * last.stat().st_size)])
+    code, _, err = iprm(tmp_path, "resume", str(run))
+    assert code == 2
+    assert err == (
+        f"iprm: {last}: not a checkpoint of iprm fit, or a part of one; to go on from the state before it: "
+        f"iprm resume {run} --previous\n"
+    )
+
+
+def test_the_state_before_the_last_is_used_on_request(run, tmp_path):
+    before, last = states(run)
+    last.write_bytes(b"")
+    assert state_to_resume(run, previous=True) == before
+    assert run_forked(tmp_path, [(tmp_path, ["resume", str(run), "--previous", "--data.path", save(tmp_path, arrays())])]) == [
+        0
+    ]
+    assert states(run)[-1] == last
+    assert read_checkpoint(last)["global_step"] == STEPS - 1, "written anew"
+
+
+@pytest.mark.parametrize(("content", "word"), [({"weights": torch.zeros(2)}, "foreign"), ([1, 2], "a list")])
+def test_a_foreign_file_is_refused(run, tmp_path, content, word):
+    torch.save(content, states(run)[-1])
+    code, _, err = iprm(tmp_path, "resume", str(run))
+    assert (code, "not a checkpoint of iprm fit" in err) == (2, True), word
+
+
+def test_a_checkpoint_that_holds_code_is_refused_and_the_code_not_run(run, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "trapped",))
+
+    torch.save({"hyper_parameters": {}, "state_dict": {}, "trap": Trap()}, states(run)[-1])
+    code, _, err = iprm(tmp_path, "resume", str(run))
+    assert (code, "not a checkpoint of iprm fit" in err) == (2, True)
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "message"),
+    [
+        ("", (), "there is no such run; expected the folder of one, such as runs/digits/fit/version_0"),
+        ("config.yaml", (), "no state was saved to go on from"),
+        ("config.yaml", ("--previous",), "no state was saved to go on from"),
+    ],
+)
+def test_a_folder_without_a_run_or_a_state_is_refused(tmp_path, made, options, message):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if made:
+        (folder / made).touch()
+    assert iprm(tmp_path, "resume", str(folder), *options) == (2, "", f"iprm: {folder}: {message}\n")
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.ckpt"
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"a": 1}, path)
+
+    def full(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.save_checkpoint({"a": 2}, path)
+    assert torch.load(path, weights_only=True) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+HOURS_AGO = time.time() - 7200
+
+
+def test_a_save_removes_what_a_killed_one_has_left(tmp_path):
+    killed = "import os, sys; from iprm.training.checkpoint import AtomicCheckpointIO; "
+    killed += "os.fsync = lambda _: os.kill(os.getpid(), 9); "
+    killed += "AtomicCheckpointIO().save_checkpoint({'a': 1}, sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", killed, str(tmp_path / "a.ckpt")], env=os.environ | {"PYTHONPATH": PATHS})
+    (part,) = tmp_path.iterdir()
+    assert (done.returncode, part.suffix) == (-signal.SIGKILL, ".part")
+    os.utime(part, (HOURS_AGO, HOURS_AGO))
+    AtomicCheckpointIO().save_checkpoint({"a": 2}, tmp_path / "b.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.ckpt"]
+
+
+def test_a_save_leaves_alone_what_another_process_is_writing(tmp_path, monkeypatch):
+    """Even if it has waited for its disk for five minutes."""
+    fsync, before = os.fsync, time.time() - 300
+
+    def another_saves_meanwhile(file):
+        monkeypatch.setattr("os.fsync", fsync)
+        os.utime(file, (before, before))
+        AtomicCheckpointIO().save_checkpoint({"a": 2}, tmp_path / "b.ckpt")
+
+    monkeypatch.setattr("os.fsync", another_saves_meanwhile)
+    AtomicCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "a.ckpt")
+    found = {path.name: torch.load(path, weights_only=True) for path in tmp_path.iterdir()}
+    assert found == {"a.ckpt": {"a": 1}, "b.ckpt": {"a": 2}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"every_n_steps": -1}, "every_n_steps: expected a number from 0 up, got -1"), ({"keep": 1}, "keep: expected at least 2")],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        RunState(**options)
