@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from iprm.html import charts, tables
-
+from . import charts, tables
 from .charts import Series
 from .runs import Run
 

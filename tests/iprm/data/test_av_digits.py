@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from iprm.data import make_data, recordings
+from iprm.data import make_data
+from iprm.data.datasets import recordings
 from iprm.data.datasets.spectrogram import LogMel
 from iprm.errors import InputError
 
