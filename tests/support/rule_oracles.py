@@ -63,9 +63,9 @@ class OGM:
         OGM:     g ← k_m g
         OGM-GE:  g ← k_m g + (std(g) + 1e-8) n,    n = noise(m, index, shape, step)
 
-    The standard deviation "before scaling" is read as that of the raw g, not of k_m g; the noise is added to the scaled gradient
-    and is itself not scaled by k_m. All encoders get noise, those with k_m = 1 as well. std is unbiased (N - 1); for a tensor of
-    one element, where N - 1 = 0 and the method is not defined, std is 0 here (torch.std would give NaN).
+    The standard deviation "before scaling" is read as that of the raw g, not of k_m g; the noise is added to the scaled
+    gradient and is itself not scaled by k_m. All encoders get noise, those with k_m = 1 as well. std is unbiased (N - 1); for a
+    tensor of one element, where N - 1 = 0 and the method is not defined, std is 0 here (torch.std would give NaN).
 
     modulate="conv": the tensors of the encoder with exactly 4 dimensions; "all": all parameters of the encoder. Heads are never
     modulated. `index` counts the modulated tensors of the modality from 0, `step` the optimiser steps of the run from 0; the
