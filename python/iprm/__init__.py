@@ -10,9 +10,14 @@ if TYPE_CHECKING:
     from iprm.fusion.probe_rebalance import ProbeRebalance
     from iprm_kernels import __version__
 
-__all__ = ["FusionOutput", "ProbeRebalance", "__version__"]
+__all__ = ["Balancer", "FusionOutput", "ProbeRebalance", "__version__"]
 
-PLACES = {"FusionOutput": ".fusion.output", "ProbeRebalance": ".fusion.probe_rebalance", "__version__": "iprm_kernels"}
+PLACES = {
+    "Balancer": ".methods.balancer",
+    "FusionOutput": ".fusion.output",
+    "ProbeRebalance": ".fusion.probe_rebalance",
+    "__version__": "iprm_kernels",
+}
 
 
 def __getattr__(name: str) -> Any:

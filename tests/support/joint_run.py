@@ -31,7 +31,7 @@ class Model(nn.Module):
     def __init__(self, method: str, modalities: tuple[str, ...], options: dict[str, Any]) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(7, WIDTH), nn.Tanh()) for name in modalities})
-        self.fusion = build(method, WIDTH, CLASSES, modalities, **options)
+        self.fusion = build(method, WIDTH, CLASSES, modalities, **options).fusion
 
     def forward(self, inputs: dict[str, Tensor], target: Tensor) -> Any:
         return self.fusion({name: encoder(inputs[name]) for name, encoder in self.encoders.items()}, target)

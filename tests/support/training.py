@@ -9,12 +9,20 @@ import lightning as L
 from iprm.data.module import MultimodalData
 from iprm.training.classifier import FusionClassifier
 from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.optim import OPTIMIZER
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 def classifier(data: MultimodalData, method: str = "iprm", **options: Any) -> FusionClassifier:
     L.seed_everything(0, verbose=False)
+    if (rate := options.pop("lr", None)) is not None:
+        options["optimizer"] = sgd(lr=rate)
     return FusionClassifier(data.shapes, data.num_classes, method, **{"feature_dim": 8, **options})
+
+
+def sgd(**arguments: Any) -> dict[str, Any]:
+    """Settings of SGD: the default ones, changed."""
+    return {"class_path": "torch.optim.SGD", "init_args": OPTIMIZER["init_args"] | arguments}
 
 
 def trainer(folder: Path, epochs: int = 3, **options: Any) -> L.Trainer:

@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from iprm.configs import find_config
 from iprm.data import dataset_class
@@ -25,10 +28,11 @@ from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.callbacks.diagnostics import Diagnostics
 from iprm.training.callbacks.progress import RunProgress
 from iprm.training.callbacks.run_state import RunState
-from iprm.training.checkpoint import STATE, AtomicCheckpointIO, read_checkpoint
+from iprm.training.checkpoint import AtomicCheckpointIO, logged_steps, read_checkpoint
 from iprm.training.classifier import FusionClassifier
 from iprm.training.finite import NonFiniteError
 from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.optim import LR_SCHEDULER, OPTIMIZER
 
 from .fit_parser import Parser, explain
 
@@ -64,6 +68,12 @@ class FusionCLI(LightningCLI):
         for name in ("shapes", "num_classes"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.add_class_arguments(RunState, "state")
+        options: dict[str, Any] = {"instantiate": False, "fail_untyped": False}
+        parser.add_subclass_arguments((Optimizer,), "optimizer", skip={"params"}, **options)
+        parser.add_subclass_arguments((LRScheduler,), "lr_scheduler", skip={"optimizer"}, **options)
+        for name in ("optimizer", "lr_scheduler"):
+            parser.link_arguments(name, f"model.{name}", compute_fn=_plain)
+        parser.set_defaults({"optimizer": OPTIMIZER, "lr_scheduler": LR_SCHEDULER})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -88,7 +98,7 @@ class FusionCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if self.subcommand == "fit":
-            self.model.check_batch_size(self.datamodule.batch_size)
+            self.model.check_training(self.datamodule.batch_size)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer, fits = self._get(self.config_init, "trainer"), self.subcommand == "fit"
@@ -123,8 +133,8 @@ class FusionCLI(LightningCLI):
             log = RunLog(folder.parents[1], folder.parent.name, folder.name)
         if given not in (None, True):
             return [log, *(given if isinstance(given, list) else [given])]
-        state = STATE.fullmatch(Path(self._get(self.config, "ckpt_path") or "").name)
-        purged = int(state["step"]) if state and self.folder else None  # events from there on are written again
+        state = self._get(self.config, "ckpt_path")
+        purged = logged_steps(read_checkpoint(state, mmap=True)) if state and self.folder else None  # written again from there
         events = TensorBoardLogger(log.save_dir, log.name, log.version, default_hp_metric=False, purge_step=purged)
         return [log, events]
 
@@ -201,6 +211,11 @@ def _resolve(arguments: Sequence[str]) -> list[str]:
         else:
             resolved.append(argument)
     return resolved
+
+
+def _plain(settings: Namespace | None) -> dict[str, Any] | None:
+    """Class path and arguments as dicts of plain values, which a checkpoint can hold."""
+    return None if settings is None else settings.as_dict()
 
 
 def _config_path(name: str) -> str:

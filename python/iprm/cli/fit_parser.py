@@ -64,14 +64,18 @@ HELP = {
     "trainer.accumulate_grad_batches": "batches whose gradients are added before a step; ω is measured on each (default: 1)",
     "trainer.gradient_clip_val": "longest gradient of all parameters together (default: none)",
     "trainer.default_root_dir": "folder to write runs into (default: runs)",
-    "state.every_n_steps": "steps between saves of what iprm resume goes on from, beside those at the beginning of each epoch",
+    "state.every_n_batches": "batches between saves of the state for iprm resume, beside one at the beginning of each epoch",
+    "optimizer": "SGD, AdamW, ... of torch.optim, or a class path; its arguments: --optimizer.lr 1e-3",
+    "lr_scheduler": "a schedule of torch.optim.lr_scheduler, or a class path, stepped after every epoch; null for none",
     "data": f"{', '.join(DATASETS)}, or the import path of a MultimodalData class",
 }
 OF_TRAINING = (
     "seed_everything",
+    "optimizer",
+    "lr_scheduler",
     "trainer.max_epochs",
     "trainer.default_root_dir",
-    "state.every_n_steps",
+    "state.every_n_batches",
     *(f"trainer.{name}" for name in ("strategy", "num_nodes", "accumulate_grad_batches", "gradient_clip_val")),
 )
 TITLES = {"trainer": "the run", "model": "the model", "data": "the data", "state": "what is saved"}
@@ -100,9 +104,10 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         raise InputError(_explained(message, _settings(self)))
 
-    def add_subclass_arguments(self, *args: Any, **options: Any) -> Any:
-        # without a default the data are required; with jsonargparse's own, None, every error would be told of two types
-        return super().add_subclass_arguments(*args, **({"default": inspect.Parameter.empty} | options))
+    def add_subclass_arguments(self, baseclass: Any, nested_key: str, *args: Any, **options: Any) -> Any:
+        # without a default the data are required; with jsonargparse's own, None, every error would name two types
+        default = {"default": inspect.Parameter.empty} if nested_key == "data" else {}
+        return super().add_subclass_arguments(baseclass, nested_key, *args, **(default | options))
 
 
 def explain(parser: LightningArgumentParser, command: str) -> None:

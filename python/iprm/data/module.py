@@ -94,6 +94,14 @@ class MultimodalData(L.LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Batch]:
         return self._loader("test")
 
+    def rule_dataloader(self, epoch: int) -> DataLoader[Batch]:
+        """The training split in an order of its own, for what a method computes between epochs; it leaves no trace in the
+        generators of random numbers or in the loop's own loader."""
+        split = self.splits["train"]
+        loader = Loader(split, rows=len(split), batch_size=self.batch_size, shuffle=True, seed=self.seed + 2**31)
+        loader.sampler.set_epoch(epoch)
+        return loader
+
     def predict_dataloader(self) -> DataLoader[Batch]:
         # Lightning makes it anew, to keep count of rows
         return self._plain_loader(self.predict_split, self._workers(self.splits[self.predict_split]))

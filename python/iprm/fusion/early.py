@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .module import FusionModule, cross_entropy, sum_logits
+from .module import FusionModule, cross_entropy, sum_logits, sum_losses
 from .output import FusionOutput
 
 
@@ -29,7 +30,52 @@ class Concat(FusionModule):
         bias = self.head.bias / len(features)
         logits_by = {name: F.linear(x, w, bias) for (name, x), w in zip(features.items(), columns, strict=True)}
         logits = sum_logits(logits_by)
-        return FusionOutput(None if target is None else cross_entropy(logits, target, self._share(target)), logits, logits_by)
+        if target is None:
+            return FusionOutput(None, logits, logits_by)
+        loss = cross_entropy(logits, target, self._share(target))
+        return FusionOutput(loss, logits, logits_by, losses_by={"fused": loss})
+
+
+class DGL(Concat):
+    r"""Decoupled gradients: encoders learn from their own losses alone, the fused head from features without gradient::
+
+        logits = W [x_1, ..., x_M] + b            with detached x_m
+        loss   = CE(logits) + alpha Σ_m CE(W_m x_m + b_m)
+
+    ``logits_by`` holds the unimodal logits and ``"fused"``, the prediction.
+
+    Args:
+        alpha: weight of the unimodal losses, above 0.
+
+    Source: the control named DGL (disentangled gradient learning) of the modality imbalance literature, 2025.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int | Mapping[str, int],
+        num_classes: int,
+        modalities: Sequence[str] = ("x", "y"),
+        *,
+        alpha: float = 1.0,
+    ) -> None:
+        super().__init__(feature_dim, num_classes, modalities)
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise TypeError(f"alpha: expected a number above 0, got {alpha!r}")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha: expected a number above 0, got {alpha}")
+        self.alpha = float(alpha)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, self.num_classes) for name, width in self.widths.items()})
+
+    def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+        features, target = self._checked(features, target)
+        logits = self.head(torch.cat([x.detach() for x in features.values()], dim=1))
+        logits_by = {name: self.heads[name](x) for name, x in features.items()} | {"fused": logits}
+        if target is None:
+            return FusionOutput(None, logits, logits_by)
+        share = self._share(target)
+        losses_by = {name: cross_entropy(own, target, share) for name, own in logits_by.items()}
+        own = sum_losses({name: losses_by[name] for name in features})
+        return FusionOutput(losses_by["fused"] + self.alpha * own, logits, logits_by, losses_by=losses_by)
 
 
 class Weight(FusionModule):
@@ -53,4 +99,7 @@ class Weight(FusionModule):
         weighted = x.log_softmax(dim=2).softmax(dim=0).to(x.dtype) * x
         logits = self.head(weighted.sum(0))
         logits_by = dict(zip(features, self.head(weighted).unbind(), strict=True))
-        return FusionOutput(None if target is None else cross_entropy(logits, target, self._share(target)), logits, logits_by)
+        if target is None:
+            return FusionOutput(None, logits, logits_by)
+        loss = cross_entropy(logits, target, self._share(target))
+        return FusionOutput(loss, logits, logits_by, losses_by={"fused": loss})

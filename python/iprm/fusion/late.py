@@ -1,13 +1,12 @@
-"""Late fusion: one linear head a modality, logits summed. Alone, together, and together with losses of their own."""
+"""Late fusion: one linear head per modality, logits summed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from .module import FusionModule, cross_entropy, sum_logits
+from .module import FusionModule, cross_entropy, sum_logits, sum_losses
 from .output import FusionOutput
 
 
@@ -17,7 +16,7 @@ class Sum(FusionModule):
     For features of equal width this is one linear map of them all, as in `Concat`, with a bias a modality.
     """
 
-    unimodal_losses = False
+    fused_loss, unimodal_losses = True, False
 
     def __init__(self, feature_dim: int | Mapping[str, int], num_classes: int, modalities: Sequence[str] = ("x", "y")) -> None:
         super().__init__(feature_dim, num_classes, modalities)
@@ -30,16 +29,28 @@ class Sum(FusionModule):
         if target is None:
             return FusionOutput(None, logits, logits_by)
         share = self._share(target)
-        loss = cross_entropy(logits, target, share)
+        losses_by = {}
+        if self.fused_loss:
+            losses_by["fused"] = cross_entropy(logits, target, share)
         if self.unimodal_losses:
-            loss = loss + torch.stack([cross_entropy(own, target, share) for own in logits_by.values()]).sum()
-        return FusionOutput(loss, logits, logits_by)
+            losses_by |= {name: cross_entropy(own, target, share) for name, own in logits_by.items()}
+        return FusionOutput(sum_losses(losses_by), logits, logits_by, losses_by=losses_by)
 
 
 class Joint(Sum):
     r"""`Sum` with ``loss = CE(Σ_m logits_m) + Σ_m CE(logits_m)``: `iprm.ProbeRebalance`'s losses without its mixing."""
 
     unimodal_losses = True
+
+
+class Ensemble(Sum):
+    r"""Unimodal classifiers trained apart, their logits summed: ``loss = Σ_m CE(logits_m)``.
+
+    No gradient of one modality depends on another, so that each encoder and head is, bit for bit, what `Unimodal` makes of it
+    from the same initial weights and batches. The epoch is selected for all of them together.
+    """
+
+    fused_loss, unimodal_losses = False, True
 
 
 class Unimodal(Sum):

@@ -60,6 +60,10 @@ class FusionModule(nn.Module, ABC):
                 where looking would synchronise, and in a compiled module such a label makes the loss NaN.
         """
 
+    def state_measures(self) -> dict[str, Tensor]:
+        """name -> (): state of the module that is logged at the end of an epoch, beside `FusionOutput.measures`."""
+        return {}
+
     def _project_to_smallest(self) -> int:
         """Makes a learned linear map for each modality wider than the narrowest, and returns the narrowest width."""
         smallest = min(self.widths.values())
@@ -142,6 +146,12 @@ def sum_logits(logits_by: Mapping[str, Tensor]) -> Tensor:
     for logits in others:
         first = first + logits
     return first
+
+
+def sum_losses(losses_by: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the losses of all heads.  () each -> ()"""
+    losses = list(losses_by.values())
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def _is_integer(value: object) -> bool:

@@ -8,10 +8,16 @@ from torch import Tensor
 
 
 class FusionOutput(NamedTuple):
-    """Result of a fusion module's ``forward``; B samples, C classes, P pairs of modalities."""
+    """Result of a fusion module's ``forward``; B samples, C classes, P pairs of modalities.
+
+    A head is a modality, "mix" where the method mixes, or "fused" where it has one more head for all modalities.
+    """
 
     loss: Tensor | None  #: () the training objective; None without a target
     logits: Tensor  #: (B, C) the prediction
-    logits_by: dict[str, Tensor]  #: (B, C) each: by modality, and "mix" where the method mixes
+    logits_by: dict[str, Tensor]  #: head -> (B, C)
     strength: Tensor | None = None  #: (2,) ω of the pair's modalities, (P, 2) for several pairs; None where none is measured
     weight: Tensor | None = None  #: () λ of the pair's first modality, (P,) for several pairs: the one this call mixed with
+    losses_by: dict[str, Tensor] = {}  #: head -> () its loss, for logs and rules; empty without a target  # noqa: RUF012
+    #: name -> (), detached: anything worth logging of this step, equal on all processes; the mean over an epoch is logged
+    measures: dict[str, Tensor] = {}  # noqa: RUF012

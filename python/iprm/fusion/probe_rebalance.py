@@ -68,7 +68,8 @@ class ProbeRebalance(FusionModule):
     least float32 in a module of a narrower type.
 
     Shapes: features (B, D_modality) each, target (B,) -> `FusionOutput`, whose ``weight`` is the λ this call mixed or probed
-    with and whose ``strength`` is the ω measured, in evaluation the one last measured.
+    with and whose ``strength`` is the ω measured, in evaluation the one last measured; ``losses_by`` has "mix" and each
+    modality, ``measures`` each ω: "strength_<modality>" for two modalities, "strength_<a>_<b>_<modality>" for a pair of more.
 
     Raises:
         TypeError, ValueError: arguments out of the ranges above.
@@ -106,6 +107,8 @@ class ProbeRebalance(FusionModule):
         self.ema_start = _choice("ema_start", ema_start, ("paper", "released"))
         self.pairs = tuple(itertools.combinations(self.modalities, 2))
         self.mix_head_names = tuple("shared" if shared_mix_head else f"{a}_{b}" for a, b in self.pairs)
+        prefixes = ["strength"] if len(self.pairs) == 1 else [f"strength_{a}_{b}" for a, b in self.pairs]
+        self._strength_names = [f"{prefix}_{m}" for prefix, pair in zip(prefixes, self.pairs, strict=True) for m in pair]
         if not shared_mix_head and len(set(self.mix_head_names)) < len(self.pairs):
             raise ValueError(f"modalities: names whose pairs are distinct when joined by '_', got {self.modalities}")
 
@@ -145,6 +148,7 @@ class ProbeRebalance(FusionModule):
             step = ik.linear_probe_rebalance(x, y, head_x, head_y, head_mix, target, weight, group=process_group())
             logits_by = dict(zip(self.modalities, (step.logits_x, step.logits_y), strict=True)) | {"mix": step.logits_mix}
             loss, strength = step.loss, step.strength
+            losses_by = dict(zip(("mix", *self.modalities), step.losses.unbind(), strict=True))
         else:
             places = [(self.modalities.index(a), self.modalities.index(b)) for a, b in (self.pairs[pair] for pair in drawn)]
             probing = weight[drawn[0] : drawn[-1] + 1]  # all pairs, or the one that was drawn
@@ -154,8 +158,9 @@ class ProbeRebalance(FusionModule):
             mixed = steps.mix_logits.mean(0) if len(drawn) > 1 else steps.mix_logits[0]
             logits_by = dict(zip(self.modalities, steps.logits, strict=True)) | {"mix": mixed}
             loss, strength = steps.loss, steps.strength
+            losses_by = dict(zip(self.modalities, steps.losses.unbind(), strict=True)) | {"mix": steps.mix_losses.mean()}
         self._advance(drawn, strength, len(target))
-        return FusionOutput(loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
+        return self._measured(FusionOutput(loss, sum_logits(logits_by), logits_by, None, weight, losses_by))
 
     def _step(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
         """The training step without labels, or one that is not the paper's."""
@@ -247,11 +252,23 @@ class ProbeRebalance(FusionModule):
         share: Tensor | None = None,
     ) -> FusionOutput:
         logits_by = {**unimodal, "mix": torch.stack(mixed).mean(0) if len(mixed) > 1 else mixed[0]}
-        loss = None
-        if target is not None:
-            mix_loss = torch.stack([cross_entropy(logits, target, share) for logits in mixed]).mean()
-            loss = mix_loss + torch.stack([cross_entropy(logits, target, share) for logits in unimodal.values()]).sum()
-        return FusionOutput(loss, sum_logits(logits_by), logits_by, self.strength.clone(), weight)
+        if target is None:
+            return self._measured(FusionOutput(None, sum_logits(logits_by), logits_by, None, weight))
+        losses_by = {name: cross_entropy(logits, target, share) for name, logits in unimodal.items()}
+        losses_by["mix"] = torch.stack([cross_entropy(logits, target, share) for logits in mixed]).mean()
+        loss = losses_by["mix"] + torch.stack([losses_by[name] for name in unimodal]).sum()
+        return self._measured(FusionOutput(loss, sum_logits(logits_by), logits_by, None, weight, losses_by))
+
+    def _measured(self, output: FusionOutput) -> FusionOutput:
+        """With the ω last measured, in one piece and by name."""
+        strength = self.strength.clone()
+        measures = dict(zip(self._strength_names, strength.flatten().unbind(), strict=True))
+        return output._replace(strength=strength, measures=measures)
+
+    def state_measures(self) -> dict[str, Tensor]:
+        """λ of each pair: "weight" for two modalities, "weight_<a>_<b>" for more."""
+        names = ["weight"] if len(self.pairs) == 1 else [f"weight_{a}_{b}" for a, b in self.pairs]
+        return dict(zip(names, self.weight.flatten().unbind(), strict=True))
 
     def _draw(self) -> list[int]:
         """The pairs of this step."""

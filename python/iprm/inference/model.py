@@ -27,7 +27,7 @@ class Inference(nn.Module):
         super().__init__()
         self.settings: dict[str, Any] = model.structure
         assert isinstance(model.fusion, FusionModule)
-        self.fusion = model.fusion
+        self.fusion, self.rule = model.fusion, model.rule
         self.encoders = nn.ModuleDict({modality: model.encoders[modality] for modality in self.fusion.modalities})
         self.shapes: dict[str, tuple[int, ...]] = {m: tuple(self.settings["shapes"][m]) for m in self.encoders}
         self.num_classes: int = self.settings["num_classes"]
@@ -35,9 +35,10 @@ class Inference(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         output = self.fusion({modality: encoder(inputs[modality]) for modality, encoder in self.encoders.items()})
+        logits = self.rule.predict(output)
         return {
-            "logits": output.logits,
-            "probabilities": output.logits.softmax(1),
+            "logits": logits,
+            "probabilities": logits.softmax(1),
             "logits_by": output.logits_by,
         }
 

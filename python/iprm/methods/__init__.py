@@ -1,4 +1,4 @@
-"""All fusion methods by name, with one interface: `build`."""
+"""Methods by name: a fusion module, a rule for training it, and their options."""
 
 from __future__ import annotations
 
@@ -7,30 +7,64 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from iprm.fusion.early import Concat, Weight
-from iprm.fusion.late import Joint, Sum, Unimodal
+from iprm.fusion.early import DGL, Concat, Weight
+from iprm.fusion.late import Ensemble, Joint, Sum, Unimodal
 from iprm.fusion.module import FusionModule, checked_modalities
 from iprm.fusion.probe_rebalance import ProbeRebalance
 
+from .mslr import MSLR
+from .ogm import OGM
+from .rule import Rule
 
-class Method(NamedTuple):
-    """A fusion module and the options that make it this method."""
+IPRM = "Yang, Wu, Jiang, IJCAI 2025"
 
-    module: type[FusionModule]
-    options: dict[str, Any]
+
+class Entry(NamedTuple):
+    """What a method's name stands for.
+
+    Attributes:
+        fusion: name -> fusion module; where there are several, the option ``fusion`` chooses, and the first is the default.
+        rule: how it is trained.
+        fixed: options that the name fixes.
+        paper: authors, place and year; empty for a plain baseline.
+    """
+
+    fusion: dict[str, type[FusionModule]]
+    rule: type[Rule] = Rule
+    fixed: Mapping[str, Any] = {}
+    paper: str = ""
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The options that a user may give, by name, with their defaults."""
+        owners = [*self.fusion.values(), self.rule]
+        parameters = [p for owner in owners for p in inspect.signature(owner).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        return {p.name: p for p in parameters if p.name not in self.fixed}
 
 
 METHODS = {
-    "iprm": Method(ProbeRebalance, {}),
-    "iprm-linear": Method(ProbeRebalance, {"mixup": "linear"}),
-    "iprm-one-pass": Method(ProbeRebalance, {"passes": 1}),
-    "iprm-no-ema": Method(ProbeRebalance, {"alpha": 0.0}),
-    "unimodal": Method(Unimodal, {}),
-    "concat": Method(Concat, {}),
-    "sum": Method(Sum, {}),
-    "weight": Method(Weight, {}),
-    "joint": Method(Joint, {}),
+    "iprm": Entry({"probe-rebalance": ProbeRebalance}, paper=IPRM),
+    "iprm-linear": Entry({"probe-rebalance": ProbeRebalance}, fixed={"mixup": "linear"}, paper=IPRM),
+    "iprm-one-pass": Entry({"probe-rebalance": ProbeRebalance}, fixed={"passes": 1}, paper=IPRM),
+    "iprm-no-ema": Entry({"probe-rebalance": ProbeRebalance}, fixed={"alpha": 0.0}, paper=IPRM),
+    "unimodal": Entry({"unimodal": Unimodal}),
+    "concat": Entry({"concat": Concat}),
+    "sum": Entry({"sum": Sum}),
+    "weight": Entry({"weight": Weight}, paper=IPRM),
+    "joint": Entry({"joint": Joint}),
+    "ensemble": Entry({"ensemble": Ensemble}),
+    "dgl": Entry({"dgl": DGL}),
+    "ogm": Entry({"concat": Concat, "sum": Sum}, OGM, {"noise": False}, "Peng et al., CVPR 2022"),
+    "ogm-ge": Entry({"concat": Concat, "sum": Sum}, OGM, {"noise": True}, "Peng et al., CVPR 2022"),
+    "mslr": Entry({"sum": Sum}, MSLR, paper="Yao and Mihalcea, Findings of ACL 2022"),
 }
+
+
+class Method(NamedTuple):
+    """A method made for widths and classes: a fusion module and the rule that trains it."""
+
+    fusion: FusionModule
+    rule: Rule
 
 
 def build(
@@ -39,47 +73,66 @@ def build(
     num_classes: int,
     modalities: Sequence[str] = ("x", "y"),
     **options: Any,
-) -> FusionModule:
-    """The fusion module of a method.
+) -> Method:
+    """The fusion module and the rule of a method.
 
     Args:
         name: a key of `METHODS`, or "unimodal-<modality>".
         feature_dim: width of all modalities' features, or a mapping modality -> width.
         num_classes: C.
-        modalities: the modalities of the data. The module's own ``modalities`` are those it reads.
-        options: keyword arguments of the method's module, less those that its name fixes.
+        modalities: the modalities of the data. The fusion module's own ``modalities`` are those that it reads.
+        options: keyword arguments of the fusion module and of the rule, except those that the name fixes; and ``fusion``, the
+            name of a fusion module, for methods that have several.
 
     Raises:
         ValueError: an unknown method, or an argument out of its range.
-        TypeError: an option that the method does not take or is missing.
+        TypeError: an option that the method does not take, or one that it needs.
     """
+    entry = _entry(name, checked_modalities(modalities, 1))
+    fusions = list(entry.fusion)
+    if len(fusions) > 1:
+        chosen = options.pop("fusion", fusions[0])
+        if chosen not in fusions:
+            raise ValueError(f"fusion: {_unknown(chosen, fusions)}")
+    else:
+        chosen = fusions[0]
+    module = entry.fusion[chosen]
+    known = entry.options
+    for option in options:
+        if option in entry.fixed:
+            raise TypeError(f"{option}: fixed at {entry.fixed[option]!r} by the method {name!r}, got {options[option]!r}")
+        if option not in known:
+            raise TypeError(f"option of {name!r}: {_unknown(option, known)}")
+    for parameter in known.values():
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise TypeError(f"{parameter.name}: {name!r} needs this option")
+    options = {**entry.fixed, **options}
+    fusion = module(feature_dim, num_classes, modalities, **_of(module, options))
+    return Method(fusion, entry.rule(fusion.modalities, **_of(entry.rule, options)))
+
+
+def _entry(name: str, modalities: Sequence[str]) -> Entry:
     if not isinstance(name, str):
         raise TypeError(f"method: expected a name, got {name!r}")
-    unimodal = {f"unimodal-{modality}": modality for modality in checked_modalities(modalities, 1)}
+    unimodal = {f"unimodal-{modality}": modality for modality in modalities}
     if name in unimodal:
-        method = Method(Unimodal, {"modality": unimodal[name]})
-    elif name in METHODS:
-        method = METHODS[name]
-    else:
+        return METHODS["unimodal"]._replace(fixed={"modality": unimodal[name]})
+    if name not in METHODS:
         raise ValueError(f"method: {_unknown(name, [*METHODS, *unimodal])}")
-    parameters = inspect.signature(method.module).parameters.values()
-    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in method.options]
-    for option in options:
-        if option in method.options:
-            raise TypeError(f"{option}: fixed at {method.options[option]!r} by the method {name!r}, got {options[option]!r}")
-        if option not in [p.name for p in keywords]:
-            raise TypeError(f"option of {name!r}: {_unknown(option, [p.name for p in keywords])}")
-    for keyword in keywords:
-        if keyword.default is keyword.empty and keyword.name not in options:
-            raise TypeError(f"{keyword.name}: {name!r} needs this option")
-    return method.module(feature_dim, num_classes, modalities, **method.options, **options)
+    return METHODS[name]
 
 
-def _unknown(value: str, known: Iterable[str]) -> str:
+def _of(owner: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are arguments of `owner`."""
+    parameters = inspect.signature(owner).parameters
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+def _unknown(value: object, known: Iterable[str]) -> str:
     known = list(known)
-    close = difflib.get_close_matches(value, known, n=1)
+    close = difflib.get_close_matches(str(value), known, n=1)
     suggestion = f"; did you mean {close[0]!r}?" if close else ""
     return f"expected one of {', '.join(known) or 'none'}, got {value!r}{suggestion}"
 
 
-__all__ = ["METHODS", "Concat", "Joint", "Method", "Sum", "Unimodal", "Weight", "build"]
+__all__ = ["METHODS", "Entry", "Method", "Rule", "build"]

@@ -25,7 +25,6 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor, nn
 
 from iprm.training.classifier import FusionClassifier
-from iprm.training.cuda_graphs import GraphedStep
 
 from .result import Profile, Step, summary
 
@@ -103,8 +102,8 @@ class Instrument(Profiler):
         device = trainer.strategy.root_device
         self._device = None if device.type == "cpu" else device
         # a capture must not wait, and what a captured graph replays calls no module
-        self._whole = isinstance(model._step, GraphedStep) and device.type == "cuda"
-        model._step = self._counted(model._step)
+        self._whole = model.graphed is not None and device.type == "cuda"
+        model.driver.run = self._counted(model.driver.run)
         if self._whole:
             return
         for modality, encoder in model.encoders.items():
@@ -227,7 +226,7 @@ class Instrument(Profiler):
     # modules
 
     def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`FusionClassifier._step`, of a batch that is counted."""
+        """`Driver.run`, of a batch that is counted."""
 
         def step(inputs: Any, target: Tensor) -> Any:
             self._cut(METRICS)

@@ -18,7 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from iprm.errors import InputError
 
 STATES = "states"
-STATE = re.compile(r"step=(?P<step>\d+)\.ckpt")
+STATE = re.compile(r"batch=(?P<batch>\d+)\.ckpt")
 #: Of the weights that do not fit a model, how many are named.
 MOST_MISFITS = 4
 #: Seconds without a write after which a file that was being written is nobody's: a save that lives writes all the time.
@@ -94,6 +94,11 @@ def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = Fal
     return content
 
 
+def logged_steps(checkpoint: Mapping[str, Any]) -> int:
+    """The step that the next row of a resumed run's loggers has."""
+    return int(checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
+
+
 def misfit(here: Mapping[str, Any], there: Mapping[str, Any], strict: bool) -> str:
     """What of the state that a checkpoint has, `there`, does not fit a model's; empty where all of it does.
 
@@ -114,7 +119,7 @@ def misfit(here: Mapping[str, Any], there: Mapping[str, Any], strict: bool) -> s
 def saved_states(run: Path) -> list[Path]:
     """The states that a run can go on from, oldest first."""
     steps = {path: STATE.fullmatch(path.name) for path in (run / STATES).glob("*.ckpt")}
-    return sorted((path for path, match in steps.items() if match), key=lambda path: int(STATE.fullmatch(path.name)["step"]))  # type: ignore[index]
+    return sorted((path for path, match in steps.items() if match), key=lambda path: int(STATE.fullmatch(path.name)["batch"]))  # type: ignore[index]
 
 
 def state_to_resume(run: Path, previous: bool = False) -> Path:

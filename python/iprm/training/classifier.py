@@ -1,4 +1,4 @@
-"""Training: encoders, a fusion method and an optimiser as one Lightning module."""
+"""`FusionClassifier`: encoders, a method and an optimiser as one Lightning module."""
 
 from __future__ import annotations
 
@@ -9,33 +9,45 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from iprm.data.module import MultimodalData
 from iprm.data.split import Batch
 from iprm.distributed import gathered, rank, world_size
 from iprm.encoders.small import build_encoders
-from iprm.errors import InputError
+from iprm.errors import InputError, unknown
+from iprm.fusion.model import FusionModel
 from iprm.fusion.module import FusionModule
 from iprm.fusion.output import FusionOutput
-from iprm.methods import build
+from iprm.methods import Rule, build
+from iprm.methods.balancer import parameter_groups
+from iprm.methods.driver import Driver, loss_of
+from iprm.methods.rule import GRADIENTS, SEVERAL_UPDATES, VALIDATION, Update
 
 from .checkpoint import misfit
 from .cuda_graphs import GraphedStep
 from .finite import FiniteGuard, check_state
 from .metrics import EpochMeans, EpochMetrics
-from .train_step import TrainingStep, encode, prepare
+from .optim import LR_SCHEDULER, OPTIMIZER, Configured, check_number, is_step_at_fraction, make_optimizer, make_scheduler
+from .train_step import compile_modules
 
 
 class FusionClassifier(L.LightningModule):
-    """A classifier of several modalities: an encoder each, then a fusion method, learned by SGD with one step of decay.
+    """A classifier of several modalities: one encoder per modality, a fusion module, and the rule of a method that trains them.
 
-    Logged once an epoch: `train_loss`, `train_accuracy`, `train_accuracy_<head>`, and of IPRM `weight` (λ at its end) and
-    `strength_<modality>` (mean ω); of validation and test `<split>_loss`, `_accuracy`, `_macro_f1`, `_map` (mean average
-    precision over classes) and `_accuracy_<head>`. A head is a modality or "mix". No step waits for a GPU.
+    Logged once per epoch: `train_loss`, `train_loss_<head>`, `train_accuracy`, `train_accuracy_<head>`, and every measure of
+    the method by its own name (IPRM has `weight`, λ at the end of the epoch, and `strength_<modality>`, mean ω); for validation
+    and test `<split>_loss`, `_accuracy`, `_macro_f1`, `_map` (mean average precision over classes) and `_accuracy_<head>`. A
+    head is a modality, "mix" or "fused". No step waits for a GPU.
 
     A step whose input, features or loss is not finite ends the run with `NonFiniteError` (see `FiniteGuard`), and a
     checkpoint is written only of a model whose steps and parameters are finite.
@@ -43,29 +55,30 @@ class FusionClassifier(L.LightningModule):
     Args:
         shapes: modality -> shape of one input, (C, H, W) or (D,).
         num_classes: C.
-        method: "iprm"; its ablations "iprm-linear", "iprm-one-pass", "iprm-no-ema"; the baselines "concat", "sum", "weight",
-            "joint"; or "unimodal-<modality>".
-        method_options: further options of the method, such as {"alpha": 0.9}.
+        method: a key of `iprm.methods.METHODS`, or "unimodal-<modality>".
+        method_options: options of the method, such as {"alpha": 0.9}.
         encoders: modality -> "cnn", "mlp", "linear" or "identity"; those not named are chosen by shape.
         feature_dim: width of every encoder's features.
-        learning_rate: the step of SGD, before its decay.
-        momentum: of SGD, from 0 to 1.
-        weight_decay: of SGD.
-        decay_at: the part of the epochs, from 0 to 1, after which the learning rate is multiplied by `decay`, once. A run that
-            is bounded by steps alone has no such part.
-        decay: see `decay_at`.
+        optimizer: any of torch.optim, {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}; None for SGD with a
+            learning rate of 0.01, momentum 0.9 and weight decay 1e-4.
+        lr_scheduler: any of torch.optim.lr_scheduler, or `iprm.training.optim.StepAtFraction` (the default) or `WarmupCosine`,
+            in the same form, stepped after every epoch; None for a constant rate. A run bounded by steps alone has no fraction
+            of its epochs: there the default keeps the rate.
+        modality_options: modality -> {"lr_scale": factor of the learning rate of its encoder, "weight_decay": of its encoder,
+            "freeze": true, or the number of first epochs in which its encoder is not trained}, each optional.
         channels_last: images and convolutions in the channels-last memory format, which oneDNN and GPUs with tensor cores
             prefer; under FSDP2 the images alone.
         compile: a backend of torch.compile for encoders and fusion, such as "inductor"; none by default.
-        cuda_graph: whole training steps, but the optimiser's, as CUDA graphs; on a CPU, in mixed precision, in several
-            processes and for batches of another shape steps run as they are, and the log says so (see `GraphedStep`).
+        cuda_graph: whole training steps, except the optimiser's, as CUDA graphs; on a CPU, in mixed precision, in several
+            processes and for batches of another shape, steps run without a graph, and the log says so (see `GraphedStep`).
 
     Raises:
-        InputError: an unknown method, option or encoder (the message suggests the closest), or a number out of its range.
+        InputError: an unknown method, option or encoder (the message suggests the closest), or a value out of its range.
     """
 
     encoders: nn.ModuleDict
     fusion: FusionModule
+    rule: Rule
     val_metrics: EpochMetrics
     test_metrics: EpochMetrics
 
@@ -77,43 +90,81 @@ class FusionClassifier(L.LightningModule):
         method_options: dict[str, Any] | None = None,
         encoders: dict[str, str] | None = None,
         feature_dim: int = 64,
-        learning_rate: float = 0.01,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        decay_at: float = 0.7,
-        decay: float = 0.1,
+        optimizer: dict[str, Any] | str | None = None,
+        lr_scheduler: dict[str, Any] | str | None = LR_SCHEDULER,
+        modality_options: dict[str, dict[str, Any]] | None = None,
         channels_last: bool = False,
         compile: str | None = None,
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _check_number("learning_rate", learning_rate)
-        _check_number("momentum", momentum, highest=1)
-        _check_number("weight_decay", weight_decay)
-        _check_number("decay_at", decay_at, highest=1)
-        _check_number("decay", decay)
         self.structure = _structure(shapes, num_classes, method, method_options, encoders, feature_dim)
         every, widths = build_encoders(shapes, feature_dim, encoders or {})
         try:
-            self.fusion = build(method, widths, num_classes, tuple(shapes), **(method_options or {}))
+            built = build(method, widths, num_classes, tuple(shapes), **(method_options or {}))
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
-        # one that the method does not read would have no gradient, which DistributedDataParallel refuses
-        self.encoders = nn.ModuleDict({name: every[name] for name in self.fusion.modalities})
-        self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
-        self.decay_at, self.decay = decay_at, decay
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        prepare(self.encoders, self.fusion, self.memory_format, compile)
-        step = TrainingStep(self.encoders, self.fusion, self.memory_format)
-        self._step = GraphedStep(step) if cuda_graph else step.forward  # no submodule, which would name all parameters twice
+        self.fusion, self.rule = built
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        model = FusionModel(every, self.fusion, memory_format)
+        # of the modalities that the method reads alone: DistributedDataParallel refuses parameters without a gradient
+        self.encoders = model.encoders
+        compile_modules(model, compile)
+        self._model = (model,)  # in a tuple: as a submodule it would name every parameter a second time
+        self.graphed = GraphedStep(model) if cuda_graph else None
+        for modality in modality_options or {}:
+            if modality not in shapes:
+                raise InputError(unknown("modality in modality_options", modality, shapes))
+        self.modality_options, freeze = _modality_options(modality_options or {}, tuple(self.encoders))
+        self.driver = Driver(model, self.rule, self.graphed, freeze)
+        self.automatic_optimization = SEVERAL_UPDATES not in self.rule.needs
+        self.optimizer_settings, self.scheduler_settings = optimizer or OPTIMIZER, lr_scheduler
+        self._configured: Configured | None = None
         self.means = EpochMeans()
         self._restored_means: list[dict[str, Any]] = []  # of each process
-        self._optimiser: torch.optim.SGD | None = None
-        self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None
-        self.guard = FiniteGuard("training step")
+        self.guard = FiniteGuard("training batch")
         self.val_metrics, self.test_metrics = EpochMetrics(num_classes), EpochMetrics(num_classes)
         self.evaluation_guard = FiniteGuard("evaluation batch")
+
+    @property
+    def model(self) -> FusionModel:
+        """Encoders and fusion module."""
+        return self._model[0]
+
+    @property
+    def batches(self) -> int:
+        """Batches trained on so far: the clock of a run, whatever an optimiser's step is made of."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds none. Lightning calls this before it looks at any setting itself: what the rule cannot do is refused by name.
+
+        Raises:
+            InputError: a setting of the trainer that this method cannot be trained with.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_trainer(self.trainer)
+        return []
+
+    def check_trainer(self, trainer: L.Trainer) -> None:
+        """Whether the method can be trained by this trainer.
+
+        Raises:
+            InputError: naming the method and the setting.
+        """
+        needs, method = self.rule.needs, f"method {self.structure['method']!r}"
+        if SEVERAL_UPDATES in needs:
+            if trainer.gradient_clip_val:
+                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which gradient_clip_val cannot be used with")
+            if trainer.accumulate_grad_batches > 1:
+                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which accumulate_grad_batches cannot be used with")
+            if self.graphed is not None:
+                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which cuda_graph cannot be used with")
+        if GRADIENTS in needs and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise InputError(f"{method} needs {GRADIENTS}, which the strategy fsdp2 does not keep in one place")
+        if VALIDATION in needs and (trainer.check_val_every_n_epoch != 1 or trainer.limit_val_batches == 0):
+            raise InputError(f"{method} needs {VALIDATION}: expected check_val_every_n_epoch 1 and a validation split")
 
     def configure_model(self) -> None:
         """Under FSDP2 (Lightning's ``ModelParallelStrategy``): shards each encoder, and the fusion module as a whole, for its
@@ -128,22 +179,26 @@ class FusionClassifier(L.LightningModule):
                 fully_shard(module, mesh=mesh)
         fully_shard(self, mesh=mesh)
 
-    def check_batch_size(self, rows: int) -> None:
-        """Whether it can be trained on batches of so many rows a process.
+    def check_training(self, rows: int) -> None:
+        """Whether the model can be trained with its optimiser and schedule, on batches of so many rows per process.
 
         Raises:
-            InputError: it is one row, and an encoder normalises over the batch.
+            InputError: an optimiser or schedule that cannot be made; or one row, and an encoder that normalises over the batch.
         """
+        optimizer = make_optimizer(parameter_groups(self.model, self.rule, self.modality_options), self.optimizer_settings)
+        if self.scheduler_settings is not None:
+            make_scheduler(optimizer, self.scheduler_settings, epochs=100)  # any number: what is refused does not depend on it
         if rows == 1 and any(isinstance(module, _BatchNorm) for module in self.encoders.modules()):
             raise InputError("batch_size: expected at least 2 to train encoders that normalise over a batch, got 1")
 
     def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """modality -> (B, ...) to modality -> (B, D)."""
-        return encode(self.encoders, inputs, self.memory_format)
+        return self.model.encode(inputs)
 
     def forward(self, inputs: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
-        """modality -> (B, ...), target (B,) int64 or None -> FusionOutput."""
-        return self.fusion(self.encode(inputs), target)
+        """modality -> (B, ...), target (B,) int64 or None -> FusionOutput; in evaluation with the prediction of the rule."""
+        output = self.model(inputs, target)
+        return output if self.training else self.driver.predicted(output)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """As Lightning does it; on a CPU, where every batch is already, it would walk through all of it."""
@@ -152,37 +207,72 @@ class FusionClassifier(L.LightningModule):
     # training
 
     def on_train_start(self) -> None:
-        self._apply_settings()
-        if isinstance(self._step, GraphedStep):
-            self._step.accumulates = self.trainer.accumulate_grad_batches > 1
-        if self._restored_means:  # the run goes on within an epoch
+        if self._configured is not None:  # a subclass may have others
+            self._configured.apply()
+        if self.graphed is not None:
+            self.graphed.accumulates = self.trainer.accumulate_grad_batches > 1
+        if self._restored_means:  # the run is resumed within an epoch
             self.means.load_state_dict(self._restored_means[rank()], self.device)
             self._restored_means = []
 
     def on_train_epoch_start(self) -> None:
         self.means.reset()
+        self.driver.start_epoch(self.current_epoch, self._own_loader())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         inputs, target = batch
-        features, output = self._step(inputs, target)
-        self.guard.watch(self.global_step, inputs, features, output)
-        self.means.update(output, target)
-        return output.loss
+        loop = self.trainer.fit_loop.epoch_loop
+        batches = None if math.isinf(self.trainer.num_training_batches) else int(self.trainer.num_training_batches)
+        updates = self.driver.updates(inputs, target, self.current_epoch, loop.batch_progress.current.ready - 1, batches)
+        if self.automatic_optimization:
+            update = next(updates)
+            self._watch(inputs, target, update)
+            return loss_of(update)
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        for update in updates:
+            self._watch(inputs, None, update)
+            optimizer.zero_grad()
+            self.manual_backward(loss_of(update))
+            with self.driver.scaled_rates(optimizer.optimizer):
+                optimizer.step()  # in which Lightning calls on_before_optimizer_step
+        self.means.update(update.output, target)
+        return None
+
+    def _watch(self, inputs: Mapping[str, Tensor], target: Tensor | None, update: Update) -> None:
+        self.guard.watch(self.batches - 1, inputs, self.driver.features, update.output)
+        if target is not None:
+            self.means.update(update.output, target)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Lightning calls this when gradients are reduced and unscaled, and not yet clipped."""
+        self.driver.modulate()
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        with self.driver.scaled_rates(getattr(optimizer, "optimizer", optimizer)):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_train_epoch_end(self) -> None:
         self.guard.look()
         self.log_dict(self.train_metrics())
         self.means.reset()
+        if not self.automatic_optimization and self._configured is not None and self._configured.scheduler is not None:
+            self._configured.scheduler.step()
 
     def train_metrics(self, *, joint: bool = True) -> dict[str, Tensor]:
         """Those of the epoch so far: of all processes, which must all call this, or of this one's rows."""
-        weight = getattr(self.fusion, "weight", None)  # λ of a method that has one
-        return self.means.compute(tuple(self.encoders), weight, joint=joint)
+        return self.means.compute(self.fusion.state_measures(), joint=joint)
+
+    def _own_loader(self) -> Any:
+        """The training split for `Rule.start_epoch`, apart from the loop's own loader; None where it is not asked for."""
+        data = getattr(self.trainer, "datamodule", None)
+        asked = type(self.rule).start_epoch is not Rule.start_epoch
+        return data.rule_dataloader(self.current_epoch) if asked and isinstance(data, MultimodalData) else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning calls this before it writes a checkpoint: an error here leaves the last one as it was."""
         self.guard.look()
-        check_state(self, self.global_step)
+        check_state(self, self.batches)
         checkpoint["epoch_means"] = gathered(self.means.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -214,29 +304,20 @@ class FusionClassifier(L.LightningModule):
         except RuntimeError as error:
             raise InputError(misfit(self.state_dict(), state_dict, strict) or str(error)) from error
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimiser = torch.optim.SGD(
-            self.parameters(), lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
-        )
-        self._optimiser, self._schedule = optimiser, None
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(self.model, self.rule, self.modality_options)
+        optimizer = make_optimizer(groups, self.optimizer_settings)
         epochs = self.trainer.max_epochs
-        if epochs is None or epochs < 1:  # a run bounded by steps or time has no known part of its epochs
-            return {"optimizer": optimiser}
-        last = max(1, round(self.decay_at * epochs))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: self.decay if epoch >= last else 1.0)
-        return {"optimizer": optimiser, "lr_scheduler": self._schedule}
-
-    def _apply_settings(self) -> None:
-        """The settings of this run take the place of those that a restored optimiser and schedule were made with."""
-        if self._optimiser is None:  # a subclass has others
-            return
-        factor = 1.0
-        if self._schedule is not None:
-            self._schedule.base_lrs = [self.learning_rate] * len(self._optimiser.param_groups)
-            factor = self._schedule.lr_lambdas[0](self._schedule.last_epoch)
-        for group in self._optimiser.param_groups:
-            group.update(lr=self.learning_rate * factor, momentum=self.momentum, weight_decay=self.weight_decay)
-            group["initial_lr"] = self.learning_rate
+        epochs = None if epochs is None or epochs < 1 else epochs  # a run bounded by steps or time
+        scheduler = None
+        settings = self.scheduler_settings
+        if settings is not None and (epochs is not None or not is_step_at_fraction(settings)):
+            scheduler = make_scheduler(optimizer, settings, epochs)
+        self._configured = Configured(optimizer, scheduler)
+        if scheduler is None:
+            return optimizer
+        monitor = {"monitor": "val_loss"} if isinstance(scheduler, ReduceLROnPlateau) else {}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
 
     # evaluation
 
@@ -244,7 +325,7 @@ class FusionClassifier(L.LightningModule):
         if isinstance(self, FSDPModule):  # which leaves buffers to each process: batch norm's are then the first's, as saved
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)
-        self.evaluation_guard.place = f"training step {self.global_step}, validation batch"
+        self.evaluation_guard.place = f"training batch {self.batches}, validation batch"
 
     def on_test_start(self) -> None:
         self.evaluation_guard.place = "test batch"
@@ -253,7 +334,10 @@ class FusionClassifier(L.LightningModule):
         self._evaluate(self.val_metrics, batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val", self.val_metrics)
+        values = self._log_metrics("val", self.val_metrics)
+        if not self.trainer.sanity_checking and self.trainer.is_last_batch:
+            found = {m: float(values[f"accuracy_{m}"]) for m in self.rule.modalities if f"accuracy_{m}" in values}
+            self.rule.end_epoch(found)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(self.test_metrics, batch, batch_idx)
@@ -263,16 +347,18 @@ class FusionClassifier(L.LightningModule):
 
     def _evaluate(self, metrics: EpochMetrics, batch: Batch, batch_idx: int) -> None:
         inputs, target = batch
-        features = self.encode(inputs)
-        output = self.fusion(features, target)
+        features, output = self.model.with_features(inputs, target)
+        output = self.driver.predicted(output)
         if len(target):  # of a split's last batch a process may have no rows
             self.evaluation_guard.watch(batch_idx, inputs, features, output)
         metrics.update(output, target)
 
-    def _log_metrics(self, stage: str, metrics: EpochMetrics) -> None:
+    def _log_metrics(self, stage: str, metrics: EpochMetrics) -> dict[str, Tensor]:
         self.evaluation_guard.look()
-        self.log_dict({f"{stage}_{name}": value for name, value in metrics.compute().items()})
+        values = metrics.compute()
+        self.log_dict({f"{stage}_{name}": value for name, value in values.items()})
         metrics.reset()
+        return values
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """probability (B, C) and target (B,): what `iprm predict` writes."""
@@ -280,12 +366,27 @@ class FusionClassifier(L.LightningModule):
         return {"probability": self(inputs).logits.float().softmax(1), "target": target}
 
 
-def _check_number(name: str, value: float, highest: float = math.inf) -> None:
-    """Raises InputError unless `value` is a finite number in [0, highest]."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and 0 <= value <= highest):
-        span = "from 0 up" if highest == math.inf else f"from 0 to {highest:g}"
-        raise InputError(f"{name}: expected a number {span}, got {value!r}")
+def _modality_options(
+    options: Mapping[str, Mapping[str, Any]], modalities: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, bool | int]]:
+    """Entries of the parameter groups, and what is frozen, by modality; those of modalities that are not read are left out.
+
+    Raises:
+        InputError: an unknown option, or one out of its range.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    freeze = {}
+    for modality, given in options.items():
+        for name, value in given.items():
+            if name not in ("lr_scale", "weight_decay", "freeze"):
+                raise InputError(unknown(f"option of modality {modality!r}", name, ("lr_scale", "weight_decay", "freeze")))
+            if name != "freeze":
+                check_number(f"{name} of modality {modality!r}", value)
+        if modality in modalities:
+            freeze[modality] = given.get("freeze", False)
+            if entries := {name: value for name, value in given.items() if name != "freeze"}:
+                groups[modality] = entries
+    return groups, freeze
 
 
 def _structure(

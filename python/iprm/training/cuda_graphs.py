@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iprm.distributed import world_size
+from iprm.fusion.model import FusionModel
 from iprm.fusion.output import FusionOutput
 
 log = logging.getLogger(__name__)
@@ -18,17 +19,17 @@ Shapes = list[tuple[str, torch.Size, torch.dtype]]
 
 
 class GraphedStep:
-    """Calls a module through a CUDA graph captured of its first training step, and as it is where no graph can serve.
+    """Runs a model's training step through a CUDA graph captured of the first step, and without one where no graph can serve.
 
-    For `module(inputs, target) -> (features, FusionOutput)` in training mode, with inputs of the shapes of the first step: an
-    epoch's last, smaller batch runs as it is. Why no graph is captured is said once, in the log.
+    `FusionModel.with_features` in training mode, with inputs of the shapes of the first step: the last, smaller batch of an
+    epoch runs without a graph. The log says once why no graph is captured.
 
     Args:
-        module: what a step calls; a graph holds on to its parameters and buffers, which must stay where they are.
+        model: a graph refers to its parameters and buffers, which must stay where they are.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, model: FusionModel) -> None:
+        self.model = model
         self.accumulates = False  # gradients over batches
         self._graphed: _Flat | None = None
         self._shapes: Shapes = []
@@ -44,7 +45,7 @@ class GraphedStep:
             if obstacle not in self._told:
                 self._told.add(obstacle)
                 log.warning("cuda_graph: %s; such steps run without a graph", obstacle)
-            return self.module(inputs, target)
+            return self.model.with_features(inputs, target)
         assert self._graphed is not None
         return self._graphed.unpacked(self._graphed(*inputs.values(), target))
 
@@ -58,18 +59,18 @@ class GraphedStep:
             return "gradients are accumulated over batches, and a replay writes over those of the last"
         if world_size() > 1:
             return "a step of several processes waits for others between its launches"
-        if any(getattr(module, "sampling", None) == "random" for module in self.module.modules()):
+        if any(getattr(module, "sampling", None) == "random" for module in self.model.modules()):
             return "pairs='random' draws on the host"
         return ""
 
     def _capture(self, inputs: Mapping[str, Tensor], target: Tensor) -> None:
         # the warm-up runs the module for real, and would be training steps that no optimiser took
-        kept = [buffer.clone() for buffer in self.module.buffers()]
-        flat = _Flat(self.module, tuple(inputs))
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        flat = _Flat(self.model, tuple(inputs))
         samples = tuple(x.detach().clone() for x in (*inputs.values(), target))
         torch.cuda.make_graphed_callables(flat, samples)  # from here on, a call to it launches the graph
         with torch.no_grad():
-            for buffer, value in zip(self.module.buffers(), kept, strict=True):
+            for buffer, value in zip(self.model.buffers(), kept, strict=True):
                 buffer.copy_(value)
         self._graphed, self._shapes = flat, _shapes(inputs, target)
 
@@ -77,15 +78,15 @@ class GraphedStep:
 class _Flat(nn.Module):
     """A step from tensors to tensors alone, as a graph wants it."""
 
-    def __init__(self, module: nn.Module, modalities: tuple[str, ...]) -> None:
+    def __init__(self, model: FusionModel, modalities: tuple[str, ...]) -> None:
         super().__init__()
-        self.module, self.modalities = module, modalities
+        self.model, self.modalities = model, modalities
         self._spec: Any = None
         self._absent: list[int] = []
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         *inputs, target = tensors
-        result = self.module(dict(zip(self.modalities, inputs, strict=True)), target)
+        result = self.model.with_features(dict(zip(self.modalities, inputs, strict=True)), target)
         leaves, self._spec = torch.utils._pytree.tree_flatten(result)
         self._absent = [place for place, leaf in enumerate(leaves) if leaf is None]
         return tuple(leaf for leaf in leaves if leaf is not None)

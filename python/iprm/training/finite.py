@@ -23,7 +23,7 @@ class FiniteGuard:
     every `interval` steps, and whenever its owner asks: before an epoch ends and before a checkpoint is written.
 
     Args:
-        place: what is run, for the message: "training step" or "test batch".
+        place: what is run, for the message: "training batch" or "test batch".
         interval: steps between looks on a GPU.
     """
 
@@ -69,7 +69,7 @@ def check_state(module: nn.Module, step: int) -> None:
     """Every parameter and buffer of `module` is finite. One synchronisation with the device.
 
     Raises:
-        NonFiniteError: naming those that are not, and the step after which they were found.
+        NonFiniteError: naming those that are not, and the batch after which they were found.
     """
     state = {name: x for name, x in _tensors(module) if x.is_floating_point()}
     if not state:
@@ -78,7 +78,7 @@ def check_state(module: nn.Module, step: int) -> None:
     broken = [name for name, bad in zip(state, faulty, strict=True) if bad]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise NonFiniteError(f"after training step {step}: {broken[0]}{more} is not finite, no checkpoint is written")
+        raise NonFiniteError(f"after training batch {step}: {broken[0]}{more} is not finite, no checkpoint is written")
 
 
 def _faulty(x: Tensor) -> Tensor:

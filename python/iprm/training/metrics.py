@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,46 +71,50 @@ class EpochMetrics(Metric):
 
 
 class EpochMeans:
-    """Running means of a training epoch, and λ and ω, in a few small operations a step. Across processes they are those of all
-    rows."""
+    """Running means of a training epoch, in a few small operations per step. Losses and accuracies are those of the rows of all
+    processes; measures, which are equal on all processes, are means over the steps that gave them."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self.rows: list[int] = []  # of each step
-        self.losses: list[Tensor] = []  # (), of each step
+        self.losses: list[Tensor] = []  # (1 + L,), of each step
+        self.loss_heads: list[str] = []
         self.heads: list[str] = []
         self.correct: Tensor | None = None  # (1 + H,), counts
-        self.strength: Tensor | None = None  # (2,) or (P, 2), summed over steps
+        self.measured: dict[str, list[Any]] = {}  # names, joined by a line feed -> sums (K,) and the number of steps
 
     def state_dict(self) -> dict[str, Any]:
-        """What there is so far, in tensors and plain values."""
+        """The means so far, in tensors and plain values."""
         state = {**vars(self), "losses": torch.stack(self.losses) if self.losses else torch.empty(0)}
+        state["measured"] = {names: [sums.cpu(), steps] for names, (sums, steps) in self.measured.items()}
         return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Goes on from there."""
+        """Continues from what `state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
         self.losses = list(state["losses"].to(device))
+        self.measured = {names: [sums.to(device), steps] for names, (sums, steps) in state["measured"].items()}
 
     def update(self, output: FusionOutput, target: Tensor) -> None:
         """Adds one batch: `output` with a loss, target (B,)."""
         self.rows.append(len(target))
-        self.losses.append(loss_of(output).clone())
-        self.heads = list(output.logits_by)
-        self.correct = _added(self.correct, (stacked_logits(output).argmax(2) == target).sum(1))
-        if output.strength is not None:
-            self.strength = _added(self.strength, output.strength.detach().clone())
+        self.losses.append(torch.stack([loss_of(output), *(loss.detach() for loss in output.losses_by.values())]))
+        self.loss_heads, self.heads = list(output.losses_by), list(output.logits_by)
+        correct = (stacked_logits(output).argmax(2) == target).sum(1)
+        self.correct = correct if self.correct is None else self.correct + correct
+        if output.measures:
+            sums = torch.stack([value.detach() for value in output.measures.values()])
+            total = self.measured.setdefault("\n".join(output.measures), [torch.zeros_like(sums), 0])
+            total[0], total[1] = total[0] + sums, total[1] + 1
 
-    def compute(self, modalities: Sequence[str], weight: Tensor | None = None, *, joint: bool = True) -> dict[str, Tensor]:
-        """train_loss, train_accuracy, train_accuracy_<head>, and where ω was measured `strength_<modality>` (its mean) and
-        `weight`, the λ given here; numbered `weight_0`, `strength_0_first`, ... where there are several pairs.
+    def compute(self, state_measures: Mapping[str, Tensor], *, joint: bool = True) -> dict[str, Tensor]:
+        """train_loss, train_loss_<head>, train_accuracy, train_accuracy_<head>; each measure by its own name.
 
         Args:
-            modalities: in the order of ω.
-            weight: () or (P,), λ at the end of the epoch.
+            state_measures: name -> (), logged as they are: those of `FusionModule.state_measures`.
             joint: of all processes, which must all call this; else of this one's rows.
         """
         if self.correct is None:
@@ -119,20 +123,14 @@ class EpochMeans:
         losses = all_reduce_sum(torch.stack(self.losses), group) / processes  # each process has its share: see `joint_sums`
         rows = all_reduce_sum(torch.tensor(self.rows, device=losses.device), group)
         correct = all_reduce_sum(self.correct.clone(), group)
-        values = {"train_loss": (losses * rows).sum() / rows.sum()}
-        for name, count in zip(("train_accuracy", *(f"train_accuracy_{h}" for h in self.heads)), correct, strict=True):
-            values[name] = count / rows.sum()
-        if weight is not None and self.strength is not None:
-            strength = self.strength / len(self.rows)
-            if weight.dim() == 0:
-                values["weight"] = weight
-                values |= {f"strength_{modality}": part for modality, part in zip(modalities, strength, strict=True)}
-            else:
-                values |= {f"weight_{pair}": part for pair, part in enumerate(weight)}
-                for pair, (first, second) in enumerate(strength):
-                    values |= {f"strength_{pair}_first": first, f"strength_{pair}_second": second}
+        means = (losses * rows[:, None]).sum(0) / rows.sum()
+        values = dict(zip(_named("train_loss", self.loss_heads), means, strict=True))
+        values |= zip(_named("train_accuracy", self.heads), correct / rows.sum(), strict=True)
+        values |= state_measures
+        for names, (sums, steps) in self.measured.items():
+            values |= zip(names.split("\n"), sums / steps, strict=True)
         return {name: value.detach().clone().float() for name, value in values.items()}
 
 
-def _added(total: Tensor | None, value: Tensor) -> Tensor:
-    return value if total is None else total + value
+def _named(quantity: str, heads: Sequence[str]) -> list[str]:
+    return [quantity, *(f"{quantity}_{head}" for head in heads)]

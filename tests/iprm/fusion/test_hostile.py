@@ -29,7 +29,7 @@ BATCHES = st.sampled_from([0, 1, 2, 5, 16])
 
 def module(name: str, widths: Any = D, modalities: tuple[str, ...] = ("x", "y"), **options: Any) -> FusionModule:
     torch.manual_seed(0)
-    return build(name, widths, C, modalities, **options)
+    return build(name, widths, C, modalities, **options).fusion
 
 
 def in_double(fusion: FusionModule) -> FusionModule:

@@ -103,7 +103,7 @@ def test_a_lightning_module_without_hyperparameters_is_saved_whole_and_goes_on_f
 
     def trained(steps: int, ckpt_path: str | None = None) -> Theirs:
         module = Theirs()
-        callbacks, plugins = [RunState(every_n_steps=3)], [AtomicCheckpointIO()]
+        callbacks, plugins = [RunState(every_n_batches=3)], [AtomicCheckpointIO()]
         at = {"max_steps": steps, "accelerator": "cpu", "default_root_dir": tmp_path}
         with quiet_lightning():
             trainer = L.Trainer(**at, callbacks=callbacks, plugins=plugins, **quiet)
@@ -113,7 +113,7 @@ def test_a_lightning_module_without_hyperparameters_is_saved_whole_and_goes_on_f
     alone = trained(STEPS)
     assert alone.model.fusion.steps == STEPS
     trained(20)
-    resumed = trained(STEPS, ckpt_path=str(tmp_path / "states/step=00000016.ckpt"))
+    resumed = trained(STEPS, ckpt_path=str(tmp_path / "states/batch=00000016.ckpt"))
     torch.testing.assert_close(resumed.state_dict(), alone.state_dict(), rtol=0, atol=0)
 
     last = max((tmp_path / "states").iterdir())

@@ -77,7 +77,7 @@ class Watch(L.Callback):
 def trained(folder: Path, path: str, scale: float | None) -> tuple[FusionClassifier, Watch]:
     """A run in 16-mixed that begins with a scale, or in float32."""
     data, watch = Features(path, batch_size=13), Watch()
-    model = classifier(data, encoders={"audio": "linear", "text": "linear"}, learning_rate=0.1)
+    model = classifier(data, encoders={"audio": "linear", "text": "linear"}, lr=0.1)
     scaled = [] if scale is None else [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
     fit(folder, data, model, plugins=scaled, callbacks=[watch])
     return model, watch

@@ -57,9 +57,9 @@ def test_lambda_is_the_average_of_omega(start, alpha):
         assert evaluated == pytest.approx(weight if start == "paper" else probed, abs=1e-6)
 
 
-@pytest.mark.parametrize(("modalities", "most"), [(("x", "y"), 5), (TRIO, 7)])
+@pytest.mark.parametrize(("modalities", "most"), [(("x", "y"), 5), (TRIO, 8)])
 def test_beside_the_head_step_a_training_step_is_a_few_launches(modalities, most):
-    """To average λ one; to copy λ and ω; for the logits' sum, and mean over pairs. Single operations were 12 more a pair."""
+    """One averages λ, two copy λ and ω, the others sum logits and, over pairs, average logits and losses."""
     fusion, (features, target) = module(D, C, modalities), batch(modalities)
     with Watching() as watching:
         fusion(features, target)

@@ -24,7 +24,7 @@ def data():
 
 def make(name, **options):
     torch.manual_seed(0)
-    return build(name, WIDTHS, C, tuple(WIDTHS), **options)
+    return build(name, WIDTHS, C, tuple(WIDTHS), **options).fusion
 
 
 @pytest.mark.parametrize("name", [*(name for name in METHODS if name != "unimodal"), "unimodal-x", "unimodal-y"])
@@ -34,7 +34,9 @@ def test_every_method_trains_and_predicts(name, data):
     out.loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in method.parameters())
     assert out.logits.shape == (B, C)
-    assert set(out.logits_by) == {*method.modalities, *(["mix"] if name.startswith("iprm") else [])}
+    more = ["mix"] if name.startswith("iprm") else ["fused"] if name == "dgl" else []
+    assert set(out.logits_by) == {*method.modalities, *more}
+    assert sum(out.losses_by.values()).item() == pytest.approx(out.loss.item())
     assert method.eval()(data[0]).loss is None
 
 
@@ -76,7 +78,7 @@ def test_weight_normalises_the_softmaxes_across_modalities(data):
 def test_weight_stands_softmaxes_that_underflow():
     x = torch.zeros(2, 8)
     x[:, 0] = 500  # all other places have a softmax of exactly zero in both modalities
-    assert build("weight", 8, C, ("x", "y"))({"x": x, "y": x.clone()}).logits.isfinite().all()
+    assert build("weight", 8, C, ("x", "y")).fusion({"x": x, "y": x.clone()}).logits.isfinite().all()
 
 
 def test_unimodal_reads_its_modality_alone(data):
@@ -90,7 +92,7 @@ def test_unimodal_says_what_it_misses():
     with pytest.raises(ValueError, match="feature_dim: expected a width for each of x, got none"):
         build("unimodal-x", {"y": 3}, C)
     with pytest.raises(TypeError, match="features: expected a mapping modality -> tensor, got Tensor"):
-        build("unimodal-x", 3, C)(torch.zeros(2, 3))
+        build("unimodal-x", 3, C).fusion(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize(

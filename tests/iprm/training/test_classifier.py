@@ -11,7 +11,7 @@ from iprm.errors import InputError
 from iprm.training.classifier import FusionClassifier
 from iprm.training.lightning_warnings import quiet_lightning
 from sklearn.metrics import accuracy_score
-from training import classifier, fit, values
+from training import classifier, fit, sgd, values
 
 EVALUATED = ("loss", "accuracy", "macro_f1", "map")
 
@@ -19,6 +19,11 @@ EVALUATED = ("loss", "accuracy", "macro_f1", "map")
 @pytest.fixture
 def data(features) -> Features:
     return Features(features, batch_size=13)
+
+
+def step_at(fraction: float = 0.7, gamma: float = 0.1) -> dict:
+    """Settings of the schedule that drops once."""
+    return {"class_path": "iprm.training.optim.StepAtFraction", "init_args": {"fraction": fraction, "gamma": gamma}}
 
 
 class Rates(L.Callback):
@@ -43,7 +48,7 @@ class Losses(L.Callback):
 
 @pytest.mark.parametrize("method", ["iprm", "concat", "unimodal-audio"])
 def test_training_halves_the_cross_entropy_of_the_prediction(tmp_path, data, method):
-    model = classifier(data, method, learning_rate=0.1)
+    model = classifier(data, method, lr=0.1)
     split = data.splits["train"]
     before = F.cross_entropy(model(split.inputs).logits, split.target)
     fit(tmp_path, data, model, epochs=12)
@@ -61,13 +66,15 @@ def test_training_halves_the_cross_entropy_of_the_prediction(tmp_path, data, met
 def test_what_is_logged_is_what_is_documented(tmp_path, data, method, heads, weights):
     runner = fit(tmp_path, data, classifier(data, method), epochs=1)
     expected = {f"val_{name}" for name in (*EVALUATED, *(f"accuracy_{head}" for head in heads))}
-    expected |= {"train_loss", "train_accuracy", *(f"train_accuracy_{head}" for head in heads), *weights}
+    losses = heads if method == "iprm" else ("fused",)
+    expected |= {"train_loss", *(f"train_loss_{head}" for head in losses)}
+    expected |= {"train_accuracy", *(f"train_accuracy_{head}" for head in heads), *weights}
     assert set(values(runner)) == expected
 
 
 def test_the_training_loss_is_the_mean_of_its_own_epoch(tmp_path, data):
     losses = Losses()
-    runner = fit(tmp_path, data, classifier(data, learning_rate=0.1), epochs=2, callbacks=[losses])
+    runner = fit(tmp_path, data, classifier(data, lr=0.1), epochs=2, callbacks=[losses])
     assert len(losses.seen) == 6
     assert values(runner)["train_loss"] == pytest.approx(sum(losses.seen[3:]) / 3)
 
@@ -97,7 +104,7 @@ def test_the_logged_lambda_is_the_one_the_model_predicts_with(tmp_path, data):
 
 def test_the_learning_rate_drops_once_after_its_part_of_the_epochs(tmp_path, data):
     rates = Rates()
-    model = classifier(data, learning_rate=0.5, decay_at=0.6, decay=0.25)
+    model = classifier(data, lr=0.5, lr_scheduler=step_at(0.6, 0.25))
     fit(tmp_path, data, model, epochs=5, limit_train_batches=1, callbacks=[rates])
     assert rates.seen == [0.5, 0.5, 0.5, 0.125, 0.125]
 
@@ -105,7 +112,7 @@ def test_the_learning_rate_drops_once_after_its_part_of_the_epochs(tmp_path, dat
 @pytest.mark.parametrize("decay_at", [0.0, 0.2, 0.5])
 def test_the_learning_rate_drops_only_once(tmp_path, data, decay_at):
     rates = Rates()
-    model = classifier(data, learning_rate=0.5, decay_at=decay_at, decay=0.5)
+    model = classifier(data, lr=0.5, lr_scheduler=step_at(decay_at, 0.5))
     fit(tmp_path, data, model, epochs=5, limit_train_batches=1, callbacks=[rates])
     first = max(1, round(5 * decay_at))
     assert rates.seen == [0.5] * first + [0.25] * (5 - first)
@@ -113,9 +120,9 @@ def test_the_learning_rate_drops_only_once(tmp_path, data, decay_at):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_that_goes_on_has_the_settings_it_is_given_and_a_schedule_of_its_own_length(tmp_path, data):
-    first = fit(tmp_path, data, classifier(data, learning_rate=0.5, decay_at=0.5), epochs=2)
+    first = fit(tmp_path, data, classifier(data, lr=0.5, lr_scheduler=step_at(0.5)), epochs=2)
     first.save_checkpoint(tmp_path / "at_2.ckpt")
-    rates, model = Rates(), classifier(data, learning_rate=0.25, momentum=0.5, weight_decay=0.0, decay_at=0.75)
+    rates, model = Rates(), classifier(data, optimizer=sgd(lr=0.25, momentum=0.5, weight_decay=0.0), lr_scheduler=step_at(0.75))
     checkpoint = str(tmp_path / "at_2.ckpt")
     again = fit(tmp_path / "again", data, model, ckpt_path=checkpoint, epochs=8, limit_train_batches=1, callbacks=[rates])
     assert rates.seen == pytest.approx([0.25, 0.25, 0.25, 0.25, 0.025, 0.025])
@@ -133,7 +140,7 @@ def test_a_process_without_rows_of_a_batch_evaluates_nothing_of_it(data):
 
 def test_a_run_bounded_by_steps_keeps_its_learning_rate(tmp_path, data):
     rates = Rates()
-    runner = fit(tmp_path, data, classifier(data, learning_rate=0.5), epochs=-1, max_steps=5, callbacks=[rates])
+    runner = fit(tmp_path, data, classifier(data, lr=0.5), epochs=-1, max_steps=5, callbacks=[rates])
     assert runner.global_step == 5
     assert rates.seen == [0.5, 0.5]
 
@@ -206,18 +213,27 @@ def test_a_unimodal_method_predicts_from_its_modality_alone(data):
         ({"method_options": {"alhpa": 0.5}}, "option of 'iprm'.*did you mean 'alpha'"),
         ({"method_options": {"alpha": 2.0}}, r"alpha: expected a number in \[0, 1\], got 2.0"),
         ({"encoders": {"audio": "cnnn"}}, "unknown encoder of modality 'audio' 'cnnn': did you mean 'cnn'"),
-        ({"learning_rate": -0.1}, "learning_rate: expected a number from 0 up, got -0.1"),
-        ({"learning_rate": float("nan")}, "learning_rate: expected a number from 0 up, got nan"),
-        ({"learning_rate": "fast"}, "learning_rate: expected a number from 0 up, got 'fast'"),
-        ({"momentum": 1.5}, "momentum: expected a number from 0 to 1, got 1.5"),
-        ({"weight_decay": -1}, "weight_decay: expected a number from 0 up, got -1"),
-        ({"decay_at": 7}, "decay_at: expected a number from 0 to 1, got 7"),
-        ({"decay": float("inf")}, "decay: expected a number from 0 up, got inf"),
+        ({"lr": -0.1}, r"optimizer\.lr: expected a number from 0 up, got -0.1"),
+        ({"lr": float("nan")}, r"optimizer\.lr: expected a number from 0 up, got nan"),
+        ({"lr": "fast"}, r"optimizer\.lr: expected a number from 0 up, got 'fast'"),
+        ({"optimizer": sgd(momentum=1.5)}, r"optimizer\.momentum: expected a number from 0 to 1, got 1.5"),
+        ({"optimizer": sgd(weight_decay=-1)}, r"optimizer\.weight_decay: expected a number from 0 up, got -1"),
+        ({"optimizer": "torch.optim.AdmW"}, r"unknown optimizer 'torch\.optim\.AdmW': did you mean 'torch\.optim\.AdamW'"),
+        ({"optimizer": "torch.nn.Linear"}, "optimizer: expected a subclass of Optimizer, got torch.nn.Linear"),
+        ({"optimizer": {"class_path": "SGD", "lr": 1}}, "optimizer: expected a class_path and init_args"),
+        ({"optimizer": {"class_path": "SGD", "init_args": {"beta": 1}}}, "optimizer SGD: .*unexpected keyword argument 'beta'"),
+        ({"lr_scheduler": "StepL"}, "unknown lr_scheduler 'StepL': did you mean 'StepLR'"),
+        ({"lr_scheduler": step_at(7)}, "lr_scheduler: fraction: expected a number from 0 to 1, got 7"),
+        ({"lr_scheduler": step_at(gamma=float("inf"))}, "lr_scheduler: gamma: expected a number from 0 up, got inf"),
+        ({"modality_options": {"audio": {"lr_scal": 1}}}, "unknown option of modality 'audio' 'lr_scal': did you mean 'lr_s"),
+        ({"modality_options": {"audio": {"lr_scale": -1}}}, "lr_scale of modality 'audio': expected a number from 0 up"),
+        ({"modality_options": {"audio": {"freeze": -1}}}, "freeze of 'audio': expected true, or a number of epochs from 0"),
+        ({"modality_options": {"sound": {}}}, "unknown modality in modality_options 'sound'"),
     ],
 )
 def test_settings_that_cannot_be_are_named(data, options, message):
     with pytest.raises(InputError, match=message):
-        classifier(data, **options)
+        classifier(data, **options).check_training(2)
 
 
 # options of speed
@@ -239,7 +255,7 @@ def test_an_option_of_speed_changes_neither_names_nor_results(options):
     assert list(fast.state_dict()) == list(plain.state_dict())
     for seed in range(2):
         torch.manual_seed(seed)
-        (_, one), (_, other) = plain._step(*images()), fast._step(*images())
+        (_, one), (_, other) = (model.driver.run(*images()) for model in (plain, fast))
         torch.testing.assert_close(other.loss, one.loss)
         one.loss.backward()
         other.loss.backward()
@@ -268,7 +284,7 @@ def test_compilation_reaches_every_encoder_and_the_fusion_module():
 
     torch._dynamo.register_backend(backend, name="listing")
     torch._dynamo.reset()
-    image_classifier(compile="listing", encoders={"text": "linear"}, method="sum")._step(*images())
+    image_classifier(compile="listing", encoders={"text": "linear"}, method="sum").model.with_features(*images())
     assert len(graphs) == 3
     assert torch.conv2d in graphs[0]
 

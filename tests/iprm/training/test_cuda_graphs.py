@@ -7,23 +7,17 @@ import logging
 
 import pytest
 import torch
+from iprm.fusion.model import FusionModel
 from iprm.fusion.probe_rebalance import ProbeRebalance
 from iprm.training.cuda_graphs import GraphedStep
 from torch import nn
 
 
-class Step(nn.Module):
+def model(**options) -> FusionModel:
     """Encoders with running statistics, and IPRM."""
-
-    def __init__(self, **options):
-        super().__init__()
-        torch.manual_seed(0)
-        self.encoders = nn.ModuleDict({m: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)) for m in ("sound", "text")})
-        self.fusion = ProbeRebalance(8, 3, ("sound", "text"), **options)
-
-    def forward(self, inputs, target):
-        features = {m: encoder(inputs[m]) for m, encoder in self.encoders.items()}
-        return features, self.fusion(features, target)
+    torch.manual_seed(0)
+    encoders = {m: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)) for m in ("sound", "text")}
+    return FusionModel(encoders, ProbeRebalance(8, 3, ("sound", "text"), **options))
 
 
 def batch(seed=0, rows=12, device="cpu"):
@@ -49,7 +43,7 @@ def train(step, module, device="cpu", sizes=(12, 12, 12, 7, 12)):
 
 @pytest.mark.gpu
 def test_a_graph_trains_as_the_module_does():
-    module = Step().cuda()
+    module = model().cuda()
     alone = copy.deepcopy(module)
     losses, state = train(GraphedStep(module), module, "cuda")
     expected, plain = train(alone, alone, "cuda")
@@ -71,10 +65,10 @@ def captured_here(monkeypatch):
 
 
 def test_capturing_counts_as_no_step(captured_here, caplog):
-    module = Step()
+    module = model()
     alone = copy.deepcopy(module)
     losses, state = train(GraphedStep(module), module)
-    expected, plain = train(alone, alone)
+    expected, plain = train(alone.with_features, alone)
     assert losses == expected
     assert state["fusion.steps"] == 5
     torch.testing.assert_close(state, plain, rtol=0, atol=0)
@@ -84,10 +78,10 @@ def test_capturing_counts_as_no_step(captured_here, caplog):
 
 
 def test_without_a_gpu_steps_run_as_they_are_and_that_is_said_once(caplog):
-    module = Step()
+    module = model()
     alone = copy.deepcopy(module)
     with caplog.at_level(logging.WARNING):
-        assert train(GraphedStep(module), module)[0] == train(alone, alone)[0]
+        assert train(GraphedStep(module), module)[0] == train(alone.with_features, alone)[0]
     assert [record.message for record in caplog.records] == [
         "cuda_graph: a graph needs a GPU, and the batch is on 'cpu'; such steps run without a graph"
     ]
@@ -110,14 +104,14 @@ class OnGpu:
 def test_what_cannot_be_captured_is_named(monkeypatch, patched, options, words):
     if patched:
         monkeypatch.setattr(patched, lambda *_: 2)
-    assert words in GraphedStep(Step(**options))._obstacle(OnGpu())
+    assert words in GraphedStep(model(**options))._obstacle(OnGpu())
 
 
 def test_accumulated_gradients_are_no_graphs():
-    step = GraphedStep(Step())
+    step = GraphedStep(model())
     step.accumulates = True
     assert "accumulated" in step._obstacle(OnGpu())
 
 
 def test_what_can_be_captured_has_no_obstacle():
-    assert GraphedStep(Step())._obstacle(OnGpu()) == ""
+    assert GraphedStep(model())._obstacle(OnGpu()) == ""

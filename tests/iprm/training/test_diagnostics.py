@@ -43,7 +43,7 @@ def three(tmp_path) -> Features:
 
 def recorded(folder: Path, data: Features, method: str = "iprm", **options) -> tuple[dict, L.Trainer]:
     """What a short run writes, and its trainer."""
-    model = classifier(data, method, learning_rate=0.1, **options.pop("model", {}))
+    model = classifier(data, method, lr=0.1, **options.pop("model", {}))
     runner = fit(folder, data, model, callbacks=[Diagnostics()], default_root_dir=folder, **options)
     return json.loads((folder / "diagnostics.json").read_text()), runner
 
@@ -147,7 +147,7 @@ def test_a_method_that_mixes_nothing_has_no_strength(tmp_path, data, method):
 def measured(features: dict[str, torch.Tensor], target: torch.Tensor, classes: int = 3) -> dict:
     torch.manual_seed(0)
     widths = {name: x.shape[1] for name, x in features.items()}
-    measurement = SplitMeasurement(build("iprm", widths, classes, tuple(features)).eval())
+    measurement = SplitMeasurement(build("iprm", widths, classes, tuple(features)).fusion.eval())
     measurement.update(features, target)
     return measurement.compute()
 
@@ -179,7 +179,7 @@ def test_equal_and_opposite_features_lie_in_the_first_and_the_last_bin():
 def test_angles_of_unequal_widths_are_those_of_the_projections_and_without_them_there_are_none():
     features = {"x": torch.randn(6, 4), "y": torch.randn(6, 7)}
     assert len(measured(features, torch.arange(6) % 3)["angles"]) == 1
-    measurement = SplitMeasurement(build("concat", {"x": 4, "y": 7}, 3, ("x", "y")).eval())
+    measurement = SplitMeasurement(build("concat", {"x": 4, "y": 7}, 3, ("x", "y")).fusion.eval())
     measurement.update(features, torch.arange(6) % 3)
     assert measurement.compute()["angles"] == []
 
@@ -232,7 +232,7 @@ class Modes(L.Callback):
 
 def test_the_best_weights_are_measured_and_the_last_are_put_back_bit_for_bit(tmp_path, data):
     def run(name: str, *callbacks: L.Callback) -> tuple[L.Trainer, dict[str, torch.Tensor]]:
-        model = classifier(data, learning_rate=0.1)
+        model = classifier(data, lr=0.1)
         runner = fit(
             tmp_path / name, data, model, epochs=3, callbacks=[Spoiling(2), *callbacks], default_root_dir=tmp_path / name
         )
@@ -252,7 +252,7 @@ def test_the_best_weights_are_measured_and_the_last_are_put_back_bit_for_bit(tmp
 
 @pytest.mark.parametrize("checkpoints", [[], [ModelCheckpoint(every_n_epochs=1)]], ids=["none", "without a monitor"])
 def test_without_a_checkpoint_that_is_the_best_the_last_weights_are_measured(tmp_path, data, checkpoints):
-    model = classifier(data, learning_rate=0.1)
+    model = classifier(data, lr=0.1)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     callbacks = [*checkpoints, Diagnostics()]
     runner = L.Trainer(

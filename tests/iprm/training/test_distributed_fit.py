@@ -21,7 +21,7 @@ SCRIPT = (str(Path(sys.executable).parent / "iprm"),)  # unlike -m it does not p
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *IPRM)
 SETTINGS = ("--data.path", "features.npz", "--trainer.max_epochs", str(EPOCHS), "--trainer.enable_progress_bar", "false")
 #: Without normalisation over the batch, of which each process sees its part.
-ALIKE = ("--data", "features", "--model.encoders", '{"audio": "linear", "text": "linear"}', "--model.learning_rate", "0.1")
+ALIKE = ("--data", "features", "--model.encoders", '{"audio": "linear", "text": "linear"}', "--optimizer.lr", "0.1")
 TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--data.batch_size", "8")
 NOISY = ("--data", "feature_files.NoisyFeatures", "--trainer.strategy", "ddp")
 

@@ -92,10 +92,10 @@ def test_a_state_is_checked_parameter_by_parameter_and_buffer_by_buffer():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     check_state(module, 4)
     module[1].running_mean[1] = math.inf
-    with pytest.raises(NonFiniteError, match=r"after training step 4: 1\.running_mean is not finite, no checkpoint is written"):
+    with pytest.raises(NonFiniteError, match=r"after training batch 4: 1\.running_mean is not finite, no checkpoint"):
         check_state(module, 4)
     module[0].weight.data[0, 0] = math.nan
-    with pytest.raises(NonFiniteError, match=r"after training step 4: 0\.weight and 1 more is not finite"):
+    with pytest.raises(NonFiniteError, match=r"after training batch 4: 0\.weight and 1 more is not finite"):
         check_state(module, 4)
 
 
@@ -114,7 +114,7 @@ def test_a_run_that_meets_nan_stops_with_step_and_modality_named_and_its_last_ch
     unharmed, model = Features(features, batch_size=10), PoisonedFeatures(features, poisoned_step=5)
     kept = fit(tmp_path / "unharmed", unharmed, classifier(unharmed), epochs=1).checkpoint_callback
     runner = trainer(tmp_path / "harmed", epochs=3)
-    with pytest.raises(NonFiniteError, match=r"^training step 5: modality 'text': its input is not finite$"):
+    with pytest.raises(NonFiniteError, match=r"^training batch 5: modality 'text': its input is not finite$"):
         runner.fit(classifier(model), datamodule=model)
 
     (left,) = (tmp_path / "harmed").rglob("*.ckpt")
@@ -128,7 +128,7 @@ def test_a_run_that_meets_nan_stops_with_step_and_modality_named_and_its_last_ch
 def test_nan_in_validation_names_the_training_step_it_followed(tmp_path, features):
     data = PoisonedFeatures(features, poisoned_step=8, stage="validation")
     with pytest.raises(
-        NonFiniteError, match=r"^training step 8, validation batch 0: modality 'text': its input is not finite$"
+        NonFiniteError, match=r"^training batch 8, validation batch 0: modality 'text': its input is not finite$"
     ):
         fit(tmp_path, data, classifier(data), epochs=3)
     assert len(list(tmp_path.rglob("*.ckpt"))) == 1, "of the first epoch"
@@ -142,13 +142,13 @@ def test_a_model_that_is_not_finite_does_not_replace_a_checkpoint(tmp_path, feat
     runner.save_checkpoint(path)
     before = digest(path)
     model.encoders["text"][1].weight.data[0, 0] = math.nan
-    with pytest.raises(NonFiniteError, match=r"after training step 1: encoders\.text\.1\.weight is not finite"):
+    with pytest.raises(NonFiniteError, match=r"after training batch 1: encoders\.text\.1\.weight is not finite"):
         runner.save_checkpoint(path)
     assert digest(path) == before
 
 
 def test_a_run_whose_weights_overflow_stops(tmp_path, features):
     data = Features(features)
-    with pytest.raises(NonFiniteError, match=r"^training step \d+"):
-        fit(tmp_path, data, classifier(data, learning_rate=1e30), epochs=5)
+    with pytest.raises(NonFiniteError, match=r"^training batch \d+"):
+        fit(tmp_path, data, classifier(data, lr=1e30), epochs=5)
     assert not list(tmp_path.rglob("*.ckpt"))

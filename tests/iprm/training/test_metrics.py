@@ -86,55 +86,62 @@ def test_an_output_without_a_loss_is_refused():
         EpochMetrics(C).update(output._replace(loss=None), target)
 
 
-def step(loss: float, correct: int, rows: int, strength=None):
-    """An output whose prediction is right in the first `correct` of `rows`, and head `x` in none."""
+def step(loss: float, correct: int, rows: int, **measures: float):
+    """An output whose prediction is right in the first `correct` of `rows`, and head `x` in none, with twice the loss."""
     target = torch.zeros(rows, dtype=torch.int64)
     logits = torch.nn.functional.one_hot((torch.arange(rows) >= correct).long(), 2).float()
     wrong = torch.nn.functional.one_hot(torch.ones(rows, dtype=torch.int64), 2).float()
-    return FusionOutput(torch.tensor(loss), logits, {"x": wrong}, strength), target
+    losses_by = {"x": torch.tensor(2 * loss)}
+    named = {name: torch.tensor(value) for name, value in measures.items()}
+    return FusionOutput(torch.tensor(loss), logits, {"x": wrong}, losses_by=losses_by, measures=named), target
 
 
-def means_of(steps, weight=None) -> dict[str, float]:
+def means_of(steps, **state: float) -> dict[str, float]:
     means = EpochMeans()
     for output, target in steps:
         means.update(output, target)
-    return {name: value.item() for name, value in means.compute(("x", "y"), weight).items()}
+    found = means.compute({name: torch.tensor(value) for name, value in state.items()})
+    return {name: value.item() for name, value in found.items()}
 
 
 def test_training_means_are_over_rows():
     values = means_of([step(loss=1.0, correct=3, rows=4), step(loss=4.0, correct=1, rows=2)])
-    assert values == pytest.approx({"train_loss": (4 * 1 + 2 * 4) / 6, "train_accuracy": 4 / 6, "train_accuracy_x": 0})
+    loss = (4 * 1 + 2 * 4) / 6
+    expected = {"train_loss": loss, "train_loss_x": 2 * loss, "train_accuracy": 4 / 6, "train_accuracy_x": 0}
+    assert values == pytest.approx(expected)
 
 
-def test_omega_is_averaged_over_steps_and_named_by_modality():
-    strengths = [torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.5])]
-    values = means_of([step(1.0, 1, 2, strength) for strength in strengths], weight=torch.tensor(0.4))
-    assert values["strength_x"] == pytest.approx(0.35)
-    assert values["strength_y"] == pytest.approx(0.65)
-    assert values["weight"] == pytest.approx(0.4)
+def test_measures_are_means_over_the_steps_that_gave_them_by_their_own_names():
+    steps = [step(1.0, 1, 2, strength_x=0.2, k=1.0), step(1.0, 1, 2, strength_x=0.4, k=3.0), step(1.0, 1, 2, ratio=7.0)]
+    values = means_of(steps, weight=0.4)
+    measures = {name: value for name, value in values.items() if not name.startswith("train")}
+    assert measures == pytest.approx({"strength_x": 0.3, "k": 2.0, "ratio": 7.0, "weight": 0.4})
 
 
-def test_lambda_and_omega_of_several_pairs_are_numbered():
-    strength = torch.tensor([[0.2, 0.8], [0.3, 0.7], [0.4, 0.6]])
-    values = means_of([step(1.0, 1, 2, strength)], weight=torch.tensor([0.1, 0.2, 0.3]))
-    expected = {"weight_0": 0.1, "weight_1": 0.2, "weight_2": 0.3, "strength_0_first": 0.2, "strength_0_second": 0.8}
-    expected |= {"strength_1_first": 0.3, "strength_1_second": 0.7, "strength_2_first": 0.4, "strength_2_second": 0.6}
-    assert {name: value for name, value in values.items() if not name.startswith("train")} == pytest.approx(expected)
+def test_means_continue_from_a_saved_state():
+    first, second = step(1.0, 1, 2, k=1.0), step(3.0, 2, 4, k=3.0)
+    whole, saved, restored = EpochMeans(), EpochMeans(), EpochMeans()
+    for output, target in (first, second):
+        whole.update(output, target)
+    saved.update(*first)
+    restored.load_state_dict(saved.state_dict(), torch.device("cpu"))
+    restored.update(*second)
+    assert restored.compute({}) == whole.compute({})
 
 
 def test_an_epoch_without_steps_has_no_means():
     means = EpochMeans()
     means.update(*step(1.0, 1, 2))
     means.reset()
-    assert means.compute(("x", "y")) == {}
+    assert means.compute({}) == {}
 
 
 def test_means_survive_outputs_that_are_written_over():
-    """As those of a CUDA graph are, by its next replay."""
-    output, target = step(2.0, 1, 2, torch.tensor([0.25, 0.75]))
+    """As the next replay of a CUDA graph does."""
+    output, target = step(2.0, 1, 2, strength_x=0.25)
     means = EpochMeans()
     means.update(output, target)
     output.loss.fill_(7.0)
-    output.strength.fill_(7.0)
-    values = means.compute(("x", "y"), torch.tensor(0.5))
+    output.measures["strength_x"].fill_(7.0)
+    values = means.compute({})
     assert (values["train_loss"].item(), values["strength_x"].item()) == (2.0, 0.25)

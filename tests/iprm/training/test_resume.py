@@ -28,7 +28,7 @@ INTERRUPTED_AT = (4, 5)
 AUGMENTED_KILLED_AT = (4, 7)
 BY_STEPS = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "14", "--trainer.val_check_interval", "2")
 KILLED_AT_BY_STEPS = (2, 7, 9)
-RARELY = ("--state.every_n_steps", "0")
+RARELY = ("--state.every_n_batches", "0")
 ACCUMULATING = (
     "--trainer.accumulate_grad_batches",
     "2",
@@ -47,7 +47,7 @@ def fit(
     save(folder, arrays())
     of = ("--data", f"feature_files.{data}", "--data.path", "features.npz")
     told = ("--data.signal_step", str(signal_step), "--data.signal_number", str(int(number)))
-    settings = ("--trainer.max_epochs", str(EPOCHS), "--trainer.enable_progress_bar", "false", "--state.every_n_steps", "2")
+    settings = ("--trainer.max_epochs", str(EPOCHS), "--trainer.enable_progress_bar", "false", "--state.every_n_batches", "2")
     return folder, ["fit", *of, *told, *settings, *more]
 
 
@@ -112,7 +112,7 @@ def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_to_the_same_bits(
     assert f"stopped by SIGTERM; to go on: iprm resume {RUN}" in log
     assert "Traceback" not in log
     found, expected = left(ran / f"terminated{step}"), left(ran / "alone")
-    last = f"step={STEPS - 3:08d}.ckpt"  # of the last epoch's beginning: what else is saved is saved by another rule
+    last = f"batch={STEPS - 3:08d}.ckpt"  # of the last epoch's beginning: what else is saved is saved by another rule
     assert (
         difference(*({n: v for n, v in of.items() if n.startswith(("metrics", "best-", last))} for of in (found, expected)))
         == []
@@ -132,7 +132,7 @@ def test_gradients_that_were_being_accumulated_are_computed_anew(ran, step):
 def test_a_finished_run_can_be_made_longer(ran, tmp_path):
     longer, folder = tmp_path / "longer", tmp_path / "short"
     two, four = ("--trainer.max_epochs", "2"), ("--trainer.max_epochs", "4")
-    decay = ("--model.decay", "1")  # else the schedule of a run knows how long it was to be
+    decay = ("--lr_scheduler.gamma", "1")  # else the schedule of a run knows how long it was to be
     commands = [fit(longer, *four, *decay), fit(folder, *two, *decay), resume(folder, *four)]
     assert run_forked(tmp_path, commands) == [0, 0, 0]
     assert left(folder)["metrics"] == left(longer)["metrics"]
@@ -277,7 +277,10 @@ def test_a_save_leaves_alone_what_another_process_is_writing(tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"every_n_steps": -1}, "every_n_steps: expected a number from 0 up, got -1"), ({"keep": 1}, "keep: expected at least 2")],
+    [
+        ({"every_n_batches": -1}, "every_n_batches: expected a number from 0 up, got -1"),
+        ({"keep": 1}, "keep: expected at least 2"),
+    ],
 )
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(InputError, match=message):

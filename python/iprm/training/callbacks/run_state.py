@@ -27,8 +27,8 @@ ASK_EVERY = 20
 
 
 class RunState(L.Callback):
-    """Saves the whole state of a run, at the beginning of every epoch, every `every_n_steps` steps and at SIGTERM, as
-    ``states/step=<N>.ckpt`` in the run's folder: weights, λ and ω, optimiser, schedule, the place in the epoch, the states of
+    """Saves the whole state of a run, at the beginning of every epoch, every `every_n_batches` batches and at SIGTERM, as
+    ``states/batch=<N>.ckpt`` in the run's folder: weights, λ and ω, optimiser, schedule, the place in the epoch, the states of
     the random number generators of all processes, and the metrics so far.
 
     A run that continues from one (``Trainer.fit(ckpt_path=...)`` with this callback, `iprm resume`) computes what it would
@@ -38,22 +38,22 @@ class RunState(L.Callback):
     batch), and its number of processes is the same.
 
     Args:
-        every_n_steps: optimiser steps between saves within an epoch, or a few more where a validation is due then or gradients
+        every_n_batches: batches between saves within an epoch, or a few more where a validation is due then or gradients
             are being accumulated; 0 saves at an epoch's beginning alone.
         keep: how many of the last states are kept, at least 2: of the last one a disk may lose a part.
     """
 
-    def __init__(self, every_n_steps: int = 0, keep: int = 2) -> None:
-        if every_n_steps < 0:
-            raise InputError(f"every_n_steps: expected a number from 0 up, got {every_n_steps}")
+    def __init__(self, every_n_batches: int = 0, keep: int = 2) -> None:
+        if every_n_batches < 0:
+            raise InputError(f"every_n_batches: expected a number from 0 up, got {every_n_batches}")
         if keep < 2:
             raise InputError(f"keep: expected at least 2, got {keep}")
-        self.every_n_steps, self.keep = every_n_steps, keep
+        self.every_n_batches, self.keep = every_n_batches, keep
         self.saved: Path | None = None  # the last one
         self._trainer: L.Trainer | None = None
         self._restored: list[dict[str, Any]] = []  # the generators of each process
         self._at_epoch_start = False  # of the state that is saved, or was restored
-        self._saved_at = 0  # optimiser steps
+        self._saved_at = 0  # batches
         self._unasked = 0  # batches since all processes asked each other
         self._signal = _Termination()
 
@@ -64,7 +64,7 @@ class RunState(L.Callback):
         if rank() < len(self._restored):
             restore_generators(self._restored[rank()])
         self._restored = []
-        self._saved_at = trainer.global_step
+        self._saved_at = batches_of(trainer)
         if self._at_epoch_start:  # else Lightning may take a run bounded by steps to be in the middle of the epoch before
             trainer.fit_loop.epoch_loop.restarting = False
         # Lightning's own handler calls all processes from within a signal, in the middle of whatever they say to each other,
@@ -91,7 +91,7 @@ class RunState(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        due = self.every_n_steps and trainer.global_step >= self._saved_at + self.every_n_steps
+        due = self.every_n_batches and batches_of(trainer) >= self._saved_at + self.every_n_batches
         if world_size() == 1 and not due and not self._signal.came_to_any():
             return
         loop = trainer.fit_loop.epoch_loop
@@ -115,8 +115,8 @@ class RunState(L.Callback):
 
     def _save(self, trainer: L.Trainer) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # the same on every process
-        self.saved = folder / STATES / f"step={trainer.global_step:08d}.ckpt"
-        self._saved_at = trainer.global_step
+        self.saved = folder / STATES / f"batch={batches_of(trainer):08d}.ckpt"
+        self._saved_at = batches_of(trainer)
         trainer.save_checkpoint(self.saved)
         if trainer.is_global_zero:
             before = [state for state in saved_states(folder) if state <= self.saved]
@@ -153,6 +153,11 @@ class RunState(L.Callback):
         """The run's metrics.csv, if it has one."""
         loggers = self._trainer.loggers if self._trainer else []
         return [logger for logger in loggers if isinstance(logger, RunLog)][:1]
+
+
+def batches_of(trainer: L.Trainer) -> int:
+    """Batches that a run has trained on: its clock, whatever its optimisers' steps are made of."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
 class _Termination:

@@ -1,0 +1,51 @@
+"""Encoders and a fusion module as one classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .module import FusionModule
+from .output import FusionOutput
+
+
+class FusionModel(nn.Module):
+    """Encoders, then a fusion module: modality -> (B, ...), target (B,) -> `FusionOutput`.
+
+    Parameters: ``encoders.<modality>.*`` and ``fusion.*``.
+
+    Args:
+        encoders: modality -> module (B, ...) -> (B, D); those of modalities that `fusion` does not read are left out.
+        fusion: the fusion module.
+        memory_format: of images, (B, C, H, W), before they reach their encoder.
+    """
+
+    encoders: nn.ModuleDict
+    fusion: FusionModule
+
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module] | nn.ModuleDict,
+        fusion: FusionModule,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict({name: encoders[name] for name in fusion.modalities})
+        self.fusion, self.memory_format = fusion, memory_format
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """modality -> (B, ...) to modality -> (B, D)."""
+        return {name: encoder(self._placed(inputs[name])) for name, encoder in self.encoders.items()}
+
+    def forward(self, inputs: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+        return self.fusion(self.encode(inputs), target)
+
+    def with_features(self, inputs: Mapping[str, Tensor], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
+        """The features of every modality beside the output."""
+        features = self.encode(inputs)
+        return features, self.fusion(features, target)
+
+    def _placed(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=self.memory_format) if x.dim() == 4 else x

@@ -1,0 +1,189 @@
+"""Optimisers and learning rate schedules from plain settings, and how a resumed run takes new ones."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from iprm.errors import InputError, unknown
+
+#: Settings of an optimiser or schedule: {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, or a class path alone.
+Settings = Mapping[str, Any]
+
+OPTIMIZER: dict[str, Any] = {
+    "class_path": "torch.optim.SGD",
+    "init_args": {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4},
+}
+LR_SCHEDULER: dict[str, Any] = {"class_path": "iprm.training.optim.StepAtFraction", "init_args": {}}
+
+
+#: The greatest value of arguments that torch does not check against NaN, infinity or a useless size; the least is 0.
+BOUNDS = {"lr": math.inf, "weight_decay": math.inf, "momentum": 1.0}
+
+
+class StepAtFraction(LambdaLR):
+    """Multiplies the learning rates by `gamma` once, after a fraction of all epochs.
+
+    Args:
+        optimizer: whose rates are scheduled.
+        epochs: of the run; `iprm fit` fills it in.
+        fraction: from 0 to 1; the rates change after ``max(1, round(fraction · epochs))`` epochs.
+        gamma: from 0 up.
+    """
+
+    def __init__(self, optimizer: Optimizer, epochs: int | None = None, fraction: float = 0.7, gamma: float = 0.1) -> None:
+        epochs = _number_of(epochs)
+        check_number("fraction", fraction, 1)
+        check_number("gamma", gamma)
+        last = max(1, round(fraction * epochs))
+        super().__init__(optimizer, lambda epoch: gamma if epoch >= last else 1.0)
+
+
+class WarmupCosine(LambdaLR):
+    """Raises the learning rates linearly over the first epochs, then lowers them along half a cosine::
+
+        lr(e) = lr · (e + 1) / (w + 1)                                            for e < w
+        lr(e) = lr · (floor + (1 - floor) · (1 + cos(π (e - w) / (epochs - w))) / 2)   from then on
+
+    Args:
+        optimizer: whose rates are scheduled.
+        epochs: of the run; `iprm fit` fills it in.
+        warmup_epochs: w, from 0 to below `epochs`.
+        floor: the part of the rate, from 0 to 1, that the cosine ends at.
+    """
+
+    def __init__(self, optimizer: Optimizer, epochs: int | None = None, warmup_epochs: int = 0, floor: float = 0.0) -> None:
+        epochs = _number_of(epochs)
+        check_number("warmup_epochs", warmup_epochs, epochs - 1)
+        check_number("floor", floor, 1)
+
+        def factor(epoch: int) -> float:
+            if epoch < warmup_epochs:
+                return (epoch + 1) / (warmup_epochs + 1)
+            part = min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs))
+            return floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2
+
+        super().__init__(optimizer, factor)
+
+
+def checked(kind: str, base: type, settings: Settings | str) -> tuple[type, dict[str, Any]]:
+    """The class and the arguments that settings name.
+
+    Raises:
+        InputError: there is no such class, or it is none of `base`.
+    """
+    if isinstance(settings, str):
+        settings = {"class_path": settings}
+    path, arguments = settings.get("class_path"), dict(settings.get("init_args") or {})
+    extra = [name for name in settings if name not in ("class_path", "init_args")]
+    if not isinstance(path, str) or extra:
+        raise InputError(f"{kind}: expected a class_path and init_args, got {dict(settings)!r}")
+    home = "torch.optim.lr_scheduler" if base is LRScheduler else "torch.optim"
+    module, _, name = (path if "." in path else f"{home}.{path}").rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        classes = {n: c for n, c in vars(importlib.import_module(home)).items() if isinstance(c, type) and issubclass(c, base)}
+        known = [n for n, cls in classes.items() if cls is not base and not n.startswith("_")]
+        raise InputError(unknown(kind, path, [f"{home}.{n}" for n in known] if "." in path else known)) from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InputError(f"{kind}: expected a subclass of {base.__name__}, got {path}")
+    return found, arguments
+
+
+def make_optimizer(groups: Iterable[dict[str, Any]], settings: Settings | str) -> Optimizer:
+    """The optimiser of parameter groups, each of which may have entries of its own, and ``lr_scale``, a factor of its rate.
+
+    Raises:
+        InputError: it cannot be made from these settings.
+    """
+    cls, arguments = checked("optimizer", Optimizer, settings)
+    for name, highest in BOUNDS.items():
+        if name in arguments:
+            check_number(f"optimizer.{name}", arguments[name], highest)
+    prepared = []
+    for group in groups:
+        own = {name: value for name, value in group.items() if name != "lr_scale"}
+        if "lr_scale" in group:
+            rate = arguments.get("lr", _default_rate(cls))
+            own["lr"] = rate * group["lr_scale"]
+        prepared.append(own)
+    try:
+        return cls(prepared, **arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer {cls.__name__}: {error}") from error
+
+
+def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int | None) -> LRScheduler:
+    """The schedule of an optimiser's rates, stepped after every epoch; those of this module are given `epochs`.
+
+    Raises:
+        InputError: it cannot be made from these settings, or has to know the number of epochs of a run that has none.
+    """
+    cls, arguments = checked("lr_scheduler", LRScheduler, settings)
+    if cls in (StepAtFraction, WarmupCosine) and arguments.get("epochs") is None:
+        arguments["epochs"] = epochs
+    try:
+        return cls(optimizer, **arguments)
+    except InputError as error:
+        raise InputError(f"lr_scheduler: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"lr_scheduler {cls.__name__}: {error}") from error
+
+
+def is_step_at_fraction(settings: Settings | str) -> bool:
+    """Whether settings name `StepAtFraction`, which a run without a number of epochs leaves out."""
+    return checked("lr_scheduler", LRScheduler, settings)[0] is StepAtFraction
+
+
+class Configured:
+    """What an optimiser and its schedule were made with, to be applied again after a state was restored into them.
+
+    A restored state brings every group's values of the run that saved it. The settings of this run replace them: where a
+    group's initial rate is the saved one, its present rate stays; else that is scaled by their ratio.
+    """
+
+    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+    def apply(self) -> None:
+        """After a state was restored; without one it changes nothing."""
+        initial = [group.get("initial_lr", group["lr"]) for group in self.groups]
+        if self.scheduler is not None:
+            self.scheduler.base_lrs = list(initial)
+        for place, (group, configured, rate) in enumerate(zip(self.optimizer.param_groups, self.groups, initial, strict=True)):
+            saved, present = group.get("initial_lr"), group["lr"]
+            group.update(configured)
+            if isinstance(self.scheduler, LambdaLR):  # known at any epoch, also where the number of epochs was changed
+                group["lr"] = rate * self.scheduler.lr_lambdas[place](self.scheduler.last_epoch)
+            elif saved is not None:
+                group["lr"] = present if saved == rate else present * (rate / saved)
+            elif isinstance(self.scheduler, ReduceLROnPlateau):
+                group["lr"] = present
+
+
+def _default_rate(cls: type) -> float:
+    default = inspect.signature(cls).parameters["lr"].default
+    return float(default) if isinstance(default, (int, float, torch.Tensor)) else 1e-3
+
+
+def _number_of(epochs: int | None) -> int:
+    if epochs is None:
+        raise InputError("epochs: a run bounded by steps or time has no number of epochs; give one, or another schedule")
+    return epochs
+
+
+def check_number(name: str, value: Any, highest: float = math.inf) -> None:
+    """Raises InputError unless `value` is a finite number in [0, highest]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and 0 <= value <= highest):
+        span = "from 0 up" if highest == math.inf else f"from 0 to {highest:g}"
+        raise InputError(f"{name}: expected a number {span}, got {value!r}")
