@@ -1,17 +1,18 @@
 """Fused operators for probe-and-rebalance multimodal learning, behind `torch.library`."""
 
 from .any_head import ProbeResult, probe_rebalance
-from .backends import BackendStatus, BackendUnavailableError, backends, build_info, use_backend
+from .backends import BackendStatus, BackendUnavailableError, OperatorStatus, backends, use_backend
 from .divergence import batch_kl, strength_weights
+from .extension import build_info
 from .geodesic import geodesic_mixup, normalize
-from .head import StepResult, linear_probe_rebalance
-from .head_pairs import PairsResult, linear_probe_rebalance_pairs
+from .head import PairsResult, StepResult, linear_probe_rebalance, linear_probe_rebalance_pairs
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
+    "OperatorStatus",
     "PairsResult",
     "ProbeResult",
     "StepResult",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch._C import DispatchKey, DispatchKeySet
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _keys(*names: str) -> DispatchKeySet:
@@ -73,12 +76,12 @@ def flattened(arguments: tuple[Any, ...]) -> list[Any]:
 
 def register(
     schema: str,
-    kernel: Callable[..., Any],
+    kernel: Callable[P, R],
     fake: Callable[..., Any],
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[P, R]:
     """Defines `iprm::<schema>` and returns the function that calls it.
 
     `kernel` runs below autograd, on every device; it selects the backend itself. `setup_context(ctx, inputs,
@@ -92,6 +95,7 @@ def register(
     (64, 31) took 114 µs through them and 99 µs past them (one Zen 4 core, medians).
     """
     name = schema.split("(")[0]
+    run: Callable[..., Any] = kernel
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -102,16 +106,21 @@ def register(
         with below(AUTOGRAD):
             return overload(*arguments)
 
-    lists = "[]" in schema.split("->")[0]
+    takes, returns = schema.split("->")
+    lists, returns_list = "[]" in takes, "[]" in returns
     registered = _function(name, through_dispatcher, setup_context, backward, lists)
     direct = _function(name, kernel, setup_context, backward, lists)
+
+    def applied(function: Any, flat: Sequence[Any], arguments: Sequence[Any]) -> Any:
+        output = function.apply(*flat, arguments) if lists else function.apply(*flat)
+        return list(output) if returns_list else output
 
     def autograd(*arguments: Any) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             registered.jvp()
         flat = flattened(arguments) if lists else arguments
         if _differentiated(flat) or forward_ad._current_level >= 0:
-            return registered.apply(*flat, arguments) if lists else registered.apply(*flat)
+            return applied(registered, flat, arguments)
         return through_dispatcher(*arguments)
 
     LIBRARY.impl(name, autograd, "Autograd")
@@ -120,13 +129,13 @@ def register(
         if not unobserved(arguments):
             return overload(*arguments)
         if not torch.is_grad_enabled():
-            return kernel(*arguments)
+            return run(*arguments)
         flat = flattened(arguments) if lists else arguments
         if not _differentiated(flat):
-            return kernel(*arguments)
-        return direct.apply(*flat, arguments) if lists else direct.apply(*flat)
+            return run(*arguments)
+        return applied(direct, flat, arguments)
 
-    return call
+    return cast("Callable[P, R]", call)
 
 
 def _differentiated(arguments: Sequence[Any]) -> bool:

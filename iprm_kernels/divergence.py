@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import _checks, autocast
 from ._library import register
-from .backends import REDUCTIONS, kernels
+from .backends import kernels
+from .convention import REDUCTIONS
 from .dtypes import arithmetic_dtype
 
 
@@ -102,7 +103,8 @@ def _batch_kl_autograd(ctx: Any, saved: Any, grad: Tensor | None, _: Any) -> tup
     if grad is None:
         return None, None, None
     needed = ctx.needs_input_grad[:2]
-    grad_p, grad_q = _batch_kl_backward(grad, *saved, ctx.reduction, needed)
+    p_logits, q_logits, stats = saved
+    grad_p, grad_q = _batch_kl_backward(grad, p_logits, q_logits, stats, ctx.reduction, needed)
     return grad_p if needed[0] else None, grad_q if needed[1] else None, None
 
 

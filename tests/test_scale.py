@@ -9,9 +9,9 @@ import pytest
 import scale_model as model
 import torch
 import torch.distributed as dist
+from iprm_kernels._head_step import _take_share
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iprm_kernels._head_step import _take_share
 from iprm_kernels.collectives import joint_sums
 
 

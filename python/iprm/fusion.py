@@ -151,7 +151,7 @@ class ProbeRebalance(FusionModule):
             steps = ik.linear_probe_rebalance_pairs(
                 list(features.values()), own, mixing, target, probing, pairs=places, group=process_group()
             )
-            mixed = steps.mix_logits.mean(0) if len(drawn) > 1 else steps.mix_logits[0]
+            mixed = torch.stack(steps.mix_logits).mean(0) if len(drawn) > 1 else steps.mix_logits[0]
             logits_by = dict(zip(self.modalities, steps.logits, strict=True)) | {"mix": mixed}
             loss, strength = steps.loss, steps.strength
         self._advance(drawn, strength, len(target))

@@ -235,18 +235,19 @@ def test_gradients_that_no_cache_holds(place: Place) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck(place: Place, dtype: torch.dtype, biased: bool) -> None:
     inputs = heads.inputs(5, 7, 3, dtype, device=place.device)
-    matrices = [inputs[name].detach().requires_grad_() for name in ("x", "y", "weight_mix", "weight_x", "weight_y")]
+    features = [inputs[name].detach().requires_grad_() for name in ("x", "y")]
+    weights = [inputs[f"weight_{m}"].detach().requires_grad_() for m in ("mix", "x", "y")]
     biases = [inputs[f"bias_{m}"].detach().requires_grad_() if biased else None for m in ("mix", "x", "y")]
     weight = torch.tensor(0.3, dtype=inputs["x"].double().dtype if dtype == torch.float64 else torch.float32)
-    rest = (inputs["target"], weight.to(place.device), 0.1, -100, "")
-    torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, (*matrices, *biases, *rest))
-    matrices, biases = ([t if t is None else t.detach() for t in tensors] for tensors in (matrices, biases))
-    loss, _, mix, *unimodal, strength, _, state = torch.ops.iprm.linear_probe_rebalance(*matrices, *biases, *rest)
-    grads = (torch.ones_like(loss), None, torch.ones_like(mix), None, torch.ones_like(mix))
+    rest = ([0, 1], inputs["target"], weight.to(place.device), 0.1, -100, "")
+    torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, (features, weights, biases, *rest))
+    features, weights, biases = ([t if t is None else t.detach() for t in tensors] for tensors in (features, weights, biases))
+    loss, _, *logits, strength, _, state = torch.ops.iprm.linear_probe_rebalance(features, weights, biases, *rest)
+    grads = (torch.ones_like(loss), None, [torch.ones_like(logits[0]), None, torch.ones_like(logits[0])])
     for needed in ([True] * 8, [False, True, True, False, True, True, False, False]):
         torch.library.opcheck(
             torch.ops.iprm.linear_probe_rebalance_backward.default,
-            (*grads, *matrices, biases[0], inputs["target"], state, *unimodal, strength, 0.1, -100, needed),
+            (*grads, features, weights, biases[:1], *rest[:2], state, logits[1:], strength, 0.1, -100, needed),
         )
 
 

@@ -15,7 +15,8 @@ from heads import LEAVES, Step
 from torch import Tensor
 
 import iprm_kernels as ik
-from iprm_kernels import reference
+from iprm_kernels.convention import EPS
+from iprm_kernels.reference.geodesic import slerp_weight
 
 
 def step_of(inputs: dict, call: Callable[..., ik.StepResult] = heads.call) -> Step:
@@ -37,11 +38,11 @@ def magnitudes(inputs: dict, truth: dict[str, Truth]) -> dict[str, Tensor]:
     i = {name: t.double() if isinstance(t, Tensor) else t for name, t in inputs.items()}
     logits = {m: truth[f"logits_{m}"].high for m in ("mix", "x", "y")}
     batch, classes = logits["mix"].shape
-    norms = {m: i[m].norm(dim=1).clamp(min=reference.head.EPS) for m in "xy"}
-    live = {m: torch.where(i[m].norm(dim=1) > reference.head.EPS, norms[m], torch.inf) for m in "xy"}
+    norms = {m: i[m].norm(dim=1).clamp(min=EPS) for m in "xy"}
+    live = {m: torch.where(i[m].norm(dim=1) > EPS, norms[m], torch.inf) for m in "xy"}
     cosine = sum((i["x"] / norms["x"][:, None] * i["y"] / norms["y"][:, None]).T)
     unit = sum(
-        reference.slerp_weight(truth["strength"].high[k].expand(batch), cosine)[:, None] * i[m].abs() / norms[m][:, None]
+        slerp_weight(truth["strength"].high[k].expand(batch), cosine)[:, None] * i[m].abs() / norms[m][:, None]
         for k, m in enumerate("xy")
     )
     terms = {m: i[m].abs() @ i[f"weight_{m}"].abs().T + i[f"bias_{m}"].abs() for m in "xy"}
