@@ -36,11 +36,13 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def unobserved(arguments: Sequence[Any]) -> bool:
-    """Whether nothing but autograd wants to see a call: no tracing or compiling, no mode, transform, profiler or subclass."""
+    """Whether nothing but autograd needs to see a call: no tracing or compiling, no mode of `__torch_dispatch__` or
+    `__torch_function__`, no transform, profiler or tensor subclass."""
     if torch.compiler.is_compiling():  # first, as torch.compile cannot trace the others
         return False
     if (
         torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
@@ -90,9 +92,9 @@ def register(
     `*_backward` operator) refuses to be differentiated, and all refuse forward mode and torch.func's transforms, rather than
     returning silently wrong derivatives.
 
-    The function returned takes the same kernel, setup and backward to the same results past PyTorch's dispatcher where nobody
-    watches (`unobserved`): each of its three passes through Python costs 7 µs and more. batch_kl forward and backward at
-    (64, 31) took 114 µs through them and 99 µs past them (one Zen 4 core, medians).
+    The function returned runs the same kernel, setup and backward, with the same results, without PyTorch's dispatcher where
+    nothing observes it (`unobserved`). Forward and backward, through the dispatcher and past it, medians on one core of a Xeon
+    with AVX-512: batch_kl at (64, 31) 134 and 114 µs, the head step at (64, 512, 6) 469 and 420 µs.
     """
     name = schema.split("(")[0]
     run: Callable[..., Any] = kernel
