@@ -1,7 +1,9 @@
 """Fused operators for probe-and-rebalance multimodal learning, behind `torch.library`."""
 
+from . import arguments, autocast, collectives
 from .any_head import ProbeResult, probe_rebalance
-from .backends import BackendStatus, BackendUnavailableError, OperatorStatus, backends, use_backend
+from .average import average_strength
+from .backends import BackendStatus, BackendUnavailableError, OperatorStatus, backends, decompositions, use_backend
 from .divergence import batch_kl, strength_weights
 from .extension import build_info
 from .geodesic import geodesic_mixup, normalize
@@ -16,9 +18,15 @@ __all__ = [
     "PairsResult",
     "ProbeResult",
     "StepResult",
+    "__version__",
+    "arguments",
+    "autocast",
+    "average_strength",
     "backends",
     "batch_kl",
     "build_info",
+    "collectives",
+    "decompositions",
     "geodesic_mixup",
     "linear_probe_rebalance",
     "linear_probe_rebalance_pairs",

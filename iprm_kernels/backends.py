@@ -222,6 +222,19 @@ def use_backend(name: str) -> Iterator[None]:
         _requested[:] = [other for other in _requested if other is not entry]
 
 
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """The operators of inference in plain torch, so that an exported program needs torch alone.
+
+    >>> program = torch.export.export(model, inputs).run_decompositions(ik.decompositions())
+
+    Returns:
+        overload -> function, for normalize, geodesic_mixup, batch_kl and strength_weights.
+    """
+    module = importlib.import_module(".reference.decompositions", __package__)
+    names = ("normalize", "geodesic_mixup", "batch_kl", "strength_weights")
+    return {getattr(torch.ops.iprm, name).default: getattr(module, name) for name in names}
+
+
 def backends() -> dict[str, BackendStatus]:
     """What can run here, and what cannot and why: one status per backend, by name, with one status per operator.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, autocast
+from . import arguments, autocast
 from ._library import register
 from .backends import kernels
 from .convention import EPS
@@ -32,8 +32,8 @@ def normalize(x: Tensor, *, eps: float = EPS) -> Tensor:
         TypeError: `x` is no floating tensor.
         ValueError: `x` has no last dimension to normalise, or `eps` is not positive.
     """
-    _checks.rows("x", x)
-    unit, _ = _normalize(_as_rows(x), _checks.epsilon(eps, x))
+    arguments.rows("x", x)
+    unit, _ = _normalize(_as_rows(x), arguments.epsilon(eps, x))
     return unit if x.dim() == 2 else unit.view(x.shape)
 
 
@@ -65,13 +65,13 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float =
     Source: Oh et al., "Geodesic Multi-Modal Mixup for Robust Fine-Tuning", NeurIPS 2023; the gradient is this project's.
     """
     casting = isinstance(x, Tensor) and autocast.enabled(x)
-    _checks.rows("x", x)
-    _checks.rows("y", y)
-    _checks.alike("y", y, "x", x, autocast=casting)
-    weight = _checks.mixing_weight(weight, x, x.shape[:-1])
+    arguments.rows("x", x)
+    arguments.rows("y", y)
+    arguments.alike("y", y, "x", x, autocast=casting)
+    weight = arguments.mixing_weight(weight, x, x.shape[:-1])
     if casting:
         x, y = autocast.widest(x, y)
-    z, _ = _geodesic_mixup(_as_rows(x), _as_rows(y), weight, _checks.epsilon(eps, x))
+    z, _ = _geodesic_mixup(_as_rows(x), _as_rows(y), weight, arguments.epsilon(eps, x))
     return z if x.dim() == 2 else z.view(x.shape)
 
 

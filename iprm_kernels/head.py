@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _checks
+from . import arguments
 from .collectives import group_name
 from .head_step import LinearHead, cast, check_step, head_step
 
@@ -77,7 +77,7 @@ def linear_probe_rebalance(
     """
     heads = {"head_x": head_x, "head_y": head_y, "head_mix": head_mix}
     dtype = check_step({"x": x, "y": y}, heads, target, label_smoothing, ignore_index, group)
-    weight = _checks.mixing_weight(weight, x, torch.Size(()))
+    weight = arguments.mixing_weight(weight, x, torch.Size(()))
     (weight_mix, bias_mix), (weight_x, bias_x), (weight_y, bias_y) = head_mix, head_x, head_y
     loss, losses, logits_mix, logits_x, logits_y, strength, kl, _ = head_step(
         cast([x, y], dtype),
@@ -143,14 +143,14 @@ def linear_probe_rebalance_pairs(
 
     Source: Yang, Wu, Jiang, IJCAI 2025 (Tri-CLS); the closed form is this project's.
     """
-    _checks.sequence("features", features, "2 or more matrices (B, D)")
+    arguments.sequence("features", features, "2 or more matrices (B, D)")
     if len(features) < 2:
         raise ValueError(f"features: expected 2 or more matrices (B, D), got {len(features)}")
     if pairs is None:
         pairs = tuple(itertools.combinations(range(len(features)), 2))
-    flat = _checks.pairs(pairs, len(features))
+    flat = arguments.pairs(pairs, len(features))
     for name, own, size in (("mix_heads", mix_heads, len(pairs)), ("heads", heads, len(features))):
-        _checks.sequence(name, own, f"{size} heads (weight (C, D), bias (C,) or None)")
+        arguments.sequence(name, own, f"{size} heads (weight (C, D), bias (C,) or None)")
         if len(own) != size:
             raise ValueError(f"{name}: expected {size} heads (weight (C, D), bias (C,) or None), got {len(own)}")
     count = len(pairs)
@@ -159,7 +159,7 @@ def linear_probe_rebalance_pairs(
         {f"{name}[{k}]": head for name, own in (("heads", heads), ("mix_heads", mix_heads)) for k, head in enumerate(own)},
         *(target, label_smoothing, ignore_index, group),
     )
-    weight = _checks.mixing_weight(weight, features[0], torch.Size((count,)))
+    weight = arguments.mixing_weight(weight, features[0], torch.Size((count,)))
     weights, biases = zip(*mix_heads, *heads, strict=True)
     loss, losses, *logits, strength, kl, _ = head_step(
         cast(list(features), dtype),

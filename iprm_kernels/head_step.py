@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _checks, autocast
+from . import arguments, autocast
 from ._library import register
 from .backends import kernels
 from .collectives import joint_sums, weighted
@@ -30,15 +30,15 @@ def check_step(
     """Checks arguments by name.  -> the dtype that autocast casts features and heads to, None to leave them as they are"""
     (first, x), *others = features.items()
     casting = isinstance(x, Tensor) and autocast.enabled(x)
-    _checks.matrix(first, x)
+    arguments.matrix(first, x)
     for name, matrix in others:
-        _checks.matrix(name, matrix)
-        _checks.alike(name, matrix, first, x, autocast=casting and torch.float64 not in (x.dtype, matrix.dtype))
+        arguments.matrix(name, matrix)
+        arguments.alike(name, matrix, first, x, autocast=casting and torch.float64 not in (x.dtype, matrix.dtype))
     casting = casting and x.dtype != torch.float64
-    _checks.linear_heads(heads, x, casting)
-    _checks.target(target, x)
-    _checks.cross_entropy_options(label_smoothing, ignore_index)
-    _checks.process_group(group)
+    arguments.linear_heads(heads, x, casting)
+    arguments.target(target, x)
+    arguments.cross_entropy_options(label_smoothing, ignore_index)
+    arguments.process_group(group)
     return torch.get_autocast_dtype(x.device.type) if casting else None
 
 
@@ -85,7 +85,7 @@ def _forward(
         else:
             run(inputs, PROBE | REBALANCE, outputs)
     except RuntimeError:
-        _checks.labels(target, classes, ignore_index)  # a C++ kernel raises RuntimeError for such a label, this ValueError
+        arguments.labels(target, classes, ignore_index)  # a C++ kernel raises RuntimeError for such a label, this ValueError
         raise
     return _returned(outputs)
 

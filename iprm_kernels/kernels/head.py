@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._checks import labels
+from ..arguments import labels
 from ..convention import (
     EPS,
     PROBE,

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checks import labels
 from .._library import AUTOCAST, below
+from ..arguments import labels
 from ..convention import PROBE, REBALANCE, HeadBackwardInputs, HeadGradients, HeadInputs, HeadOutputs, HeadState, Kernel
 from . import average, divergence, geodesic, head
 

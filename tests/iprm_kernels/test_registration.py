@@ -14,7 +14,6 @@ from torch import Tensor
 from watching import FunctionWatching, Watching
 
 import iprm_kernels as ik
-from iprm_kernels.average import average_strength
 
 OPS = torch.ops.iprm
 
@@ -118,7 +117,7 @@ def test_a_function_mode_sees_every_operator(place: Place) -> None:
         every_op(x, y, torch.tensor(0.3, device=place.device))
         logits = step["x"] @ step["weight_x"].T
         strength = ik.probe_rebalance(x, y, logits, logits.flip(0), layer, 0.3).strength
-        average_strength(strength, 0.8, False, *state)
+        ik.average_strength(strength, 0.8, False, *state)
         heads.call(step)
         ik.linear_probe_rebalance_pairs(
             [x, y], [(step["weight_x"], None)] * 2, [(step["weight_mix"], None)], step["target"], 0.3

@@ -1,4 +1,7 @@
-"""Argument checks shared by the public functions. Each error names the argument, what was expected and what came."""
+"""Argument checks, shared by the public functions and by modules built on them.
+
+Each takes the name of the argument first, and raises TypeError or ValueError with that name, what was expected and what came.
+"""
 
 from __future__ import annotations
 
