@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iprm_kernels._checks import dense, labels
+from iprm_kernels.arguments import dense, labels
 from iprm_kernels.collectives import joint_sums, weighted
 
 from .output import FusionOutput

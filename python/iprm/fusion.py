@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import iprm_kernels as ik
 from iprm_kernels import autocast
-from iprm_kernels.average import average_strength
 from iprm_kernels.collectives import all_reduce_sum, joint_sums
 
 from .base import IGNORE_INDEX, FusionModule, cross_entropy, sum_logits
@@ -214,7 +213,7 @@ class ProbeRebalance(FusionModule):
         else:
             weight, eval_weight, last, steps = state
         strength = strength.to(last.dtype)
-        average_strength(strength, self.alpha, self.ema_start == "released", weight, eval_weight, last, steps)
+        ik.average_strength(strength, self.alpha, self.ema_start == "released", weight, eval_weight, last, steps)
 
     def _evaluate(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
         weight = self.eval_weight.clone()
