@@ -36,8 +36,8 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def unobserved(arguments: Sequence[Any]) -> bool:
-    """Whether nothing but autograd needs to see a call: no tracing or compiling, no mode of `__torch_dispatch__` or
-    `__torch_function__`, no transform, profiler or tensor subclass."""
+    """Whether nothing but autograd needs to see a call of these arguments, which are `flattened`: no tracing or compiling, no
+    mode of `__torch_dispatch__` or `__torch_function__`, no transform, profiler or tensor subclass."""
     if torch.compiler.is_compiling():  # first, as torch.compile cannot trace the others
         return False
     if (
@@ -56,9 +56,6 @@ def _all_plain(arguments: Sequence[Any]) -> bool:
     for argument in arguments:
         if type(argument) in PLAIN:
             if argument.is_meta:
-                return False
-        elif type(argument) is list:
-            if not _all_plain(argument):
                 return False
         elif isinstance(argument, torch.Tensor):
             return False
@@ -128,11 +125,9 @@ def register(
     LIBRARY.impl(name, autograd, "Autograd")
 
     def call(*arguments: Any) -> Any:
-        if not unobserved(arguments):
-            return overload(*arguments)
-        if not torch.is_grad_enabled():
-            return run(*arguments)
         flat = flattened(arguments) if lists else arguments
+        if not unobserved(flat):
+            return overload(*arguments)
         if not _differentiated(flat):
             return run(*arguments)
         return applied(direct, flat, arguments)
