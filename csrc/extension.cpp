@@ -5,7 +5,7 @@
 
 #include "build_settings.h"
 #include "core/macros.h"
-#include "head_step.h"
+#include "host/head_step.h"
 
 namespace iprm {
 const char* isa_name();

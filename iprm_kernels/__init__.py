@@ -1,13 +1,13 @@
 """Fused operators for probe-and-rebalance multimodal learning, behind `torch.library`."""
 
 from . import arguments, autocast, collectives
-from .any_head import ProbeResult, probe_rebalance
 from .average import average_strength
 from .backends import BackendStatus, BackendUnavailableError, OperatorStatus, backends, decompositions, use_backend
 from .divergence import batch_kl, strength_weights
 from .extension import build_info
 from .geodesic import geodesic_mixup, normalize
 from .head import PairsResult, StepResult, linear_probe_rebalance, linear_probe_rebalance_pairs
+from .probe_rebalance import ProbeResult, probe_rebalance
 
 __version__ = "0.1.0"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import register
 from .backends import kernels
+from .registration import register
 
 
 def _average_strength_kernel(

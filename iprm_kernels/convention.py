@@ -89,7 +89,7 @@ class HeadGradients(NamedTuple):
 
 
 class HeadState(NamedTuple):
-    """What a head step saves for its backward pass, as views of the one tensor that holds it; csrc/head_step.h has the same."""
+    """What a head step saves for its backward pass, as views of one tensor; csrc/host/head_step.h has the same layout."""
 
     stats: Tensor  #: (P, 3, B) holding ‖x‖, ‖y‖, c of each pair
     projected: Tensor  #: (P, 2, B, C) A = X W_mᵀ and V = Y W_mᵀ

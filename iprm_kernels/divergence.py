@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from . import arguments, autocast
-from ._library import register
 from .backends import kernels
 from .convention import REDUCTIONS
 from .dtypes import arithmetic_dtype
+from .registration import register
 
 
 def batch_kl(p_logits: Tensor, q_logits: Tensor, *, reduction: str = "sum") -> Tensor:

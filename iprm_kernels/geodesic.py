@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import arguments, autocast
-from ._library import register
 from .backends import kernels
 from .convention import EPS
 from .dtypes import arithmetic_dtype
+from .registration import register
 
 
 def normalize(x: Tensor, *, eps: float = EPS) -> Tensor:

@@ -1,5 +1,5 @@
 """Probe, measure, rebalance with linear heads, in one operator: `linear_probe_rebalance` for two modalities,
-`linear_probe_rebalance_pairs` for more. any_head.py has the step through any other head."""
+`linear_probe_rebalance_pairs` for more. probe_rebalance.py has the step through any other head."""
 
 from __future__ import annotations
 

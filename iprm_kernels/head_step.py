@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import arguments, autocast
-from ._library import register
 from .backends import kernels
 from .collectives import joint_sums, weighted
 from .convention import PROBE, REBALANCE, HeadBackwardInputs, HeadGradients, HeadInputs, HeadOutputs, HeadState
 from .dtypes import arithmetic_dtype
+from .registration import register
 
 LinearHead = tuple[Tensor, Tensor | None]
 

@@ -7,7 +7,7 @@
 
 #include "../core/label.h"
 #include "../core/strength.h"
-#include "../head_step.h"
+#include "../host/head_step.h"
 #include "rows.h"
 
 namespace iprm {

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../head_step.h"
+#include "../host/head_step.h"
 #include "head_kernels.cuh"
 
 namespace iprm::device {

@@ -1,6 +1,6 @@
 """The linear head step: launchers, forward and backward.
 
-Heads of up to FEW_CLASSES classes: the kernels of `_head_products` multiply, and a step is three or four launches forward and
+Heads of up to FEW_CLASSES classes: the kernels of `head_matmul` multiply, and a step is three or four launches forward and
 two or three backward, for two modalities or for three. More classes, float64, or what would spill: the products are torch's,
 and the rows are worked on in between.
 """
@@ -29,13 +29,13 @@ from ..convention import (
     HeadState,
     pairs_of,
 )
-from ._head_coefficients import head_coefficients_kernel
-from ._head_library import library_gradients, project
-from ._head_products import head_gradients_kernel, head_project_kernel, head_reduce_kernel
-from ._head_rows import head_losses_kernel, head_probe_kernel, head_rebalance_kernel
-from ._head_tiles import ProductTile, RowChunks, differentiates_itself, logit_tile, projects_itself
-from ._tiles import TILE, dense, on_device_of, part_programs, scratch, strides
 from .divergence import kl_sums_kernel
+from .head_backward_rows import head_coefficients_kernel
+from .head_forward_rows import head_losses_kernel, head_probe_kernel, head_rebalance_kernel
+from .head_matmul import head_gradients_kernel, head_project_kernel, head_reduce_kernel
+from .head_tiling import ProductTile, RowChunks, differentiates_itself, logit_tile, projects_itself
+from .head_torch_mm import library_gradients, project
+from .tiling import TILE, dense, on_device_of, part_programs, scratch, strides
 
 #: The most classes of which a program holds a row, by the size of the arithmetic type.
 MOST_CLASSES = {4: 4096, 8: 1024}

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .._library import AUTOCAST, below
 from ..arguments import labels
 from ..convention import PROBE, REBALANCE, HeadBackwardInputs, HeadGradients, HeadInputs, HeadOutputs, HeadState, Kernel
+from ..registration import AUTOCAST, below
 from . import average, divergence, geodesic, head
 
 

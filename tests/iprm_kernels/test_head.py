@@ -339,12 +339,12 @@ def test_repeats_bitwise(place: Place) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels, for the interpreter: TRITON_INTERPRET=1 tests it")
 def test_programs_that_take_several_blocks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than programs: the parts of sums and of head gradients are added up in their order."""
-    from iprm_kernels.kernels import _head_tiles, _tiles
+    from iprm_kernels.kernels import head_tiling, tiling
 
     inputs = heads.inputs(129, 20, 6, device=place.device)
-    monkeypatch.setattr(_tiles, "ROW_TILE", {4: 64})
-    monkeypatch.setattr(_tiles, "MOST_PARTS", 3)
-    monkeypatch.setattr(_head_tiles, "GRADIENT_PROGRAMS", 2)
+    monkeypatch.setattr(tiling, "ROW_TILE", {4: 64})
+    monkeypatch.setattr(tiling, "MOST_PARTS", 3)
+    monkeypatch.setattr(head_tiling, "GRADIENT_PROGRAMS", 2)
     assert_step_within_budget(heads.run(inputs))
 
 
@@ -352,7 +352,7 @@ def test_programs_that_take_several_blocks(place: Place, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("classes", [6, 70])
 def test_rows_in_chunks(place: Place, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where scratch for all of them would be too much: by the kernels' own products, and by a library's."""
-    from iprm_kernels.kernels._head_tiles import RowChunks
+    from iprm_kernels.kernels.head_tiling import RowChunks
 
     inputs = heads.inputs(11, 31, classes, device=place.device)
     monkeypatch.setattr(RowChunks, "of", staticmethod(lambda *_: RowChunks(rows=4, parts=1 + (classes == 6))))

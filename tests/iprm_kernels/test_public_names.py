@@ -53,7 +53,7 @@ def test_iprm_uses_public_names_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["from iprm_kernels._library import below", "from iprm_kernels import reference", "import iprm_kernels.kernels",
+    "line", ["from iprm_kernels.registration import below", "from iprm_kernels import reference", "import iprm_kernels.kernels",
              "import iprm_kernels as ik; ik.head", "from iprm_kernels.collectives import _resolve_process_group"],
 )  # fmt: skip
 def test_a_private_name_is_found(line: str) -> None:

@@ -17,7 +17,7 @@ from iprm_kernels import kernels
 from iprm_kernels.convention import PROBE, REBALANCE, HeadBackwardInputs, HeadGradients, HeadInputs
 from iprm_kernels.dtypes import arithmetic_dtype
 from iprm_kernels.head_step import new_outputs
-from iprm_kernels.kernels._tiles import scratch
+from iprm_kernels.kernels.tiling import scratch
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 #: dtype, batch, width, classes: a kernel regime each
@@ -133,7 +133,7 @@ def test_memory_is_eight_matrices_of_logits_and_4_MB_whatever_the_size(
         taken.append(like.element_size() * math.prod(shape))
         return scratch(like, *shape)
 
-    for module in (kernels.head, kernels._head_library):
+    for module in (kernels.head, kernels.head_torch_mm):
         monkeypatch.setattr(module, "scratch", counted)
     of = forward(*case)
     kept = sum(t.numel() * t.element_size() for t in (of["state"], *of["logits"]))

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..convention import HeadState
-from ._tiles import row_tile
+from .tiling import row_tile
 
 #: The most classes for which the kernels multiply themselves, by the type of the features: twice as many spill.
 FEW_CLASSES = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}

@@ -9,10 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from .._library import AUTOCAST, below
 from ..convention import HeadState
-from ._head_products import head_features_kernel
-from ._tiles import TILE, scratch
+from ..registration import AUTOCAST, below
+from .head_matmul import head_features_kernel
+from .tiling import TILE, scratch
 
 
 def project(
