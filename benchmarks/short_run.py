@@ -10,13 +10,17 @@ import torch
 import iprm_kernels as ik
 
 
-def step(batch: int, width: int, classes: int, dtype: torch.dtype) -> None:
-    """One step forward and backward of two modalities, one of three, and one mixture and KL."""
+def step(batch: int, width: int, classes: int, dtype: torch.dtype, *, pair_only: bool) -> None:
+    """One step forward and backward of two modalities, and unless the backend has kernels for that alone, one of three, and one
+    mixture and KL."""
     x, y, z = (torch.randn(batch, width, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     modules = [torch.nn.Linear(width, classes, device="cuda", dtype=dtype) for _ in range(6)]
     heads = [(module.weight, module.bias) for module in modules]
     target = torch.arange(batch, device="cuda") % classes
     result = ik.linear_probe_rebalance(x, y, *heads[:3], target, 0.5)
+    if pair_only:
+        result.loss.backward()
+        return
     three = ik.linear_probe_rebalance_pairs([x, y, z], heads[:3], heads[3:], target, 0.5)
     mixed = ik.geodesic_mixup(x, y, result.strength[0])
     (result.loss + three.loss + mixed.float().square().sum() + ik.batch_kl(result.logits_x, result.logits_mix)).backward()
@@ -31,7 +35,7 @@ def main() -> None:
         with ik.use_backend(backend):
             for shape in ((5, 7, 3), (33, 64, 6), (70, 129, 31), (9, 48, 200)):
                 for dtype in (torch.float32, torch.bfloat16):
-                    step(*shape, dtype)
+                    step(*shape, dtype, pair_only=backend == "cuda")
         torch.cuda.synchronize()
         print(f"{backend}: done")
 

@@ -91,7 +91,15 @@ def ours(run: Version) -> dict[str, Version]:
     """What is ours to time here: the default on the CPU; on a GPU all backends that have kernels for it, verified or not."""
     if not torch.cuda.is_available():
         return {"ours": run}
-    return {name: by(name, run) for name in ("triton", "cuda") if ik.backends()[name].available}
+    return {name: by(name, run) for name in ("triton", "cuda") if _serves(name, run)}
+
+
+def _serves(backend: str, run: Version) -> bool:
+    try:
+        by(backend, run)()
+    except ik.BackendUnavailableError:
+        return False
+    return True
 
 
 def graphed(run: Version, replays: int) -> Version:

@@ -4,12 +4,20 @@
 #include <torch/headeronly/version.h>
 
 #include "build_settings.h"
+#include "core/macros.h"
+#include "host/head_step.h"
 
 namespace iprm {
 const char* isa_name();
-}
 
-// The calling convention of iprm_kernels/backends.py: inputs, then outputs that the caller has allocated.
+namespace exported {
+#include "core/divergence.h"
+#include "core/slerp.h"
+}  // namespace exported
+}  // namespace iprm
+
+// The calling convention of iprm_kernels/convention.py, its named tuples spread: inputs, then outputs that the caller has
+// allocated.
 STABLE_TORCH_LIBRARY(iprm_cpp, m) {
   m.def("normalize(Tensor x, float eps, Tensor(a!) out, Tensor(b!) norm) -> ()");
   m.def("normalize_backward(Tensor grad, Tensor x, Tensor norm, float eps, Tensor(a!) grad_x) -> ()");
@@ -29,29 +37,42 @@ STABLE_TORCH_LIBRARY(iprm_cpp, m) {
       "average_strength(Tensor strength, float alpha, bool released, Tensor(a!) weight, Tensor(b!) eval_weight, "
       "Tensor(c!) last, Tensor(d!) steps) -> ()");
   m.def(
-      "head_forward(Tensor x, Tensor y, Tensor weight_mix, Tensor weight_x, Tensor weight_y, Tensor? bias_mix, Tensor? bias_x, "
-      "Tensor? bias_y, Tensor target, Tensor probing, float label_smoothing, int ignore_index, int parts, Tensor(a!) state, "
-      "Tensor(b!) logits_mix, Tensor(c!) logits_x, Tensor(d!) logits_y, Tensor(e!) kl, Tensor(f!) strength, Tensor(g!) loss, "
-      "Tensor(h!) losses) -> ()");
-  m.def(
-      "head_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_logits_mix, Tensor? grad_logits_x, "
-      "Tensor? grad_logits_y, Tensor x, Tensor y, Tensor weight_mix, Tensor weight_x, Tensor weight_y, Tensor? bias_mix, "
-      "Tensor target, Tensor state, Tensor logits_x, Tensor logits_y, Tensor strength, float label_smoothing, "
-      "int ignore_index, Tensor(a!)? grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_weight_mix, Tensor(d!)? grad_weight_x, "
-      "Tensor(e!)? grad_weight_y, Tensor(f!)? grad_bias_mix, Tensor(g!)? grad_bias_x, Tensor(h!)? grad_bias_y) -> ()");
-  m.def(
-      "head_pairs_forward(Tensor[] features, Tensor[] weights, Tensor?[] biases, int[] pairs, Tensor target, Tensor probing, "
+      "head_forward(Tensor[] features, Tensor[] weights, Tensor?[] biases, int[] pairs, Tensor target, Tensor probe_weight, "
       "float label_smoothing, int ignore_index, int parts, Tensor(a!) state, Tensor(b!)[] logits, Tensor(c!) kl, "
       "Tensor(d!) strength, Tensor(e!) loss, Tensor(f!) losses) -> ()");
   m.def(
-      "head_pairs_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor?[] grad_logits, Tensor[] features, "
-      "Tensor[] weights, Tensor?[] biases, int[] pairs, Tensor target, Tensor state, Tensor[] unimodal, Tensor strength, "
+      "head_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor?[] grad_logits, Tensor[] features, Tensor[] weights, "
+      "Tensor?[] biases, int[] pairs, Tensor target, Tensor state, Tensor[] unimodal, Tensor strength, "
       "float label_smoothing, int ignore_index, Tensor(a!)?[] grad_features, Tensor(b!)?[] grad_weights, "
       "Tensor(c!)?[] grad_biases) -> ()");
 }
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The C++ kernels of iprm_kernels, registered as torch operators of namespace iprm_cpp.";
+  module.def(
+      "constants",
+      [] {
+        using namespace iprm::exported;
+        pybind11::dict found;
+        found["EPS"] = kEps;
+        found["ANTIPODE_MARGIN"] = pybind11::make_tuple(SlerpLimits<float>::kAntipodeMargin, SlerpLimits<double>::kAntipodeMargin);
+        found["NEAR_ANTIPODE"] = kNearAntipode<double>;
+        found["SERIES_BELOW"] = kSeriesBelow<double>;
+        found["SERIES_TERMS"] = pybind11::make_tuple(SlerpLimits<float>::kSeriesTerms, SlerpLimits<double>::kSeriesTerms);
+        found["EXCESS_SERIES_BELOW"] = kExcessSeriesBelow;
+        found["EXCESS_SERIES_TERMS"] = pybind11::make_tuple(kExcessSeriesTerms<float>, kExcessSeriesTerms<double>);
+        found["PROBE"] = iprm::kProbe;
+        found["REBALANCE"] = iprm::kRebalance;
+        return found;
+      },
+      "The constants that iprm_kernels/convention.py has too, those by type as (float32, float64).");
+  module.def(
+      "head_layout",
+      [](int64_t rows, int64_t classes, int64_t modalities, int64_t pairs, bool narrow) {
+        const iprm::HeadLayout at(rows, classes, modalities, pairs, narrow);
+        return pybind11::make_tuple(at.projected, at.unimodal, at.counted, at.size);
+      },
+      "Offsets of HeadState's fields in elements, and its size.");
   module.def(
       "build_info",
       [] {

@@ -1,4 +1,4 @@
-"""What the operators ask of autocast."""
+"""Autocast, as the operators follow it: for heads and modules built on them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ DEVICES = frozenset(("cpu", "cuda", "hpu", "mps", "xpu"))
 
 
 def enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of `tensor`."""
     device = tensor.device.type
     return device in DEVICES and torch.is_autocast_enabled(device)
 
 
 def uncached(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast as it is, but what is cast here without a gradient is not kept for a pass with one, as torch 2.10 does."""
+    """A context with autocast as it is on the device of `tensor`, but without its cache of casts.
+
+    Autocast keeps the cast of a parameter until its outermost context ends; torch 2.10 keeps one made under ``torch.no_grad``
+    too, and a later pass with gradient through it then leaves the parameter without one.
+    """
     device = tensor.device.type
     if not enabled(tensor):
         return contextlib.nullcontext()

@@ -1,6 +1,6 @@
 """λ, the moving average of measured strengths: `average_strength`, all of a step's bookkeeping in one launch.
 
-As single operations it is twelve a pair: 83 µs of a step on a CPU, and on a GPU more launches than the head step has.
+In single operations it takes twelve per pair: 83 µs of a step on a CPU, and on a GPU more launches than the head step.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import register
 from .backends import kernels
+from .registration import register
 
 
 def _average_strength_kernel(
@@ -35,11 +35,10 @@ _average_strength = register(
 )
 
 
-@torch.no_grad()
 def average_strength(
     strength: Tensor, alpha: float, released: bool, weight: Tensor, eval_weight: Tensor, last: Tensor, steps: Tensor
 ) -> None:
-    r"""Takes the measured ω of P pairs into their λ, in place, without a synchronisation::
+    r"""Updates the λ of P pairs by their measured ω, in place, without a synchronisation::
 
         λ  <- ω_x if steps = 0 else α λ + (1-α) ω_x           released: the latter always
         λ_eval <- the new λ                                   released: the old
@@ -50,14 +49,15 @@ def average_strength(
     Args:
         strength: ω, of 2P numbers, the first modality's of each pair before the second's.
         alpha: α in [0, 1].
-        released: as the released code has it.
+        released: follow the released code, which averages from the first step on.
         weight: λ, of P numbers.
         eval_weight: λ of evaluation, of P numbers.
         last: the last ω that was finite, of 2P numbers.
         steps: of P numbers, int64.
 
-    All are contiguous, on one device, of any shapes with so many elements, and all but `steps` float32 or all float64.
+    All are contiguous, on one device, of any shapes with so many elements, and all but `steps` float32 or all float64. Nothing
+    is checked: this is for modules, which own these tensors.
 
     Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
     """
-    _average_strength(strength, alpha, released, weight, eval_weight, last, steps)
+    _average_strength(strength.detach(), alpha, released, weight, eval_weight, last, steps)

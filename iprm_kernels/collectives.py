@@ -1,4 +1,4 @@
-"""Sums across processes, by the group's name: operators take no process group as an argument."""
+"""Sums across processes: what makes losses and strengths those of the joint batch, for operators and modules built on them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 
 def group_name(group: ProcessGroup | None) -> str:
-    """The name that an operator takes for the group; "" for none."""
+    """The name of the group, which operators take in its place; "" for none."""
     return "" if group is None else group.group_name
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`values` added over the group, in place; as they are without one."""
+    """`values` added over the processes of the group, in place.
+
+    Args:
+        values: (...) on a device that the group's backend serves.
+        group: None leaves `values` as they are.
+
+    Returns:
+        `values`.
+    """
     if group is not None:
         dist.all_reduce(values, group=group)
     return values
@@ -24,8 +32,8 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
 def joint_sums(sums: Tensor, target: Tensor, ignore_index: int, group: ProcessGroup | str) -> tuple[Tensor, Tensor]:
     """`sums` added over the processes of a group, and the share of this process in a mean over the rows of all, in one call.
 
-    A mean over this process's n rows, times its share, is what averaging over the W processes (as DistributedDataParallel does
-    with gradients) turns into the mean over all N rows::
+    The mean over this process's n rows times its share, averaged over the W processes (as DistributedDataParallel does with
+    gradients), is the mean over all N rows::
 
         share = W n / N,    1 for equal batches
 
@@ -45,5 +53,5 @@ def joint_sums(sums: Tensor, target: Tensor, ignore_index: int, group: ProcessGr
 
 
 def weighted(mean: Tensor, share: Tensor) -> Tensor:
-    """``mean * share``, and zero for the mean over no rows (NaN) of a process whose share is zero."""
+    """``mean * share``, and zero where the share is zero: the mean over no rows is NaN.  (...), () -> (...)"""
     return torch.where(share == 0, 0, mean * share)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, autocast
-from ._library import register
-from .backends import REDUCTIONS, kernels
+from . import arguments, autocast
+from .backends import kernels
+from .convention import REDUCTIONS
 from .dtypes import arithmetic_dtype
+from .registration import register
 
 
 def batch_kl(p_logits: Tensor, q_logits: Tensor, *, reduction: str = "sum") -> Tensor:
@@ -37,9 +38,9 @@ def batch_kl(p_logits: Tensor, q_logits: Tensor, *, reduction: str = "sum") -> T
         ValueError: shapes or devices that differ, or an unknown reduction.
     """
     casting = isinstance(p_logits, Tensor) and autocast.enabled(p_logits)
-    _checks.matrix("p_logits", p_logits, "(B, C)")
-    _checks.matrix("q_logits", q_logits, "(B, C)")
-    _checks.alike("q_logits", q_logits, "p_logits", p_logits, autocast=casting)
+    arguments.matrix("p_logits", p_logits, "(B, C)")
+    arguments.matrix("q_logits", q_logits, "(B, C)")
+    arguments.alike("q_logits", q_logits, "p_logits", p_logits, autocast=casting)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if casting:
@@ -68,7 +69,7 @@ def strength_weights(kl: Tensor) -> Tensor:
 
     Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
     """
-    _checks.rows("kl", kl, "(M,)")
+    arguments.rows("kl", kl, "(M,)")
     if kl.dim() != 1:
         raise ValueError(f"kl: expected shape (M,), got {tuple(kl.shape)}")
     return _strength_weights(kl)
@@ -102,7 +103,8 @@ def _batch_kl_autograd(ctx: Any, saved: Any, grad: Tensor | None, _: Any) -> tup
     if grad is None:
         return None, None, None
     needed = ctx.needs_input_grad[:2]
-    grad_p, grad_q = _batch_kl_backward(grad, *saved, ctx.reduction, needed)
+    p_logits, q_logits, stats = saved
+    grad_p, grad_q = _batch_kl_backward(grad, p_logits, q_logits, stats, ctx.reduction, needed)
     return grad_p if needed[0] else None, grad_q if needed[1] else None, None
 
 

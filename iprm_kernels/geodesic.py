@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, autocast
-from ._library import register
+from . import arguments, autocast
 from .backends import kernels
+from .convention import EPS
 from .dtypes import arithmetic_dtype
+from .registration import register
 
 
-def normalize(x: Tensor, *, eps: float = 1e-12) -> Tensor:
+def normalize(x: Tensor, *, eps: float = EPS) -> Tensor:
     r"""Rows scaled to unit length: ``x / max(‖x‖, eps)``.
 
     Equal to ``torch.nn.functional.normalize(x, dim=-1, eps=eps)``, except that a row with ``‖x‖ <= eps`` receives a zero
@@ -31,12 +32,12 @@ def normalize(x: Tensor, *, eps: float = 1e-12) -> Tensor:
         TypeError: `x` is no floating tensor.
         ValueError: `x` has no last dimension to normalise, or `eps` is not positive.
     """
-    _checks.rows("x", x)
-    unit, _ = _normalize(_as_rows(x), _checks.epsilon(eps, x))
+    arguments.rows("x", x)
+    unit, _ = _normalize(_as_rows(x), arguments.epsilon(eps, x))
     return unit if x.dim() == 2 else unit.view(x.shape)
 
 
-def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float = 1e-12) -> Tensor:
+def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float = EPS) -> Tensor:
     r"""The point of the great circle from ŷ (weight 0) to x̂ (weight 1)::
 
         x̂, ŷ = normalize(x), normalize(y);   θ = arccos ⟨x̂, ŷ⟩
@@ -64,13 +65,13 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float =
     Source: Oh et al., "Geodesic Multi-Modal Mixup for Robust Fine-Tuning", NeurIPS 2023; the gradient is this project's.
     """
     casting = isinstance(x, Tensor) and autocast.enabled(x)
-    _checks.rows("x", x)
-    _checks.rows("y", y)
-    _checks.alike("y", y, "x", x, autocast=casting)
-    weight = _checks.mixing_weight(weight, x, x.shape[:-1])
+    arguments.rows("x", x)
+    arguments.rows("y", y)
+    arguments.alike("y", y, "x", x, autocast=casting)
+    weight = arguments.mixing_weight(weight, x, x.shape[:-1])
     if casting:
         x, y = autocast.widest(x, y)
-    z, _ = _geodesic_mixup(_as_rows(x), _as_rows(y), weight, _checks.epsilon(eps, x))
+    z, _ = _geodesic_mixup(_as_rows(x), _as_rows(y), weight, arguments.epsilon(eps, x))
     return z if x.dim() == 2 else z.view(x.shape)
 
 
@@ -103,7 +104,8 @@ def _normalize_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _normalize_autograd(ctx: Any, saved: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
     if grad is None:
         return None, None
-    return _normalize_backward(grad, *saved, ctx.eps), None
+    x, norm = saved
+    return _normalize_backward(grad, x, norm, ctx.eps), None
 
 
 def _normalize_backward_kernel(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
@@ -160,7 +162,8 @@ def _geodesic_mixup_autograd(ctx: Any, saved: Any, grad: Tensor | None, _: Any) 
     if grad is None:
         return None, None, None, None
     needed = ctx.needs_input_grad[:3]
-    grad_x, grad_y, grad_w = _geodesic_mixup_backward(grad, *saved, ctx.eps, needed)
+    x, y, weight, stats = saved
+    grad_x, grad_y, grad_w = _geodesic_mixup_backward(grad, x, y, weight, stats, ctx.eps, needed)
     return grad_x if needed[0] else None, grad_y if needed[1] else None, grad_w if needed[2] else None, None
 
 
@@ -247,6 +250,5 @@ _geodesic_remix = register(
 def mixed_twice(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """`geodesic_mixup` of matrices of one type without gradient, and a function that mixes them again, with gradient and by
     another weight, from the norms and inner products just taken."""
-    eps = 1e-12
-    z, stats = _geodesic_mixup(x.detach(), y.detach(), weight, eps)
-    return z, lambda other: _geodesic_remix(x, y, other, stats, eps)
+    z, stats = _geodesic_mixup(x.detach(), y.detach(), weight, EPS)
+    return z, lambda other: _geodesic_remix(x, y, other, stats, EPS)

@@ -1,19 +1,19 @@
-"""Probe, measure, rebalance with linear heads, in one operator: see head_pairs.py for more than two modalities, any_head.py for
-any other head."""
+"""Probe, measure, rebalance with linear heads, in one operator: `linear_probe_rebalance` for two modalities,
+`linear_probe_rebalance_pairs` for more. probe_rebalance.py has the step through any other head."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _checks
-from ._head_step import LinearHead, cast, check_step, new_gradients, new_outputs, run_forward, wanted
-from ._library import register
-from .backends import kernels
+from . import arguments
 from .collectives import group_name
+from .head_step import LinearHead, cast, check_step, head_step
 
 
 class StepResult(NamedTuple):
@@ -77,115 +77,100 @@ def linear_probe_rebalance(
     """
     heads = {"head_x": head_x, "head_y": head_y, "head_mix": head_mix}
     dtype = check_step({"x": x, "y": y}, heads, target, label_smoothing, ignore_index, group)
-    weight = _checks.mixing_weight(weight, x, torch.Size(()))
-    tensors = (x, y, head_mix[0], head_x[0], head_y[0], head_mix[1], head_x[1], head_y[1])
-    outputs = _linear_probe_rebalance(
-        *cast(tensors, dtype), target, weight, float(label_smoothing), int(ignore_index), group_name(group)
+    weight = arguments.mixing_weight(weight, x, torch.Size(()))
+    (weight_mix, bias_mix), (weight_x, bias_x), (weight_y, bias_y) = head_mix, head_x, head_y
+    loss, losses, logits_mix, logits_x, logits_y, strength, kl, _ = head_step(
+        cast([x, y], dtype),
+        cast([weight_mix, weight_x, weight_y], dtype),
+        cast([bias_mix, bias_x, bias_y], dtype),
+        [0, 1],
+        target,
+        weight,
+        float(label_smoothing),
+        int(ignore_index),
+        group_name(group),
     )
-    return StepResult(*outputs[:7])
+    return StepResult(loss, losses, logits_mix, logits_x, logits_y, strength, kl)
 
 
-# linear_probe_rebalance: the seven fields of StepResult, then the state that the backward pass wants, see
-# `reference.head.State`. Of weights, biases and their gradients those of the mixture come first, as in the kernels.
+class PairsResult(NamedTuple):
+    """What `linear_probe_rebalance_pairs` returns, for M modalities and P pairs of them."""
+
+    loss: Tensor  #: () mean of `mix_losses` and sum of `losses`
+    losses: Tensor  #: (M,) mean cross entropies of the modalities
+    mix_losses: Tensor  #: (P,) of the mixtures
+    logits: tuple[Tensor, ...]  #: M of (B, C), of the modalities
+    mix_logits: tuple[Tensor, ...]  #: P of (B, C), of the mixtures
+    strength: Tensor  #: (P, 2) ω of both modalities of a pair, without gradient
+    kl: Tensor  #: (P, 2) batch KL of both from the probed mixture, without gradient
 
 
-def _kernel(
-    x: Tensor,
-    y: Tensor,
-    weight_mix: Tensor,
-    weight_x: Tensor,
-    weight_y: Tensor,
-    bias_mix: Tensor | None,
-    bias_x: Tensor | None,
-    bias_y: Tensor | None,
+def linear_probe_rebalance_pairs(
+    features: Sequence[Tensor],
+    heads: Sequence[LinearHead],
+    mix_heads: Sequence[LinearHead],
     target: Tensor,
-    probing: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    group: str,
-) -> tuple[Tensor, ...]:
-    classes = len(weight_mix)
-    state, kl, strength, loss, losses = new_outputs(x, classes, 2, 1)
-    shape = (len(x), classes)
-    logits_mix, logits_x, logits_y = x.new_empty(shape), x.new_empty(shape), x.new_empty(shape)
-    tensors = (x, y, weight_mix, weight_x, weight_y, bias_mix, bias_x, bias_y)
-    inputs = (*tensors, target, probing.to(kl.dtype), label_smoothing, ignore_index)
-    outputs = (state, logits_mix, logits_x, logits_y, kl, strength, loss, losses)
-    run_forward(kernels(x.device).head_forward, inputs, outputs, kl, classes, group)
-    return loss, losses, logits_mix, logits_x, logits_y, strength, kl, state
+    weight: float | Tensor,
+    *,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    group: ProcessGroup | None = None,
+) -> PairsResult:
+    r"""The step of `linear_probe_rebalance` for M modalities at once, probed and rebalanced in P pairs::
 
+        logits_m = linear(features_m, *heads_m)                                                for each modality m
+        mix_logits_p, ω_p, KL_p = probe_rebalance(x_i, x_j, logits_i, logits_j, mix_heads_p, λ_p)      for each pair p = (i, j)
+        loss = 1/P Σ_p cross_entropy(mix_logits_p) + Σ_m cross_entropy(logits_m)
 
-def _fake(x: Tensor, y: Tensor, weight_mix: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    classes = weight_mix.shape[0]
-    state, kl, strength, loss, losses = new_outputs(x, classes, 2, 1)
-    logits = (x.new_empty((x.shape[0], classes)) for _ in range(3))
-    return loss, losses, *logits, strength, kl, state
+    Each feature matrix is read once for all the heads it meets; the KL sums of all pairs are added over `group` in one call.
 
+    Args:
+        features: M matrices (B, D) of one dtype and device, M at least 2.
+        heads: M times (weight (C, D), bias (C,) or None), one a modality.
+        mix_heads: likewise P, one a pair; the same head may serve several.
+        target: (B,) int64 class indices.
+        weight: the probing weights λ of the first modality of each pair: a float or a 0-d tensor for all, or (P,).
+        pairs: P pairs of modalities by their place in `features`; None is all of them, (0, 1), (0, 2), ... (M-2, M-1).
+        label_smoothing, ignore_index, group: as in `linear_probe_rebalance`.
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[5:])
-    *tensors, _, _, target, _, ctx.label_smoothing, ctx.ignore_index, _ = inputs
-    _, _, _, logits_x, logits_y, strength, _, state = output
-    ctx.save_for_backward(*tensors, target, state, logits_x, logits_y, strength)
+    Returns:
+        PairsResult: logits in the dtype of the features, the rest float32 (float64 for float64 features).
 
+    Raises:
+        TypeError, ValueError: as `linear_probe_rebalance`; a number of heads that fits neither features nor pairs, a pair that
+            names no two modalities.
 
-def _autograd(ctx: Any, saved: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    needed = ctx.needs_input_grad[:8]
-    if all(grad is None for grad in upstream[:5]) or not any(needed):
-        return (None,) * 13
-    found = _linear_probe_rebalance_backward(*upstream[:5], *saved, ctx.label_smoothing, ctx.ignore_index, needed)
-    return (*wanted(found, needed), None, None, None, None, None)
-
-
-def _backward_kernel(
-    grad_loss: Tensor | None,
-    grad_losses: Tensor | None,
-    grad_logits_mix: Tensor | None,
-    grad_logits_x: Tensor | None,
-    grad_logits_y: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    weight_mix: Tensor,
-    weight_x: Tensor,
-    weight_y: Tensor,
-    bias_mix: Tensor | None,
-    target: Tensor,
-    state: Tensor,
-    logits_x: Tensor,
-    logits_y: Tensor,
-    strength: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    needed: list[bool],
-) -> tuple[Tensor, ...]:
-    found = new_gradients((x, y, weight_mix, weight_x, weight_y), len(weight_mix), needed)
-    kernels(x.device).head_backward(
-        *(grad_loss, grad_losses, grad_logits_mix, grad_logits_x, grad_logits_y, x, y, weight_mix, weight_x, weight_y),
-        *(bias_mix, target, state, logits_x, logits_y, strength, label_smoothing, ignore_index, *wanted(found, needed)),
+    Source: Yang, Wu, Jiang, IJCAI 2025 (Tri-CLS); the closed form is this project's.
+    """
+    arguments.sequence("features", features, "2 or more matrices (B, D)")
+    if len(features) < 2:
+        raise ValueError(f"features: expected 2 or more matrices (B, D), got {len(features)}")
+    if pairs is None:
+        pairs = tuple(itertools.combinations(range(len(features)), 2))
+    flat = arguments.pairs(pairs, len(features))
+    for name, own, size in (("mix_heads", mix_heads, len(pairs)), ("heads", heads, len(features))):
+        arguments.sequence(name, own, f"{size} heads (weight (C, D), bias (C,) or None)")
+        if len(own) != size:
+            raise ValueError(f"{name}: expected {size} heads (weight (C, D), bias (C,) or None), got {len(own)}")
+    count = len(pairs)
+    dtype = check_step(
+        {f"features[{k}]": x for k, x in enumerate(features)},
+        {f"{name}[{k}]": head for name, own in (("heads", heads), ("mix_heads", mix_heads)) for k, head in enumerate(own)},
+        *(target, label_smoothing, ignore_index, group),
     )
-    return tuple(found)
-
-
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, needed = arguments[5:10], arguments[-1]
-    return tuple(new_gradients(tensors, tensors[2].shape[0], needed))
-
-
-_linear_probe_rebalance = register(
-    "linear_probe_rebalance(Tensor x, Tensor y, Tensor weight_mix, Tensor weight_x, Tensor weight_y, Tensor? bias_mix, "
-    "Tensor? bias_x, Tensor? bias_y, Tensor target, Tensor probing, float label_smoothing, int ignore_index, str group) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _kernel,
-    _fake,
-    setup_context=_setup,
-    backward=_autograd,
-)
-_linear_probe_rebalance_backward = register(
-    "linear_probe_rebalance_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_logits_mix, Tensor? grad_logits_x, "
-    "Tensor? grad_logits_y, Tensor x, Tensor y, Tensor weight_mix, Tensor weight_x, Tensor weight_y, Tensor? bias_mix, "
-    "Tensor target, Tensor state, Tensor logits_x, Tensor logits_y, Tensor strength, float label_smoothing, int ignore_index, "
-    "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward_kernel,
-    _backward_fake,
-)
+    weight = arguments.mixing_weight(weight, features[0], torch.Size((count,)))
+    weights, biases = zip(*mix_heads, *heads, strict=True)
+    loss, losses, *logits, strength, kl, _ = head_step(
+        cast(list(features), dtype),
+        cast(list(weights), dtype),
+        cast(list(biases), dtype),
+        flat,
+        target,
+        weight,
+        float(label_smoothing),
+        int(ignore_index),
+        group_name(group),
+    )
+    unimodal, mixed = tuple(logits[count:]), tuple(logits[:count])
+    return PairsResult(loss, losses[count:], losses[:count], unimodal, mixed, strength.view(-1, 2), kl.view(-1, 2))

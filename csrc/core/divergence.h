@@ -4,10 +4,13 @@
 // phi(d) = d + exp(-d) - 1 >= 0. Below this |d| the sum cancels, and its series is taken.
 constexpr double kExcessSeriesBelow = 0.5;
 
+template <class T>
+constexpr int kExcessSeriesTerms = sizeof(T) == 4 ? 9 : 15;
+
 // phi(d) / d^2 = sum (-d)^n / (n + 2)!, full relative accuracy for |d| < kExcessSeriesBelow. V: T, or a vector of them.
 template <class T, class V>
 IPRM_INLINE V excess_series(V d) {
-  constexpr int kTerms = sizeof(T) == 4 ? 9 : 15;
+  constexpr int kTerms = kExcessSeriesTerms<T>;
   T factorial = 1;
   for (int n = 2; n <= kTerms + 1; ++n) factorial *= T(n);
   V sum = d - d;

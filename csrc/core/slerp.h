@@ -1,7 +1,11 @@
 // S(s, c) = sin(s theta) / sin(theta), theta = arccos c, and its derivatives: the row mathematics of geodesic mixup, for one row
 // (device) or a vector of them (CPU). Included inside the namespace that uses it, behind its square_root(V), once for every
 // instruction set on the CPU, so it has no include guard. T is the arithmetic type, V that or a vector of it; a comparison of
-// two V selects by ?:, and a NaN passes through every one of them.
+// two V selects by ?:, and a NaN passes through every one of them. tests/iprm_kernels/test_convention.py compares the constants
+// here with those of iprm_kernels/convention.py.
+
+// The smallest norm that features are divided by in the head step.
+constexpr double kEps = 1e-12;
 
 template <class T>
 struct SlerpLimits;

@@ -7,12 +7,10 @@
 
 #include "../core/label.h"
 #include "../core/strength.h"
-#include "../head_step.h"
+#include "../host/head_step.h"
 #include "rows.h"
 
 namespace iprm {
-
-constexpr double kHeadEps = 1e-12;  // the smallest length divided by, as in `normalize`
 
 // A step of P pairs among M modalities. Heads, logits and losses come mixtures first; what is kept of all pairs and sides lies
 // in one piece of memory, as HeadState says.
@@ -34,7 +32,7 @@ struct HeadStep {
 
 struct HeadProbeArgs {
   const HeadStep& step;
-  const void* probing;        // (P,) lambda
+  const void* probe_weight;   // (P,) lambda
   std::vector<void*> logits;  // M of (B, C); none where `own` holds the logits
   void* kl_rows;              // (2P, B)
 };
@@ -148,13 +146,13 @@ HeadStep step_of(
   return step;
 }
 
-void head_pairs_forward(
+void head_forward(
     const std::vector<Tensor>& features,
     const std::vector<Tensor>& weights,
     const std::vector<std::optional<Tensor>>& biases,
     const std::vector<int64_t>& flat_pairs,
     const Tensor& target,
-    const Tensor& probing,
+    const Tensor& probe_weight,
     double label_smoothing,
     int64_t ignore_index,
     int64_t parts,
@@ -167,7 +165,7 @@ void head_pairs_forward(
   const std::vector<Pair> pairs = pairs_of(flat_pairs, features.size());
   const int64_t mixtures = pairs.size(), heads = weights.size();
   check_step(features, weights, biases, mixtures, target, state, logits, strength);
-  check_step_forward(state, heads, mixtures, biases.size(), logits.size(), probing, kl, loss, losses);
+  check_step_forward(state, heads, mixtures, biases.size(), logits.size(), probe_weight, kl, loss, losses);
   const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
   const VectorView<int64_t> labels(target);
   for (int64_t row = 0; row < rows; ++row)
@@ -184,7 +182,7 @@ void head_pairs_forward(
     for (const Tensor& own : logits) written.push_back(own.mutable_data_ptr());
     const auto row_values = std::make_unique_for_overwrite<S[]>(std::max(heads, 2 * mixtures) * rows);
     if (parts & kProbe) {
-      HeadProbeArgs args{step, probing.const_data_ptr(), {}, row_values.get()};
+      HeadProbeArgs args{step, probe_weight.const_data_ptr(), {}, row_values.get()};
       if (kNarrow) args.logits.assign(written.begin() + mixtures, written.end());
       const auto kernel = IPRM_BEST(head_probe_rows<T>);
       const int64_t products = (step.modalities() + 2 * mixtures) * classes * columns;
@@ -211,7 +209,7 @@ void head_pairs_forward(
   });
 }
 
-void head_pairs_backward(
+void head_backward(
     const std::optional<Tensor>& grad_loss,
     const std::optional<Tensor>& grad_losses,
     const std::vector<std::optional<Tensor>>& grad_logits,
@@ -275,72 +273,9 @@ void head_pairs_backward(
   });
 }
 
-// The same of two modalities, which are the one pair: tensors by name take 13 us less on their way here than lists of them.
-void head_forward(
-    const Tensor& x,
-    const Tensor& y,
-    const Tensor& weight_mix,
-    const Tensor& weight_x,
-    const Tensor& weight_y,
-    const std::optional<Tensor>& bias_mix,
-    const std::optional<Tensor>& bias_x,
-    const std::optional<Tensor>& bias_y,
-    const Tensor& target,
-    const Tensor& probing,
-    double label_smoothing,
-    int64_t ignore_index,
-    int64_t parts,
-    const Tensor& state,
-    const Tensor& logits_mix,
-    const Tensor& logits_x,
-    const Tensor& logits_y,
-    const Tensor& kl,
-    const Tensor& strength,
-    const Tensor& loss,
-    const Tensor& losses) {
-  head_pairs_forward(
-      {x, y}, {weight_mix, weight_x, weight_y}, {bias_mix, bias_x, bias_y}, {0, 1}, target, probing, label_smoothing,
-      ignore_index, parts, state, {logits_mix, logits_x, logits_y}, kl, strength, loss, losses);
-}
-
-void head_backward(
-    const std::optional<Tensor>& grad_loss,
-    const std::optional<Tensor>& grad_losses,
-    const std::optional<Tensor>& grad_logits_mix,
-    const std::optional<Tensor>& grad_logits_x,
-    const std::optional<Tensor>& grad_logits_y,
-    const Tensor& x,
-    const Tensor& y,
-    const Tensor& weight_mix,
-    const Tensor& weight_x,
-    const Tensor& weight_y,
-    const std::optional<Tensor>& bias_mix,
-    const Tensor& target,
-    const Tensor& state,
-    const Tensor& logits_x,
-    const Tensor& logits_y,
-    const Tensor& strength,
-    double label_smoothing,
-    int64_t ignore_index,
-    const std::optional<Tensor>& grad_x,
-    const std::optional<Tensor>& grad_y,
-    const std::optional<Tensor>& grad_weight_mix,
-    const std::optional<Tensor>& grad_weight_x,
-    const std::optional<Tensor>& grad_weight_y,
-    const std::optional<Tensor>& grad_bias_mix,
-    const std::optional<Tensor>& grad_bias_x,
-    const std::optional<Tensor>& grad_bias_y) {
-  head_pairs_backward(
-      grad_loss, grad_losses, {grad_logits_mix, grad_logits_x, grad_logits_y}, {x, y}, {weight_mix, weight_x, weight_y},
-      {bias_mix}, {0, 1}, target, state, {logits_x, logits_y}, strength, label_smoothing, ignore_index, {grad_x, grad_y},
-      {grad_weight_mix, grad_weight_x, grad_weight_y}, {grad_bias_mix, grad_bias_x, grad_bias_y});
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(iprm_cpp, CPU, m) {
-  m.impl("head_pairs_forward", TORCH_BOX(&head_pairs_forward));
-  m.impl("head_pairs_backward", TORCH_BOX(&head_pairs_backward));
   m.impl("head_forward", TORCH_BOX(&head_forward));
   m.impl("head_backward", TORCH_BOX(&head_backward));
 }

@@ -104,7 +104,7 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
   std::vector<S> tile(kTileRows * (mixtures + 1) * classes), scratch(3 * padded);
   S *z = scratch.data(), *exps = z + padded, *z_exps = exps + padded;
   S *stats = static_cast<S*>(step.stats), *kl = static_cast<S*>(args.kl_rows);
-  const S *probing = static_cast<const S*>(args.probing), eps = S(kHeadEps);
+  const S *probe_weight = static_cast<const S*>(args.probe_weight), eps = S(kEps);
   const Tail<S> tail(classes);
   static_assert(kTileRows <= kCount);
   std::vector<std::array<const S*, kTileRows>> rows(modalities);
@@ -134,7 +134,7 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
       }
       S* pair_stats = stats + 3 * k * step.rows;
       write_stats(pair_stats, step.rows, first, products[0], products[1], products[2], count, eps);
-      mix_coefficients(from_x, from_y, V{} + probing[k], pair_stats, step.rows, first, count, eps);
+      mix_coefficients(from_x, from_y, V{} + probe_weight[k], pair_stats, step.rows, first, count, eps);
       const S* bias = static_cast<const S*>(step.biases[k]);
       for (int r = 0; r < count; ++r) {
         const int64_t row = first + r;
@@ -182,7 +182,7 @@ void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t e
       const PairRows<S> of(step, k);
       const S* bias = static_cast<const S*>(step.biases[k]);
       alignas(64) S from_x[kCount], from_y[kCount];
-      mix_coefficients(from_x, from_y, V{} + strength[2 * k], of.x_norm, step.rows, first, count, S(kHeadEps));
+      mix_coefficients(from_x, from_y, V{} + strength[2 * k], of.x_norm, step.rows, first, count, S(kEps));
       for (int64_t row = first; row < first + count; ++row) {
         const int64_t offset = row * classes;
         mixed_logits(z, of.a + offset, of.v + offset, from_x[row - first], from_y[row - first], bias, tail);
@@ -251,7 +251,7 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
       const S* bias = static_cast<const S*>(step.biases[k]);
       const V x_norm = load_rows(of.x_norm + first, count), y_norm = load_rows(of.y_norm + first, count);
       const V c = load_rows(of.c + first, count);
-      const MixRow<S, V> row_mix(V{} + static_cast<const S*>(step.strength)[2 * k], x_norm, y_norm, c, S(kHeadEps));
+      const MixRow<S, V> row_mix(V{} + static_cast<const S*>(step.strength)[2 * k], x_norm, y_norm, c, S(kEps));
       alignas(64) S from_x[kCount], from_y[kCount], g_x[kCount] = {}, g_y[kCount] = {};
       store(from_x, row_mix.from_x());
       store(from_y, row_mix.from_y());
@@ -274,8 +274,8 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
       store_rows(from + 2 * rows, mix.y_from_x, count);
       store_rows(from + 3 * rows, mix.y_from_y, count);
       for (int64_t row = first; row < first + count; ++row) {
-        to.dead[2 * k * rows + row] = of.x_norm[row] <= S(kHeadEps);
-        to.dead[(2 * k + 1) * rows + row] = of.y_norm[row] <= S(kHeadEps);
+        to.dead[2 * k * rows + row] = of.x_norm[row] <= S(kEps);
+        to.dead[(2 * k + 1) * rows + row] = of.y_norm[row] <= S(kEps);
       }
     }
     for (int64_t m = 0; m < step.modalities(); ++m)

@@ -20,7 +20,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../checks.h"
+#include "../host/checks.h"
 #include "../core/macros.h"
 
 namespace iprm {

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../head_step.h"
+#include "../host/head_step.h"
 #include "head_kernels.cuh"
 
 namespace iprm::device {
@@ -96,32 +96,32 @@ void allow_shared(Kernel kernel, int64_t bytes, int device, int64_t classes, int
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
 
+// These kernels take one pair of two modalities; iprm_kernels/extension.py refuses all others with a better message.
+void check_one_pair(const std::vector<Tensor>& features, const std::vector<int64_t>& flat_pairs) {
+  STD_TORCH_CHECK(
+      features.size() == 2 && flat_pairs == std::vector<int64_t>({0, 1}), "pairs: expected one pair of two modalities");
+}
+
 void head_forward(
-    const Tensor& x,
-    const Tensor& y,
-    const Tensor& weight_mix,
-    const Tensor& weight_x,
-    const Tensor& weight_y,
-    const std::optional<Tensor>& bias_mix,
-    const std::optional<Tensor>& bias_x,
-    const std::optional<Tensor>& bias_y,
+    const std::vector<Tensor>& features,
+    const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& biases,
+    const std::vector<int64_t>& flat_pairs,
     const Tensor& target,
-    const Tensor& probing,
+    const Tensor& probe_weight,
     double label_smoothing,
     int64_t ignore_index,
     int64_t parts,
     const Tensor& state,
-    const Tensor& logits_mix,
-    const Tensor& logits_x,
-    const Tensor& logits_y,
+    const std::vector<Tensor>& logits,
     const Tensor& kl,
     const Tensor& strength,
     const Tensor& loss,
     const Tensor& losses) {
-  const std::vector<Tensor> features{x, y}, weights{weight_mix, weight_x, weight_y}, logits{logits_mix, logits_x, logits_y};
-  const std::vector<std::optional<Tensor>> biases{bias_mix, bias_x, bias_y};
+  check_one_pair(features, flat_pairs);
   check_step(features, weights, biases, 1, target, state, logits, strength, true);
-  check_step_forward(state, 3, 1, biases.size(), logits.size(), probing, kl, loss, losses, true);
+  check_step_forward(state, 3, 1, biases.size(), logits.size(), probe_weight, kl, loss, losses, true);
+  const Tensor& x = features[0];
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   dispatch_type(x.scalar_type(), [&]<class T>() {
@@ -129,8 +129,8 @@ void head_forward(
     Contiguous input;
     Forward<T> args{};
     args.head = head_of<T>(input, features, weights, biases, target, state, &logits[1], label_smoothing, ignore_index);
-    args.weight = static_cast<const S*>(probing.const_data_ptr());
-    args.logits_mix = out<T>(logits_mix);
+    args.weight = static_cast<const S*>(probe_weight.const_data_ptr());
+    args.logits_mix = out<T>(logits[0]);
     if constexpr (!std::is_same_v<T, S>)
       for (int side = 0; side < 2; ++side) args.logits[side] = out<T>(logits[1 + side]);
     args.kl = out<S>(kl);
@@ -161,39 +161,27 @@ void head_forward(
 void head_backward(
     const std::optional<Tensor>& grad_loss,
     const std::optional<Tensor>& grad_losses,
-    const std::optional<Tensor>& grad_logits_mix,
-    const std::optional<Tensor>& grad_logits_x,
-    const std::optional<Tensor>& grad_logits_y,
-    const Tensor& x,
-    const Tensor& y,
-    const Tensor& weight_mix,
-    const Tensor& weight_x,
-    const Tensor& weight_y,
-    const std::optional<Tensor>& bias_mix,
+    const std::vector<std::optional<Tensor>>& grad_logits,
+    const std::vector<Tensor>& features,
+    const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& biases,
+    const std::vector<int64_t>& flat_pairs,
     const Tensor& target,
     const Tensor& state,
-    const Tensor& logits_x,
-    const Tensor& logits_y,
+    const std::vector<Tensor>& unimodal,
     const Tensor& strength,
     double label_smoothing,
     int64_t ignore_index,
-    const std::optional<Tensor>& grad_x,
-    const std::optional<Tensor>& grad_y,
-    const std::optional<Tensor>& grad_weight_mix,
-    const std::optional<Tensor>& grad_weight_x,
-    const std::optional<Tensor>& grad_weight_y,
-    const std::optional<Tensor>& grad_bias_mix,
-    const std::optional<Tensor>& grad_bias_x,
-    const std::optional<Tensor>& grad_bias_y) {
-  using Optional = std::vector<std::optional<Tensor>>;
-  const std::vector<Tensor> features{x, y}, weights{weight_mix, weight_x, weight_y}, unimodal{logits_x, logits_y};
-  const Optional biases{bias_mix}, grad_logits{grad_logits_mix, grad_logits_x, grad_logits_y}, grad_features{grad_x, grad_y};
-  const Optional grad_weights{grad_weight_mix, grad_weight_x, grad_weight_y}, grad_biases{grad_bias_mix, grad_bias_x, grad_bias_y};
+    const std::vector<std::optional<Tensor>>& grad_features,
+    const std::vector<std::optional<Tensor>>& grad_weights,
+    const std::vector<std::optional<Tensor>>& grad_biases) {
+  check_one_pair(features, flat_pairs);
   check_step(features, weights, biases, 1, target, state, unimodal, strength, true);
   check_step_backward(
       features, weights, biases.size(), unimodal.size(), 1, grad_loss, grad_losses, grad_logits, grad_features, grad_weights,
       grad_biases, true);
-  const int64_t rows = x.size(0), columns = x.size(1), classes = weight_mix.size(0);
+  const Tensor& x = features[0];
+  const int64_t rows = x.size(0), columns = x.size(1), classes = weights[0].size(0);
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   dispatch_type(x.scalar_type(), [&]<class T>() {
@@ -212,8 +200,8 @@ void head_backward(
       args.grad_bias[i] = out<T>(grad_biases[i]);
     }
     for (int side = 0; side < 2; ++side) args.z_from[side] = out<S>(scratch) + 3 * rows * classes + side * rows;
-    args.grad_x = out<T>(grad_x);
-    args.grad_y = out<T>(grad_y);
+    args.grad_x = out<T>(grad_features[0]);
+    args.grad_y = out<T>(grad_features[1]);
 
     if (rows > 0) {
       const auto kernel = head_backward_features_kernel<T>;

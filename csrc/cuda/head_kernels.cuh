@@ -42,7 +42,6 @@ constexpr int kRows = 4;                // of a tile: so many rows share what th
 constexpr int kClasses = 4;             // of a tile of a projection
 constexpr int kHeadClasses = 8;         // of a tile of a head's gradient
 constexpr int kParts = 2, kLossParts = 4;
-constexpr double kHeadEps = 1e-12;      // the smallest length divided by, as in `normalize`
 
 template <class T>
 struct Arithmetic {
@@ -268,7 +267,7 @@ __device__ __forceinline__ void project_tile(const Forward<T>& args, int64_t fir
     if (lane == 0) {
       head.stats[first + r] = square_root(xx);
       head.stats[head.rows + first + r] = square_root(yy);
-      head.stats[2 * head.rows + first + r] = cosine(xx, yy, xy, S(kHeadEps));
+      head.stats[2 * head.rows + first + r] = cosine(xx, yy, xy, S(kEps));
     }
   }
 }
@@ -276,7 +275,7 @@ __device__ __forceinline__ void project_tile(const Forward<T>& args, int64_t fir
 template <class T, class S>
 __device__ __forceinline__ MixCoefficients<S, S> mixture_of(const Head<T>& head, int64_t row, S weight) {
   const S *x_norm = head.stats, *y_norm = x_norm + head.rows, *c = y_norm + head.rows;
-  return MixCoefficients<S, S>(weight, x_norm[row], y_norm[row], c[row], S(kHeadEps));
+  return MixCoefficients<S, S>(weight, x_norm[row], y_norm[row], c[row], S(kEps));
 }
 
 template <class T>
@@ -389,7 +388,7 @@ __global__ void __launch_bounds__(kThreads) head_backward_features_kernel(const 
   if (warp < count) {
     const int64_t row = first + warp;
     const S c = head.stats[2 * head.rows + row];
-    const MixRow<S, S> mix(args.strength[0], head.stats[row], head.stats[head.rows + row], c, S(kHeadEps));
+    const MixRow<S, S> mix(args.strength[0], head.stats[row], head.stats[head.rows + row], c, S(kEps));
     mix_row<T, S>(head, row, mix.from_x(), mix.from_y(), z);
     const Label label(head.target[row * head.target_stride], classes, head.ignore_index);
     const S* logits[3] = {z, head.own[0] + row * classes, head.own[1] + row * classes};

@@ -1,4 +1,4 @@
-"""The Triton backend: launchers in the calling convention of `iprm_kernels.backends`.
+"""The Triton backend: launchers in the calling convention of `iprm_kernels.convention`.
 
 One vocabulary in every kernel::
 
@@ -12,24 +12,24 @@ tensors and float32 for all others, and loads and stores are in the tensor's own
 neither computed nor stored. Rows are always the first dimension of the grid, the only one that holds more than 65,535.
 """
 
+from ..convention import Kernel
 from .average import average_strength
 from .divergence import batch_kl, batch_kl_backward, batch_kl_pair, strength_weights, strength_weights_backward
 from .geodesic import geodesic_mixup, geodesic_mixup_backward, geodesic_remix, normalize, normalize_backward
-from .head import head_pairs_backward, head_pairs_forward, serves
+from .head import LIMITS, head_backward, head_forward, refuses
 
-__all__ = [
-    "average_strength",
-    "batch_kl",
-    "batch_kl_backward",
-    "batch_kl_pair",
-    "geodesic_mixup",
-    "geodesic_mixup_backward",
-    "geodesic_remix",
-    "head_pairs_backward",
-    "head_pairs_forward",
-    "normalize",
-    "normalize_backward",
-    "serves",
-    "strength_weights",
-    "strength_weights_backward",
-]
+SERVES = {
+    "normalize": Kernel(normalize),
+    "normalize_backward": Kernel(normalize_backward),
+    "geodesic_mixup": Kernel(geodesic_mixup),
+    "geodesic_mixup_backward": Kernel(geodesic_mixup_backward),
+    "geodesic_remix": Kernel(geodesic_remix),
+    "batch_kl": Kernel(batch_kl),
+    "batch_kl_backward": Kernel(batch_kl_backward),
+    "batch_kl_pair": Kernel(batch_kl_pair),
+    "strength_weights": Kernel(strength_weights),
+    "strength_weights_backward": Kernel(strength_weights_backward),
+    "average_strength": Kernel(average_strength),
+    "head_forward": Kernel(head_forward, refuses, LIMITS),
+    "head_backward": Kernel(head_backward, refuses, LIMITS),
+}

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import on_device_of
+from .tiling import on_device_of
 
 #: Pairs that a program takes: 7 modalities have 21.
 AVERAGE_BLOCK = 32

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import excess, probabilities
-from ._tiles import (
+from .row_math import excess, probabilities
+from .tiling import (
     TILE,
     TILE_ROWS,
     block_rows,

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import NEAR_ANTIPODE, cosine, divisor, live_inverse_norm, no_longer_than_one, scale_rows, slerp, square_root
-from ._tiles import block_rows, load_block, on_device_of, store_block, tiling
+from .row_math import NEAR_ANTIPODE, cosine, divisor, live_inverse_norm, no_longer_than_one, scale_rows, slerp, square_root
+from .tiling import block_rows, load_block, on_device_of, store_block, tiling
 
 # eps is a constant of the kernels: a float argument would arrive as float32, in a float64 kernel too.
 

@@ -7,11 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..convention import EXCESS_SERIES_BELOW, EXCESS_SERIES_TERMS
 from ..dtypes import arithmetic_dtype
-
-#: Below this |d|, d + exp(-d) - 1 is summed as a series of this many terms.
-EXCESS_SERIES_BELOW = 0.5
-EXCESS_SERIES_TERMS = {torch.float32: 9, torch.float64: 15}
 
 
 def excess(d: Tensor) -> Tensor:

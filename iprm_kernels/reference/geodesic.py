@@ -7,17 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..convention import ANTIPODE_MARGIN, NEAR_ANTIPODE, SERIES_BELOW, SERIES_TERMS
 from ..dtypes import arithmetic_dtype
-
-#: Below this value of h, ∂S/∂c is summed as a series; above it the closed form has lost at most three bits.
-SERIES_BELOW = 0.125
-#: Terms of that series: the first one left out is below half an ulp of the sum at h = SERIES_BELOW.
-SERIES_TERMS = {torch.float32: 10, torch.float64: 20}
-#: c is clamped to at least -1 + δ, where the great circle through x̂ and ŷ stops being unique.
-ANTIPODE_MARGIN = {torch.float32: 1e-6, torch.float64: 1e-12}
-
-#: Below this c the two terms of z are over twice as long as z, which their rounding may then make longer than 1.
-NEAR_ANTIPODE = -0.9
 
 
 def slerp_weight(s: Tensor, c: Tensor) -> Tensor:

@@ -15,66 +15,23 @@ Two modalities are the one pair (0, 1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..convention import EPS, HeadBackwardInputs, HeadInputs, HeadState, pairs_of
 from ..dtypes import arithmetic_dtype
 from .divergence import batch_kl_pair, strength_weights
 from .geodesic import inverse_norm, live_inverse_norm, row_norm, slerp_weight, slerp_weight_dc
 
-EPS = 1e-12  # the smallest length divided by, as in `normalize`
 
-
-class State(NamedTuple):
-    """What a step keeps for its backward pass, as views of the one tensor that holds it."""
-
-    stats: Tensor  #: (P, 3, B) holding ‖x‖, ‖y‖, c of each pair
-    projected: Tensor  #: (P, 2, B, C) A = X W_mᵀ and V = Y W_mᵀ
-    unimodal: tuple[Tensor, ...]  #: M of (B, C) unimodal logits: in the state where those returned are narrower, else these
-    counted: Tensor  #: () rows that the losses are means over
-
-    @staticmethod
-    def size(batch: int, classes: int, modalities: int, pairs: int, narrow: bool) -> int:
-        """Numbers in the tensor: unimodal logits count where those returned are `narrow`."""
-        return batch * (3 * pairs + (2 * pairs + (modalities if narrow else 0)) * classes) + 1
-
-    @staticmethod
-    def counted_of(state: Tensor) -> Tensor:
-        """The last of the fields, as a view of the tensor that holds them.  -> ()"""
-        return state[-1]
-
-    @staticmethod
-    def views(state: Tensor, unimodal: Sequence[Tensor], pairs: int) -> State:
-        """unimodal: M of (B, C), as they were returned"""
-        modalities, (batch, classes) = len(unimodal), unimodal[0].shape
-        projected, wide = 3 * pairs * batch, (3 + 2 * classes) * pairs * batch
-        narrow = unimodal[0].dtype != state.dtype
-        return State(
-            state[:projected].view(pairs, 3, batch),
-            state[projected:wide].view(pairs, 2, batch, classes),
-            tuple(state[wide:-1].view(modalities, batch, classes)) if narrow else tuple(unimodal),
-            State.counted_of(state),
-        )
-
-
-def pairs_of(flat: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of modalities from the flat list that operators and kernels take."""
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def head_probe(
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    pairs: Sequence[int],
-    probing: Tensor,
-) -> tuple[Any, ...]:
+def head_probe(inputs: HeadInputs) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """Projections, row statistics, unimodal logits, and the KL sums of these from the mixtures probed with λ.
 
-    (B, D) xM, heads (C, D) and (C,), λ (P,) -> stats (P, 3, B), projected (P, 2, B, C), unimodal M of (B, C), kl (2P,)
+    -> stats (P, 3, B), projected (P, 2, B, C), unimodal M of (B, C), kl (2P,)
     """
+    features, weights, biases, pairs, _, probe_weight, *_ = inputs
     count, dtype = len(pairs) // 2, arithmetic_dtype(features[0].dtype)
     wide = [x.to(dtype) for x in features]
     own = zip(wide, weights[count:], biases[count:], strict=True)
@@ -86,64 +43,48 @@ def head_probe(
         c = (x * y).sum(1) * (inverse_norm(x_norm, EPS) * inverse_norm(y_norm, EPS))
         stats.append(torch.stack([x_norm, y_norm, c]))
         projected.append(torch.stack([x @ weight.T, y @ weight.T]))
-        probe = _mixed(projected[k], stats[k], probing[k], biases[k])
+        probe = _mixed(projected[k], stats[k], probe_weight[k], biases[k])
         sums.append(batch_kl_pair(unimodal[i], unimodal[j], probe)[0])
     return torch.stack(stats), torch.stack(projected), unimodal, torch.cat(sums)
 
 
-def head_rebalance(
-    of: State, biases: Sequence[Tensor | None], kl: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
-) -> tuple[Any, ...]:
-    """ω from the KL sums, the logits of the mixtures with it, and the cross entropies of all heads.
+def head_rebalance(inputs: HeadInputs, state: HeadState, kl: Tensor) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    """ω from the KL sums (2P,), the logits of the mixtures with it, and the cross entropies of all heads.
 
-    biases (C,), kl (2P,), target (B,) -> strength (2P,), logits P of (B, C), loss (), losses (P + M,), rows that count ()
+    -> strength (2P,), logits P of (B, C), loss (), losses (P + M,), rows that count ()
     """
     strength = torch.cat([strength_weights(own)[0] for own in kl.view(-1, 2)])
-    mixed = _mixtures(of, strength, biases)
-    labels = _Labels.of(target, mixed[0].shape[1], ignore_index)
-    losses = torch.stack([_cross_entropy(own, labels, label_smoothing) for own in (*mixed, *of.unimodal)])
+    mixed = _mixtures(state, strength, inputs.biases)
+    labels = _Labels.of(inputs.target, mixed[0].shape[1], inputs.ignore_index)
+    losses = torch.stack([_cross_entropy(own, labels, inputs.label_smoothing) for own in (*mixed, *state.unimodal)])
     loss = losses[: len(mixed)].mean() + losses[len(mixed) :].sum()
     return strength, mixed, loss, losses, labels.counted.sum()
 
 
-def head_backward(
-    grad_loss: Tensor | None,
-    grad_losses: Tensor | None,
-    grad_logits: Sequence[Tensor | None],
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    pairs: Sequence[int],
-    target: Tensor,
-    of: State,
-    strength: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of the features (B, D), then of all weights (C, D) and all biases (C,), by the formulas above.
-
-    The upstream gradients are those of loss (), losses (P + M,) and logits (B, C), of all heads.
-    """
-    count, dtype = len(pairs) // 2, of.stats.dtype
+def head_backward(inputs: HeadBackwardInputs, state: HeadState) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of the features (B, D), then of all weights (C, D) and all biases (C,), by the formulas above."""
+    grad_loss, grad_losses, grad_logits, features, weights, biases, pairs, target = inputs[:8]
+    strength, label_smoothing, ignore_index = inputs[-3:]
+    count, dtype = len(pairs) // 2, state.stats.dtype
     wide = [x.to(dtype) for x in features]
     heads = [weight.to(dtype) for weight in weights]
-    labels = _Labels.of(target, of.unimodal[0].shape[1], ignore_index)
-    scales = of.stats.new_zeros(len(heads))
+    labels = _Labels.of(target, state.unimodal[0].shape[1], ignore_index)
+    scales = state.stats.new_zeros(len(heads))
     if grad_loss is not None:
         scales[:count] += grad_loss / count
         scales[count:] += grad_loss
-    scales = (scales if grad_losses is None else scales + grad_losses) / of.counted
-    mixed = _mixtures(of, strength, biases)
+    scales = (scales if grad_losses is None else scales + grad_losses) / state.counted
+    mixed = _mixtures(state, strength, biases)
     of_logits = [
         _cross_entropy_backward(own, labels, label_smoothing, scale, above)
-        for own, scale, above in zip((*mixed, *of.unimodal), scales, grad_logits, strict=True)
+        for own, scale, above in zip((*mixed, *state.unimodal), scales, grad_logits, strict=True)
     ]
 
     grad_features = [g @ weight for g, weight in zip(of_logits[count:], heads[count:], strict=True)]
     grad_weights = [g.T @ x for g, x in zip(of_logits[count:], wide, strict=True)]
     of_mixtures = []
     for k, (i, j) in enumerate(pairs_of(pairs)):
-        x, y, dz, (a, v), (x_norm, y_norm, c) = wide[i], wide[j], of_logits[k], of.projected[k], of.stats[k]
+        x, y, dz, (a, v), (x_norm, y_norm, c) = wide[i], wide[j], of_logits[k], state.projected[k], state.stats[k]
         weight = strength[2 * k].expand_as(c)
         p, q = slerp_weight(weight, c), slerp_weight(1 - weight, c)
         inv_x, inv_y = inverse_norm(x_norm, EPS), inverse_norm(y_norm, EPS)
@@ -170,9 +111,9 @@ def _mixed(projected: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None
     return _biased(p[:, None] * a + q[:, None] * v, bias)
 
 
-def _mixtures(of: State, strength: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+def _mixtures(state: HeadState, strength: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
     """The mixed logits of all pairs with the ω just measured.  (2P,), (C,) -> P of (B, C)"""
-    return [_mixed(of.projected[k], of.stats[k], strength[2 * k], biases[k]) for k in range(len(of.stats))]
+    return [_mixed(state.projected[k], state.stats[k], strength[2 * k], biases[k]) for k in range(len(state.stats))]
 
 
 class _Labels(NamedTuple):

@@ -1,4 +1,4 @@
-"""The reference in the calling convention of the kernels: see `iprm_kernels.backends`."""
+"""The reference in the calling convention of `iprm_kernels.convention`."""
 
 from __future__ import annotations
 
@@ -7,101 +7,81 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checks import labels
-from .._library import AUTOCAST, below
-from ..backends import PROBE, REBALANCE
+from ..arguments import labels
+from ..convention import PROBE, REBALANCE, HeadBackwardInputs, HeadGradients, HeadInputs, HeadOutputs, HeadState, Kernel
+from ..registration import AUTOCAST, below
 from . import average, divergence, geodesic, head
 
 
-def into(function: Callable[..., tuple[Any, ...]]) -> Callable[..., None]:
-    """A function that returns its results, as one that fills the outputs it is given after its inputs."""
-    inputs = function.__code__.co_argcount
+def into(function: Callable[..., tuple[Tensor, ...]], *, outputs: int) -> Callable[..., None]:
+    """A kernel that fills the last `outputs` of its arguments with what `function` returns for those before."""
 
     def kernel(*arguments: Any) -> None:
         with below(AUTOCAST):
-            fill(arguments[inputs:], function(*arguments[:inputs]))
+            fill(arguments[-outputs:], function(*arguments[:-outputs]))
 
     return kernel
 
 
-def fill(outputs: Sequence[Tensor | None], values: Sequence[Any]) -> None:
+def fill(outputs: Sequence[Tensor | None], values: Sequence[Tensor]) -> None:
     for out, value in zip(outputs, values, strict=True):
         if out is not None:
             out.copy_(value)
 
 
-normalize = into(geodesic.normalize)
-normalize_backward = into(geodesic.normalize_backward)
-geodesic_mixup = into(geodesic.geodesic_mixup)
-geodesic_mixup_backward = into(geodesic.geodesic_mixup_backward)
-geodesic_remix = into(geodesic.geodesic_remix)
-batch_kl = into(divergence.batch_kl)
-batch_kl_backward = into(divergence.batch_kl_backward)
-batch_kl_pair = into(divergence.batch_kl_pair)
-strength_weights = into(divergence.strength_weights)
-strength_weights_backward = into(divergence.strength_weights_backward)
+normalize = into(geodesic.normalize, outputs=2)
+normalize_backward = into(geodesic.normalize_backward, outputs=1)
+geodesic_mixup = into(geodesic.geodesic_mixup, outputs=2)
+geodesic_mixup_backward = into(geodesic.geodesic_mixup_backward, outputs=3)
+geodesic_remix = into(geodesic.geodesic_remix, outputs=1)
+batch_kl = into(divergence.batch_kl, outputs=2)
+batch_kl_backward = into(divergence.batch_kl_backward, outputs=2)
+batch_kl_pair = into(divergence.batch_kl_pair, outputs=1)
+strength_weights = into(divergence.strength_weights, outputs=1)
+strength_weights_backward = into(divergence.strength_weights_backward, outputs=1)
 
 
-def average_strength(strength: Tensor, alpha: float, released: bool, *state: Tensor) -> None:
-    weight, eval_weight, last, steps = (tensor.view(strength.numel() // 2, -1).squeeze(1) for tensor in state)
-    found = average.average_strength(strength.view(-1, 2), alpha, released, weight, eval_weight, last, steps)
-    fill((weight, eval_weight, last, steps), found)
-
-
-def head_pairs_forward(
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    pairs: Sequence[int],
-    target: Tensor,
-    probing: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    parts: int,
-    state: Tensor,
-    logits: Sequence[Tensor],
-    kl: Tensor,
-    strength: Tensor,
-    loss: Tensor,
-    losses: Tensor,
+def average_strength(
+    strength: Tensor, alpha: float, released: bool, weight: Tensor, eval_weight: Tensor, last: Tensor, steps: Tensor
 ) -> None:
-    labels(target, logits[0].shape[1], ignore_index)
-    count = len(pairs) // 2
-    of = head.State.views(state, logits[count:], count)
+    state = [tensor.view(strength.numel() // 2, -1).squeeze(1) for tensor in (weight, eval_weight, last, steps)]
+    fill(state, average.average_strength(strength.view(-1, 2), alpha, released, *state))
+
+
+def head_forward(inputs: HeadInputs, parts: int, outputs: HeadOutputs) -> None:
+    pairs, logits = len(inputs.pairs) // 2, outputs.logits
+    labels(inputs.target, logits[0].shape[1], inputs.ignore_index)
+    state = HeadState.views(outputs.state, logits[pairs:], pairs)
     with below(AUTOCAST):
         if parts & PROBE:
-            stats, projected, unimodal, sums = head.head_probe(features, weights, biases, pairs, probing.view(-1))
-            fill((of.stats, of.projected, *of.unimodal, kl), (stats, projected, *unimodal, sums))
-            fill(logits[count:], of.unimodal)
+            stats, projected, unimodal, kl = head.head_probe(inputs)
+            fill((state.stats, state.projected, *state.unimodal, outputs.kl), (stats, projected, *unimodal, kl))
+            fill(logits[pairs:], state.unimodal)
         if parts & REBALANCE:
-            results = head.head_rebalance(of, biases, kl, target, label_smoothing, ignore_index)
-            strength_found, mixed, *rest = results
-            fill((strength, *logits[:count], loss, losses, of.counted), (strength_found, *mixed, *rest))
+            strength, mixed, *rest = head.head_rebalance(inputs, state, outputs.kl)
+            filled = (outputs.strength, *logits[:pairs], outputs.loss, outputs.losses, state.counted)
+            fill(filled, (strength, *mixed, *rest))
 
 
-def head_pairs_backward(
-    grad_loss: Tensor | None,
-    grad_losses: Tensor | None,
-    grad_logits: Sequence[Tensor | None],
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    pairs: Sequence[int],
-    target: Tensor,
-    state: Tensor,
-    unimodal: Sequence[Tensor],
-    strength: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    grad_features: Sequence[Tensor | None],
-    grad_weights: Sequence[Tensor | None],
-    grad_biases: Sequence[Tensor | None],
-) -> None:
-    of = head.State.views(state, unimodal, len(pairs) // 2)
-    grads = (grad_loss, grad_losses, grad_logits)
+def head_backward(inputs: HeadBackwardInputs, gradients: HeadGradients) -> None:
+    state = HeadState.views(inputs.state, inputs.unimodal, len(inputs.pairs) // 2)
     with below(AUTOCAST):
-        found = head.head_backward(
-            *grads, features, weights, biases, pairs, target, of, strength, label_smoothing, ignore_index
-        )
-        for outputs, values in zip((grad_features, grad_weights, grad_biases), found, strict=True):
+        for outputs, values in zip(gradients, head.head_backward(inputs, state), strict=True):
             fill(outputs, values)
+
+
+SERVES = {
+    "normalize": Kernel(normalize),
+    "normalize_backward": Kernel(normalize_backward),
+    "geodesic_mixup": Kernel(geodesic_mixup),
+    "geodesic_mixup_backward": Kernel(geodesic_mixup_backward),
+    "geodesic_remix": Kernel(geodesic_remix),
+    "batch_kl": Kernel(batch_kl),
+    "batch_kl_backward": Kernel(batch_kl_backward),
+    "batch_kl_pair": Kernel(batch_kl_pair),
+    "strength_weights": Kernel(strength_weights),
+    "strength_weights_backward": Kernel(strength_weights_backward),
+    "average_strength": Kernel(average_strength),
+    "head_forward": Kernel(head_forward),
+    "head_backward": Kernel(head_backward),
+}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import iprm_kernels as ik
-from iprm_kernels.backends import KERNELS, kernels
+from iprm_kernels.backends import kernels
+from iprm_kernels.convention import KERNELS
 
 X = torch.ones(2, 3)
 META = torch.ones(2, 3, device="meta")

@@ -11,7 +11,7 @@ from places import Place
 from torch import Tensor
 
 import iprm_kernels as ik
-from iprm_kernels.average import average_strength
+from iprm_kernels import average_strength
 
 NAN, INF = math.nan, math.inf
 

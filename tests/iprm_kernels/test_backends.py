@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import cases
 import heads
 import pytest
 import torch
-from places import Place
+from places import INTERPRETED, Place
 
 import iprm_kernels as ik
+from iprm_kernels import extension
 from iprm_kernels.backends import NAMES, kernels, requested
+from iprm_kernels.convention import OPERATORS, HeadInputs, Kernel
+from iprm_kernels.reference import kernels as reference
+
+choice = sys.modules["iprm_kernels.backends"]  # the function has taken the name of the module in the package
 
 
 def step(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
@@ -144,3 +151,160 @@ def test_environment_variable(value: str, outcome: str) -> None:
         check=False,
     )
     assert outcome in done.stdout + done.stderr
+
+
+# by operator and shape
+
+
+class Table:
+    """Backends that a test makes up, all of them on the CPU, tried in the order they were given in."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loaded = {name: choice._Loaded({}, (), "not in this test") for name in NAMES}
+        self.calls: list[tuple[str, str]] = []
+        self.monkeypatch = monkeypatch
+        monkeypatch.setattr(choice, "_load", self.loaded.__getitem__)
+        monkeypatch.setattr(choice, "_from_environment", None)
+        self.use()
+
+    def use(self, *names: str) -> None:
+        """The names, best first, where no backend was asked for."""
+        self.monkeypatch.setattr(choice, "TABLE", tuple(choice.Choice("cpu", name, "") for name in names))
+        choice._select.cache_clear()
+
+    def add(self, backend: str, *names: str, refuses: Any = None, limits: str = "") -> None:
+        """A backend that has the kernels named, each the reference's."""
+
+        def counted(name: str) -> Any:
+            def run(*arguments: Any) -> None:
+                self.calls.append((backend, name))
+                reference.SERVES[name].run(*arguments)
+
+            return run
+
+        made = {name: Kernel(counted(name), refuses, limits) for name in names or reference.SERVES}
+        self.loaded[backend] = choice._Loaded(made, ("cpu",), "")
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Table]:
+    yield Table(monkeypatch)
+    monkeypatch.undo()
+    choice._select.cache_clear()
+
+
+def few_classes(step: Any, *_: Any) -> str:
+    classes = len(step.weights[0])
+    return "" if classes <= 4 else f"its kernels take at most 4 classes, got {classes}"
+
+
+class TestChoice:
+    def test_by_default_another_backend_serves_an_operator_that_the_first_lacks(self, table: Table) -> None:
+        table.add("cpp", "normalize", "normalize_backward")
+        table.add("reference")
+        table.use("cpp", "reference")
+        x, y = cases.feature_pairs(5, 7, torch.float32)
+        ik.geodesic_mixup(ik.normalize(x), y, 0.3)
+        assert table.calls == [("cpp", "normalize"), ("reference", "geodesic_mixup")]
+        statuses = ik.backends()
+        assert statuses["cpp"].operators["normalize"].default_for == ("cpu",)
+        assert statuses["reference"].operators["normalize"].default_for == ()
+        assert statuses["reference"].operators["geodesic_mixup"].default_for == ("cpu",)
+
+    def test_by_default_another_backend_serves_a_shape_that_the_first_refuses(self, table: Table) -> None:
+        table.add("cpp", "head_forward", "head_backward", refuses=few_classes)
+        table.add("reference")
+        table.use("cpp", "reference")
+        for classes, backend in ((4, "cpp"), (5, "reference")):
+            table.calls.clear()
+            heads.run(heads.inputs(5, 7, classes))
+            assert table.calls == [(backend, "head_forward"), (backend, "head_backward")]
+
+    def test_a_backend_asked_for_hands_no_operator_to_another(self, table: Table) -> None:
+        table.add("cpp", "normalize", "normalize_backward")
+        table.add("reference")
+        table.use("cpp", "reference")
+        x, y = cases.feature_pairs(5, 7, torch.float32)
+        message = r"^geodesic_mixup: backend 'cpp' cannot serve a tensor on 'cpu': it has no kernel for this operator$"
+        with ik.use_backend("cpp"):
+            ik.normalize(x)
+            with pytest.raises(ik.BackendUnavailableError, match=message):
+                ik.geodesic_mixup(x, y, 0.3)
+        assert table.calls == [("cpp", "normalize")]
+
+    def test_nor_a_shape(self, table: Table) -> None:
+        table.add("cpp", "head_forward", "head_backward", refuses=few_classes)
+        table.add("reference")
+        table.use("cpp", "reference")
+        message = r"^linear_probe_rebalance: backend 'cpp' cannot serve a tensor on 'cpu': .* at most 4 classes, got 5$"
+        with ik.use_backend("cpp"), pytest.raises(ik.BackendUnavailableError, match=message):
+            heads.call(heads.inputs(5, 7, 5))
+        assert table.calls == []
+
+    def test_nor_a_backward_pass(self, table: Table) -> None:
+        table.add("cpp", "normalize")
+        table.add("reference")
+        table.use("reference")
+        x = torch.ones(2, 3, requires_grad=True)
+        with ik.use_backend("cpp"):
+            z = ik.normalize(x)
+            with pytest.raises(ik.BackendUnavailableError, match=r"^normalize: backend 'cpp'"):
+                z.sum().backward()
+
+    def test_an_operator_is_shipped_by_one_backend_first(self, table: Table) -> None:
+        """Each lists the kernels that it has; the status of each says what it lacks."""
+        table.add("reference")
+        table.add("cpp", *(name for name in reference.SERVES if name != "average_strength"))
+        table.use("cpp", "reference")
+        operators = ik.backends()["cpp"].operators
+        assert [name for name, status in operators.items() if not status.available] == ["average_strength"]
+        assert operators["average_strength"].reason == "it has no kernel average_strength"
+        assert str(operators["average_strength"]) == "unavailable (it has no kernel average_strength)"
+
+    def test_status_tells_limits(self, table: Table) -> None:
+        table.add("triton", "head_forward", "head_backward", refuses=few_classes, limits="up to 4 classes")
+        operators = ik.backends()["triton"].operators
+        assert operators["linear_probe_rebalance"].limits == "up to 4 classes"
+        assert str(operators["linear_probe_rebalance"]) == "available (up to 4 classes)"
+
+    def test_another_device_is_refused_with_its_reason(self, table: Table) -> None:
+        table.add("cpp")
+        with pytest.raises(ik.BackendUnavailableError, match=r"'cpp' cannot serve a tensor on 'cuda': it serves cpu tensors"):
+            choice._select("cpp", "cuda").normalize()
+
+
+def test_the_cuda_kernels_take_one_pair_of_two_modalities() -> None:
+    step = reference_step(2)
+    assert extension._more_than_one_pair(step) == ""
+    assert "one pair of two modalities, got 3 modalities in 3 pairs" in extension._more_than_one_pair(reference_step(3))
+
+
+def test_the_triton_kernels_take_up_to_4096_classes() -> None:
+    triton_kernels = pytest.importorskip("iprm_kernels.kernels")
+    assert triton_kernels.refuses(reference_step(2, classes=4096)) == ""
+    reason = triton_kernels.refuses(reference_step(2, classes=4097))
+    assert reason == "its kernels take at most 4096 classes of torch.float32, got 4097"
+    reason = triton_kernels.refuses(reference_step(3, classes=1025, dtype=torch.float64))
+    assert reason == "its kernels take at most 1024 classes of torch.float64, got 1025"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton backend on CPU tensors: TRITON_INTERPRET=1 tests it")
+def test_the_triton_backend_hands_no_shape_to_plain_torch(place: Place) -> None:
+    with pytest.raises(ik.BackendUnavailableError, match=r"^linear_probe_rebalance: backend 'triton' .* at most 4096 classes"):
+        heads.call(heads.inputs(2, 3, 4097, device=place.device))
+
+
+def reference_step(modalities: int, classes: int = 6, dtype: torch.dtype = torch.float32) -> Any:
+    pairs = [0, 1] if modalities == 2 else [0, 1, 0, 2, 1, 2]
+    made = {"dtype": dtype, "device": "meta"}
+    weights = [torch.empty(classes, 7, **made) for _ in range(modalities + len(pairs) // 2)]
+    features = [torch.empty(5, 7, **made) for _ in range(modalities)]
+    return HeadInputs(features, weights, [None] * len(weights), pairs, torch.empty(5), torch.empty(1), 0.0, -100)
+
+
+def test_every_backend_that_runs_here_has_a_status_per_operator() -> None:
+    for status in ik.backends().values():
+        assert set(status.operators) == set(OPERATORS)
+        for operator in status.operators.values():
+            assert operator.available or operator.reason
+            assert not operator.default_for or operator.available

@@ -21,8 +21,8 @@ from heads import LEAVES, Step
 from places import INTERPRETED
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-import iprm_kernels.head
-from iprm_kernels.backends import PROBE, REBALANCE
+import iprm_kernels.head_step
+from iprm_kernels.convention import PROBE, REBALANCE, HeadInputs, HeadOutputs
 
 if INTERPRETED:
     pytest.skip("TRITON_INTERPRET is set: only Triton's kernels are tested", allow_module_level=True)
@@ -45,7 +45,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> cuda_on_host.Emulated:
 @pytest.fixture
 def on_host(emulated: cuda_on_host.Emulated, monkeypatch: pytest.MonkeyPatch) -> cuda_on_host.Emulated:
     """The head step of this test by the emulated kernels."""
-    monkeypatch.setattr(iprm_kernels.head, "kernels", lambda device: emulated)
+    monkeypatch.setattr(iprm_kernels.head_step, "kernels", lambda device: emulated)
     return emulated
 
 
@@ -110,9 +110,9 @@ def test_processes_add_up_between_two_halves(on_host: cuda_on_host.Emulated, mon
     whole = heads.run(inputs)
     run = on_host.head_forward
 
-    def halves(*arguments: object) -> None:
+    def halves(inputs: HeadInputs, parts: int, outputs: HeadOutputs) -> None:
         for part in (PROBE, REBALANCE):
-            run(*arguments[:12], part, *arguments[13:])
+            run(inputs, part, outputs)
 
     monkeypatch.setattr(on_host, "head_forward", halves)
     step = heads.run(inputs)
@@ -156,7 +156,7 @@ def test_a_missing_barrier_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shutil.copytree(cuda_on_host.SOURCE.parent, broken)
     monkeypatch.setattr(cuda_on_host, "SOURCE", broken / "head.cpp")
     emulated = cuda_on_host.Emulated(tmp_path)
-    monkeypatch.setattr(iprm_kernels.head, "kernels", lambda device: emulated)
+    monkeypatch.setattr(iprm_kernels.head_step, "kernels", lambda device: emulated)
     step = heads.run(heads.inputs(9, 31, 6))
     other = heads.run(step.inputs, call=heads.two_pass)
     assert not torch.allclose(step.outputs["kl"], other.outputs["kl"], rtol=1e-3)

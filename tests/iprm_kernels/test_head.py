@@ -1,37 +1,42 @@
-"""`linear_probe_rebalance` and `probe_rebalance`: what a step returns, whom its gradients reach, and its edges."""
+"""`linear_probe_rebalance`: what a step returns, what its gradients reach, and its edges."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import heads
+import numpy as np
 import parity
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from error_budget import Truth, assert_within_budget
+from head_accuracy import assert_step_within_budget
 from heads import LEAVES, Step
 from places import INTERPRETED, Place
 from torch import Tensor, nn
 
-import iprm_kernels as ik
-from iprm_kernels.backends import kernels
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def plain(step: Step) -> Step:
-    """The same step in two passes and by autograd."""
-    return heads.run(step.inputs, call=heads.two_pass, **step.options)
+def assert_same_bits(step: Step, other: Step) -> None:
+    torch.testing.assert_close(step.outputs, other.outputs, rtol=0, atol=0)
+    torch.testing.assert_close(step.gradients, other.gradients, rtol=0, atol=0)
 
 
-def assert_equal_steps(step: Step, other: Step) -> None:
-    torch.testing.assert_close(step.outputs, other.outputs, **CLOSE)
-    torch.testing.assert_close(step.gradients, other.gradients, **CLOSE)
+def by_own_head_alone(step: Step, rows: list[int], scale: float = 1.0) -> tuple[Tensor, Truth, Tensor]:
+    """∂x of rows to which nothing comes through the mixture, scale/B (softmax - label) W_x: in plain torch, to more digits than
+    float64, and the size of its terms."""
+    logits, weight = (t.cpu() for t in (step.outputs["logits_x"], step.inputs["weight_x"]))
+    label = F.one_hot(step.inputs["target"].cpu(), len(weight))
+    plain = scale / len(label) * (logits.softmax(1) - label) @ weight
+    exponentials = np.exp(logits.double().numpy().astype(np.longdouble))
+    residual = exponentials / exponentials.sum(1, keepdims=True) - label.numpy()
+    exact = residual @ weight.double().numpy().astype(np.longdouble) * scale / len(label)
+    size = (abs(residual) @ abs(weight.double().numpy())).max(1) * scale / len(label)
+    return plain[rows], Truth.of_digits(exact[rows]), torch.from_numpy(size[rows].astype(np.float64))
 
 
 # options
@@ -39,15 +44,10 @@ def assert_equal_steps(step: Step, other: Step) -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("ignored", [(), (0, 3)], ids=["all rows", "rows ignored"])
-def test_losses_are_those_of_torch(place: Place, label_smoothing: float, ignored: tuple[int, ...]) -> None:
+def test_losses_are_those_of_cross_entropy(place: Place, label_smoothing: float, ignored: tuple[int, ...]) -> None:
     inputs = heads.inputs(9, 31, 6, device=place.device)
     inputs["target"][list(ignored)] = 99
-    step = heads.run(inputs, label_smoothing=label_smoothing, ignore_index=99)
-    for loss, name in zip(step.outputs["losses"], ("logits_mix", "logits_x", "logits_y"), strict=True):
-        wanted = F.cross_entropy(step.outputs[name], inputs["target"], label_smoothing=label_smoothing, ignore_index=99)
-        torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(step.outputs["loss"], step.outputs["losses"].sum())
-    assert_equal_steps(step, plain(step))
+    assert_step_within_budget(heads.run(inputs, label_smoothing=label_smoothing, ignore_index=99))
 
 
 def test_ignored_rows_are_measured_and_learn_nothing(place: Place) -> None:
@@ -73,8 +73,7 @@ def test_heads_without_bias(place: Place, missing: tuple[bool, ...]) -> None:
     inputs = heads.inputs(9, 31, 6, device=place.device)
     for name, without in zip(("bias_x", "bias_y", "bias_mix"), missing, strict=True):
         inputs[name] = None if without else inputs[name]
-    step = heads.run(inputs)
-    assert_equal_steps(step, plain(step))
+    assert_step_within_budget(heads.run(inputs))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
@@ -83,12 +82,8 @@ def test_probing_weight(place: Place, weight: float) -> None:
     inputs = heads.inputs(9, 31, 6, device=place.device)
     by_float = heads.run({**inputs, "weight": weight})
     by_tensor = heads.run({**inputs, "weight": torch.tensor(weight, device=place.device)})
-    assert torch.equal(by_float.outputs["kl"], by_tensor.outputs["kl"])
-    probe = F.linear(ik.geodesic_mixup(inputs["x"], inputs["y"], weight), inputs["weight_mix"], inputs["bias_mix"])
-    own = [F.linear(inputs[m], inputs[f"weight_{m}"], inputs[f"bias_{m}"]) for m in "xy"]
-    kl = torch.stack([ik.batch_kl(logits, probe) for logits in own])
-    torch.testing.assert_close(by_float.outputs["kl"], kl, **CLOSE)
-    torch.testing.assert_close(by_float.outputs["strength"], ik.strength_weights(kl), **CLOSE)
+    assert_same_bits(by_float, by_tensor)
+    assert_step_within_budget(by_float)
 
 
 # gradients
@@ -97,24 +92,20 @@ def test_probing_weight(place: Place, weight: float) -> None:
 @pytest.mark.parametrize("name", ["loss", "losses", "logits_mix", "logits_x", "logits_y"])
 def test_gradient_through_each_output(place: Place, name: str) -> None:
     inputs = heads.inputs(9, 31, 6, device=place.device)
-    step = heads.run(inputs, through=(name,))
-    assert_equal_steps(step, plain(step))
+    assert_step_within_budget(heads.run(inputs, through=(name,)))
 
 
 def test_gradient_through_several_outputs_adds_up(place: Place) -> None:
-    step = heads.run(heads.inputs(9, 31, 6, device=place.device), through=("loss", "losses", "logits_mix", "logits_y"))
-    assert_equal_steps(step, plain(step))
+    through = ("loss", "losses", "logits_mix", "logits_y")
+    assert_step_within_budget(heads.run(heads.inputs(9, 31, 6, device=place.device), through=through))
 
 
 @pytest.mark.parametrize("needed", [("x",), ("y", "weight_mix"), ("weight_x", "bias_mix"), ("bias_y",), LEAVES], ids=str)
 def test_only_what_asks_gets_a_gradient(place: Place, needed: tuple[str, ...]) -> None:
     inputs = heads.inputs(9, 31, 6, device=place.device)
-    whole, step = heads.run(inputs), heads.run(inputs, needed=needed)
-    for leaf in LEAVES:
-        if leaf in needed:
-            torch.testing.assert_close(step.gradients[leaf], whole.gradients[leaf], **CLOSE)
-        else:
-            assert step.gradients[leaf] is None
+    step = heads.run(inputs, needed=needed)
+    assert {leaf for leaf in LEAVES if step.gradients[leaf] is not None} == set(needed)
+    assert_step_within_budget(step)
 
 
 def test_strength_and_kl_carry_no_gradient(place: Place) -> None:
@@ -133,10 +124,7 @@ def test_identical_features(place: Place) -> None:
     """c = 1: the mixture is x̂ whatever the weight, and the gradients are the limit's."""
     inputs = heads.inputs(9, 31, 6, device=place.device)
     inputs["y"] = inputs["x"].clone()
-    step = heads.run(inputs)
-    mixed = F.linear(F.normalize(inputs["x"]), inputs["weight_mix"], inputs["bias_mix"])
-    torch.testing.assert_close(step.outputs["logits_mix"], mixed, **CLOSE)
-    assert_equal_steps(step, plain(step))
+    assert_step_within_budget(heads.run(inputs))
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["dead beside close", "dead beside opposite"])
@@ -149,10 +137,8 @@ def test_dead_rows_learn_from_their_own_head_alone(place: Place, sign: float) ->
     inputs["y"][7] = 0.0
     inputs["x"][8] = inputs["y"][8] = 0.0
     step = heads.run(inputs)
-    residual = step.outputs["logits_x"].softmax(1) - F.one_hot(inputs["target"], 6)
-    own = residual @ inputs["weight_x"] / 9
-    torch.testing.assert_close(step.gradients["x"][[2, 8]], own[[2, 8]], **CLOSE)
-    assert_equal_steps(step, plain(step))
+    assert_within_budget("dead rows", step.gradients["x"][[2, 8]].cpu(), *by_own_head_alone(step, [2, 8]))
+    assert_step_within_budget(step)
 
 
 @pytest.mark.parametrize("classes", [6, 70])
@@ -162,10 +148,8 @@ def test_nothing_comes_to_a_dead_row_from_what_is_not_finite(place: Place, class
     inputs["x"][2] = 0.0
     inputs["y"][2] = float("inf")
     step = heads.run(inputs, through=("losses",))
-    residual = step.outputs["logits_x"].softmax(1) - F.one_hot(inputs["target"], classes)
-    weight = heads.weights((3,), torch.float32)[1]
-    own = weight * residual @ inputs["weight_x"] / 9
-    torch.testing.assert_close(step.gradients["x"][2], own[2], **CLOSE)
+    scale = heads.weights((3,), torch.float64)[1].item()  # of the loss of x among the losses
+    assert_within_budget("dead row", step.gradients["x"][[2]].cpu(), *by_own_head_alone(step, [2], scale))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -192,12 +176,30 @@ def test_heads_that_agree_share_the_weight(place: Place) -> None:
     assert all(gradient.isfinite().all() for gradient in step.gradients.values())
 
 
-@pytest.mark.parametrize("shape", [(0, 7, 3), (1, 1, 1), (1, 1, 2), (2, 1, 31)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 1, 31)], ids=str)
 def test_smallest_shapes(place: Place, shape: tuple[int, int, int]) -> None:
-    step = heads.run(heads.inputs(*shape, device=place.device))
-    other = plain(step)
-    torch.testing.assert_close(step.outputs, other.outputs, equal_nan=True, **CLOSE)
-    torch.testing.assert_close(step.gradients, other.gradients, equal_nan=True, **CLOSE)
+    assert_step_within_budget(heads.run(heads.inputs(*shape, device=place.device)))
+
+
+def test_no_rows(place: Place) -> None:
+    """Sums over nothing are zero, means over nothing NaN, as those of torch."""
+    step = heads.run(heads.inputs(0, 7, 3, device=place.device))
+    assert step.outputs["kl"].tolist() == [0.0, 0.0]
+    assert step.outputs["strength"].tolist() == [0.5, 0.5]
+    assert step.outputs["losses"].isnan().all()
+    assert all(step.outputs[f"logits_{m}"].shape == (0, 3) for m in ("mix", "x", "y"))
+    for name in LEAVES:
+        assert step.gradients[name].shape == step.inputs[name].shape
+        assert (step.gradients[name] == 0).all(), name
+
+
+def test_one_class(place: Place) -> None:
+    """The prediction is certain: no KL, no loss, nothing to learn."""
+    step = heads.run(heads.inputs(1, 1, 1, device=place.device))
+    assert step.outputs["kl"].tolist() == [0.0, 0.0]
+    assert step.outputs["strength"].tolist() == [0.5, 0.5]
+    assert step.outputs["losses"].tolist() == [0.0, 0.0, 0.0]
+    assert all((step.gradients[name] == 0).all() for name in LEAVES)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every other column", "expanded"])
@@ -205,13 +207,12 @@ def test_any_strides(place: Place, layout: str) -> None:
     inputs = heads.inputs(9, 31, 6, device=place.device)
     if layout == "expanded":
         inputs["x"], inputs["weight_mix"] = inputs["x"][:1].expand(9, 31), inputs["weight_mix"][:, :1].expand(6, 31)
-    contiguous = heads.run({name: t.contiguous() if isinstance(t, Tensor) else t for name, t in inputs.items()})
     for name in ("x", "y", "weight_x", "weight_y", "weight_mix"):
         if layout == "transposed":
             inputs[name] = inputs[name].T.contiguous().T
         elif layout == "every other column":
             inputs[name] = inputs[name].repeat_interleave(2, dim=1)[:, ::2]
-    assert_equal_steps(heads.run(inputs), contiguous)
+    assert_step_within_budget(heads.run(inputs))
 
 
 def test_follows_the_algorithm_as_released_for_200_steps(place: Place) -> None:
@@ -224,8 +225,7 @@ def test_follows_the_algorithm_as_released_for_200_steps(place: Place) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="takes the interpreter minutes")
 def test_gradients_that_no_cache_holds(place: Place) -> None:
     """From 32 MiB on the C++ kernels write past the caches."""
-    step = heads.run(heads.inputs(8200, 1024, 3, device=place.device))
-    assert_equal_steps(step, plain(step))
+    assert_step_within_budget(heads.run(heads.inputs(8200, 1024, 3, device=place.device)))
 
 
 # as PyTorch sees it
@@ -235,18 +235,19 @@ def test_gradients_that_no_cache_holds(place: Place) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck(place: Place, dtype: torch.dtype, biased: bool) -> None:
     inputs = heads.inputs(5, 7, 3, dtype, device=place.device)
-    matrices = [inputs[name].detach().requires_grad_() for name in ("x", "y", "weight_mix", "weight_x", "weight_y")]
+    features = [inputs[name].detach().requires_grad_() for name in ("x", "y")]
+    weights = [inputs[f"weight_{m}"].detach().requires_grad_() for m in ("mix", "x", "y")]
     biases = [inputs[f"bias_{m}"].detach().requires_grad_() if biased else None for m in ("mix", "x", "y")]
     weight = torch.tensor(0.3, dtype=inputs["x"].double().dtype if dtype == torch.float64 else torch.float32)
-    rest = (inputs["target"], weight.to(place.device), 0.1, -100, "")
-    torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, (*matrices, *biases, *rest))
-    matrices, biases = ([t if t is None else t.detach() for t in tensors] for tensors in (matrices, biases))
-    loss, _, mix, *unimodal, strength, _, state = torch.ops.iprm.linear_probe_rebalance(*matrices, *biases, *rest)
-    grads = (torch.ones_like(loss), None, torch.ones_like(mix), None, torch.ones_like(mix))
+    rest = ([0, 1], inputs["target"], weight.to(place.device), 0.1, -100, "")
+    torch.library.opcheck(torch.ops.iprm.linear_probe_rebalance.default, (features, weights, biases, *rest))
+    features, weights, biases = ([t if t is None else t.detach() for t in tensors] for tensors in (features, weights, biases))
+    loss, _, *logits, strength, _, state = torch.ops.iprm.linear_probe_rebalance(features, weights, biases, *rest)
+    grads = (torch.ones_like(loss), None, [torch.ones_like(logits[0]), None, torch.ones_like(logits[0])])
     for needed in ([True] * 8, [False, True, True, False, True, True, False, False]):
         torch.library.opcheck(
             torch.ops.iprm.linear_probe_rebalance_backward.default,
-            (*grads, *matrices, biases[0], inputs["target"], state, *unimodal, strength, 0.1, -100, needed),
+            (*grads, features, weights, biases[:1], *rest[:2], state, logits[1:], strength, 0.1, -100, needed),
         )
 
 
@@ -254,7 +255,7 @@ def test_fullgraph_compile_equals_eager(place: Place) -> None:
     inputs = heads.inputs(9, 31, 6, device=place.device)
     torch.compiler.reset()
     compiled = torch.compile(heads.call, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
-    assert_equal_steps(heads.run(inputs, call=compiled), heads.run(inputs))
+    assert_same_bits(heads.run(inputs, call=compiled), heads.run(inputs))
 
 
 def test_fullgraph_compile_over_a_group(place: Place, tmp_path: Path) -> None:
@@ -265,7 +266,7 @@ def test_fullgraph_compile_over_a_group(place: Place, tmp_path: Path) -> None:
         torch.compiler.reset()
         compiled = torch.compile(heads.call, fullgraph=True, backend="aot_eager")
         step = heads.run(inputs, call=compiled, group=torch.distributed.group.WORLD)
-        assert_equal_steps(step, heads.run(inputs))
+        assert_same_bits(step, heads.run(inputs))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -296,7 +297,7 @@ def test_activation_checkpointing(place: Place) -> None:
 
     plain = torch.autograd.grad(loss(inputs["x"]), layer.weight)
     saved = torch.utils.checkpoint.checkpoint(loss, inputs["x"], use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(saved, layer.weight), plain)
+    torch.testing.assert_close(torch.autograd.grad(saved, layer.weight), plain, rtol=0, atol=0)
 
 
 def test_float16_features_with_a_dead_row(place: Place) -> None:
@@ -338,28 +339,24 @@ def test_repeats_bitwise(place: Place) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels, for the interpreter: TRITON_INTERPRET=1 tests it")
 def test_programs_that_take_several_blocks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than programs: the parts of sums and of head gradients are added up in their order."""
-    from iprm_kernels.kernels import _head_tiles, _tiles
+    from iprm_kernels.kernels import head_tiling, tiling
 
     inputs = heads.inputs(129, 20, 6, device=place.device)
-    whole = heads.run(inputs)
-    monkeypatch.setattr(_tiles, "ROW_TILE", {4: 64})
-    monkeypatch.setattr(_tiles, "MOST_PARTS", 3)
-    monkeypatch.setattr(_head_tiles, "GRADIENT_PROGRAMS", 2)
-    step = heads.run(inputs)
-    assert_equal_steps(step, whole)
-    assert_equal_steps(step, plain(step))
+    monkeypatch.setattr(tiling, "ROW_TILE", {4: 64})
+    monkeypatch.setattr(tiling, "MOST_PARTS", 3)
+    monkeypatch.setattr(head_tiling, "GRADIENT_PROGRAMS", 2)
+    assert_step_within_budget(heads.run(inputs))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels, for the interpreter: TRITON_INTERPRET=1 tests it")
 @pytest.mark.parametrize("classes", [6, 70])
 def test_rows_in_chunks(place: Place, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where scratch for all of them would be too much: by the kernels' own products, and by a library's."""
-    from iprm_kernels.kernels._head_tiles import RowChunks
+    from iprm_kernels.kernels.head_tiling import RowChunks
 
     inputs = heads.inputs(11, 31, classes, device=place.device)
-    whole = heads.run(inputs, through=("losses", "logits_mix", "logits_x"))
     monkeypatch.setattr(RowChunks, "of", staticmethod(lambda *_: RowChunks(rows=4, parts=1 + (classes == 6))))
-    assert_equal_steps(heads.run(inputs, through=("losses", "logits_mix", "logits_x")), whole)
+    assert_step_within_budget(heads.run(inputs, through=("losses", "logits_mix", "logits_x")))
 
 
 def test_no_host_synchronisation_and_captured_in_a_cuda_graph(gpu: Place) -> None:
@@ -386,76 +383,3 @@ def test_a_label_out_of_range_on_a_gpu_is_nan_and_never_read(gpu: Place) -> None
     assert step.outputs["losses"].isnan().all()
     assert step.gradients["x"][5].isnan().all()
     assert step.outputs["strength"].isfinite().all()
-
-
-# any head
-
-
-def mlp(inputs: dict[str, Tensor]) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(31, 16), nn.Tanh(), nn.Linear(16, 6)).to(inputs["x"].device)
-
-
-def test_any_head_is_called_twice_the_first_time_without_gradient(place: Place) -> None:
-    inputs = heads.inputs(9, 31, 6, device=place.device)
-    x, y = (inputs[name].requires_grad_() for name in "xy")
-    own = [F.linear(inputs[m], inputs[f"weight_{m}"]) for m in "xy"]
-    head, seen = mlp(inputs), []
-
-    def counted(z: Tensor) -> Tensor:
-        seen.append((z.detach(), torch.is_grad_enabled()))
-        return head(z)
-
-    result = ik.probe_rebalance(x, y, *own, counted, 0.3)
-    assert [enabled for _, enabled in seen] == [False, True]
-    kl = torch.stack([ik.batch_kl(logits, head(ik.geodesic_mixup(x, y, 0.3))) for logits in own]).detach()
-    torch.testing.assert_close(result.kl, kl)
-    torch.testing.assert_close(result.strength, ik.strength_weights(kl))
-    torch.testing.assert_close(seen[1][0], ik.geodesic_mixup(x, y, result.strength[0]).detach())
-    assert not result.strength.requires_grad
-    assert not result.kl.requires_grad
-
-
-def test_any_head_measures_the_features_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second mixture takes norms and inner products from the first, and both divergences are one call."""
-    inputs = heads.inputs(9, 31, 6, device=place.device)
-    own = [F.linear(inputs[m], inputs[f"weight_{m}"]) for m in "xy"]
-    namespace, calls = kernels(place.device), []
-    counted = {name: _counted(name, function, calls) for name, function in vars(namespace).items()}
-    monkeypatch.setattr(ik.geodesic, "kernels", lambda device: SimpleNamespace(**counted))
-    monkeypatch.setattr(ik.divergence, "kernels", lambda device: SimpleNamespace(**counted))
-    ik.probe_rebalance(inputs["x"], inputs["y"], *own, mlp(inputs), 0.3)
-    assert calls == ["geodesic_mixup", "batch_kl_pair", "strength_weights", "geodesic_remix"]
-
-
-def _counted(name: str, function: Callable[..., None], calls: list[str]) -> Callable[..., None]:
-    def call(*arguments: Any) -> None:
-        calls.append(name)
-        function(*arguments)
-
-    return call
-
-
-def test_features_of_two_types_both_learn_under_autocast(place: Place) -> None:
-    inputs = heads.inputs(9, 31, 6, device=place.device)
-    x, y = inputs["x"].requires_grad_(), inputs["y"].bfloat16().requires_grad_()
-    own = [F.linear(inputs[m], inputs[f"weight_{m}"]) for m in "xy"]
-    with torch.autocast(place.device.type, dtype=torch.bfloat16):
-        result = ik.probe_rebalance(x, y, *own, mlp(inputs), 0.3)
-    result.logits.float().sum().backward()
-    assert x.grad.abs().sum() > 0
-    assert y.grad.abs().sum() > 0
-    assert y.grad.dtype == torch.bfloat16
-
-
-def test_any_head_learns_from_the_rebalanced_mixture_alone(place: Place) -> None:
-    inputs = heads.inputs(9, 31, 6, device=place.device)
-    own = [F.linear(inputs[m], inputs[f"weight_{m}"]).requires_grad_() for m in "xy"]
-    x, y = (inputs[name].requires_grad_() for name in "xy")
-    head = mlp(inputs)
-    leaves = [x, y, *head.parameters()]
-    result = ik.probe_rebalance(x, y, *own, head, 0.3)
-    gradients = torch.autograd.grad(result.logits.square().sum(), leaves, retain_graph=True)
-    mixed = head(ik.geodesic_mixup(x, y, result.strength[0]))
-    torch.testing.assert_close(gradients, torch.autograd.grad(mixed.square().sum(), leaves))
-    assert torch.autograd.grad(result.logits.sum(), own, allow_unused=True) == (None, None)

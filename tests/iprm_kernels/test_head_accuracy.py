@@ -33,4 +33,6 @@ def test_linear_probe_rebalance(fused: Place, batch: int, width: int, classes: i
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "width", "classes"), SHAPES)
 def test_linear_probe_rebalance_pairs(fused: Place, batch: int, width: int, classes: int, dtype: torch.dtype) -> None:
+    if fused.backend == "cuda":
+        pytest.skip("the cuda backend has kernels for one pair of modalities alone")
     head_accuracy.assert_pairs_within_budget(batch, width, classes, dtype, fused.device)

@@ -12,7 +12,9 @@ from mpmath import mpf
 from torch import Tensor
 
 import iprm_kernels as ik
-from iprm_kernels import reference
+from iprm_kernels.convention import ANTIPODE_MARGIN
+from iprm_kernels.reference import geodesic
+from iprm_kernels.reference.divergence import excess
 
 #: The edges of c: its limit, both sides of the series threshold h = (1 - c) / 2 = 0.125, and the antipode's approach.
 COSINES = (
@@ -61,7 +63,7 @@ def magnitude(name: str, s: mpf, c: mpf) -> mpf:
 @pytest.mark.parametrize("name", list(ULPS))
 def test_slerp_weight_to_the_last_digits(name: str, dtype: torch.dtype) -> None:
     s, c = torch.tensor(list(itertools.product(WEIGHTS, COSINES)), dtype=dtype).T
-    values = getattr(reference, name)(s, c)
+    values = getattr(geodesic, name)(s, c)
     for s_i, c_i, value in zip(oracle.row(s), oracle.row(c), oracle.row(values), strict=True):
         bound = ULPS[name] * torch.finfo(dtype).eps * magnitude(name, s_i, c_i)
         assert abs(value - getattr(oracle, name)(s_i, c_i)) <= bound, (float(s_i), float(c_i))
@@ -69,11 +71,11 @@ def test_slerp_weight_to_the_last_digits(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_clamped_at_the_antipode(dtype: torch.dtype) -> None:
-    delta = reference.ANTIPODE_MARGIN[dtype]
+    delta = ANTIPODE_MARGIN[dtype]
     s, c = torch.full((3,), 0.3, dtype=dtype), torch.tensor([-1 - 1e-3, -1.0, -1 + delta / 4], dtype=dtype)
     floor = torch.full((3,), -1 + delta, dtype=dtype)
-    assert torch.equal(reference.slerp_weight(s, c), reference.slerp_weight(s, floor))
-    assert torch.equal(reference.slerp_weight_dc(s, c), torch.zeros(3, dtype=dtype))
+    assert torch.equal(geodesic.slerp_weight(s, c), geodesic.slerp_weight(s, floor))
+    assert torch.equal(geodesic.slerp_weight_dc(s, c), torch.zeros(3, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -81,10 +83,10 @@ def test_excess_to_the_last_digits(dtype: torch.dtype) -> None:
     """φ within 2 ulps of itself (measured: 1.5), either side of |d| = 0.5 where the series begins and at both ends."""
     sizes = (1e-15, 1e-12, 1e-5, 1e-3, 0.1, 0.49999, 0.5, 0.50001, 1.0, 3.0, 20.0, 80.0)
     d = torch.tensor([sign * size for size in sizes for sign in (1, -1)], dtype=dtype)
-    for d_i, value in zip(oracle.row(d), oracle.row(reference.excess(d)), strict=True):
+    for d_i, value in zip(oracle.row(d), oracle.row(excess(d)), strict=True):
         truth = oracle.excess(d_i)
         assert abs(value - truth) <= 2 * torch.finfo(dtype).eps * truth, float(d_i)
-    assert reference.excess(torch.zeros(1, dtype=dtype)).item() == 0
+    assert excess(torch.zeros(1, dtype=dtype)).item() == 0
 
 
 def unit_pair(cosine: float, rows: int = 3) -> tuple[Tensor, Tensor]:

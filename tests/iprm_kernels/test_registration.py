@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import cases
 import heads
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.utils.checkpoint
 from places import INTERPRETED, Place
 from torch import Tensor
-from watching import Watching
+from watching import FunctionWatching, Watching
 
 import iprm_kernels as ik
 
@@ -103,6 +105,43 @@ def test_through_and_past_the_dispatcher_the_same_bits(place: Place) -> None:
     assert all(torch.equal(a, b) for a, b in zip(past, through, strict=True))
     for results in ("outputs", "gradients"):
         torch.testing.assert_close(getattr(past_step, results), getattr(through_step, results), rtol=0, atol=0)
+
+
+def test_a_function_mode_sees_every_operator(place: Place) -> None:
+    x, y = cases.feature_pairs(9, 31, torch.float32, place.device)
+    step = heads.inputs(9, 31, 6, device=place.device)
+    layer = torch.nn.Linear(31, 6, device=place.device)
+    state = [torch.full((), 0.5, device=place.device) for _ in range(2)]
+    state += [torch.full((2,), 0.5, device=place.device), torch.zeros((), dtype=torch.int64, device=place.device)]
+    with FunctionWatching() as watching:
+        every_op(x, y, torch.tensor(0.3, device=place.device))
+        logits = step["x"] @ step["weight_x"].T
+        strength = ik.probe_rebalance(x, y, logits, logits.flip(0), layer, 0.3).strength
+        ik.average_strength(strength, 0.8, False, *state)
+        heads.call(step)
+        ik.linear_probe_rebalance_pairs(
+            [x, y], [(step["weight_x"], None)] * 2, [(step["weight_mix"], None)], step["target"], 0.3
+        )
+    names = {"normalize", "geodesic_mixup", "geodesic_remix", "batch_kl", "batch_kl_pair", "strength_weights"}
+    names |= {"average_strength", "linear_probe_rebalance"}
+    assert {f"iprm.{name}.default" for name in names} <= watching.seen.keys()
+    assert watching.seen["iprm.linear_probe_rebalance.default"] == 2
+
+
+class Subclass(torch.Tensor):
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_tensor_subclass_sees_the_operator(place: Place) -> None:
+    x = cases.randn(5, 7, device=place.device).as_subclass(Subclass)
+    Subclass.seen.clear()
+    ik.normalize(x)
+    assert "iprm.normalize.default" in Subclass.seen
 
 
 def test_second_derivatives_are_refused(place: Place) -> None:

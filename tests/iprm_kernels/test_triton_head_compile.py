@@ -14,10 +14,10 @@ import torch
 from triton_launches import TARGETS, Launch, empty, recording, spills
 
 from iprm_kernels import kernels
-from iprm_kernels._head_step import new_outputs
-from iprm_kernels.backends import PROBE, REBALANCE
+from iprm_kernels.convention import PROBE, REBALANCE, HeadBackwardInputs, HeadGradients, HeadInputs
 from iprm_kernels.dtypes import arithmetic_dtype
-from iprm_kernels.kernels._tiles import scratch
+from iprm_kernels.head_step import new_outputs
+from iprm_kernels.kernels.tiling import scratch
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 #: dtype, batch, width, classes: a kernel regime each
@@ -52,11 +52,10 @@ def forward(
     weights = [empty(classes, width, dtype=dtype) for _ in range(heads)]
     biases = [empty(classes, dtype=dtype) for _ in range(heads)]
     target, probing = empty(batch, dtype=torch.int64), empty(len(pairs) // 2, dtype=arithmetic_dtype(dtype))
-    state, kl, strength, loss, losses = new_outputs(features[0], classes, modalities, len(pairs) // 2)
-    logits = [empty(batch, classes, dtype=dtype) for _ in range(heads)]
-    inputs = (features, weights, biases, pairs, target, probing, 0.1, -100, parts)
-    kernels.head_pairs_forward(*inputs, state, logits, kl, strength, loss, losses)
-    return {"inputs": inputs, "state": state, "logits": logits, "strength": strength, "loss": loss, "losses": losses}
+    outputs = new_outputs(features[0], classes, modalities, len(pairs) // 2)
+    inputs = HeadInputs(features, weights, biases, pairs, target, probing, 0.1, -100)
+    kernels.head_forward(inputs, parts, outputs)
+    return {"inputs": inputs, **outputs._asdict()}
 
 
 def backward(of: dict[str, Any], needed: Callable[[str, int], bool] = lambda what, place: True) -> None:
@@ -68,7 +67,7 @@ def backward(of: dict[str, Any], needed: Callable[[str, int], bool] = lambda wha
     ]
     unimodal = of["logits"][-len(features) :]
     saved = (features, weights, biases, pairs, target, of["state"], unimodal, of["strength"], 0.1, -100)
-    kernels.head_pairs_backward(of["loss"], of["losses"], of["logits"], *saved, *grads)
+    kernels.head_backward(HeadBackwardInputs(of["loss"], of["losses"], of["logits"], *saved), HeadGradients(*grads))
 
 
 def by_name(launches: list[Launch]) -> dict[str, Launch]:
@@ -134,7 +133,7 @@ def test_memory_is_eight_matrices_of_logits_and_4_MB_whatever_the_size(
         taken.append(like.element_size() * math.prod(shape))
         return scratch(like, *shape)
 
-    for module in (kernels.head, kernels._head_library):
+    for module in (kernels.head, kernels.head_torch_mm):
         monkeypatch.setattr(module, "scratch", counted)
     of = forward(*case)
     kept = sum(t.numel() * t.element_size() for t in (of["state"], *of["logits"]))

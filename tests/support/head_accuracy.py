@@ -15,7 +15,8 @@ from heads import LEAVES, Step
 from torch import Tensor
 
 import iprm_kernels as ik
-from iprm_kernels import reference
+from iprm_kernels.convention import EPS
+from iprm_kernels.reference.geodesic import slerp_weight
 
 
 def step_of(inputs: dict, call: Callable[..., ik.StepResult] = heads.call) -> Step:
@@ -29,19 +30,24 @@ def truth_of(batch: int, width: int, classes: int, dtype: torch.dtype) -> tuple[
     return inputs, head_oracle.linear_probe_rebalance(inputs, 0.1, heads.weights((batch, classes), dtype).double().numpy())
 
 
-def magnitudes(inputs: dict, truth: dict[str, Truth]) -> dict[str, Tensor]:
+def magnitudes(
+    inputs: dict, truth: dict[str, Truth], through: tuple[str, ...] = ("loss", "logits_mix"), ignore_index: int = -100
+) -> dict[str, Tensor]:
     """The size of the terms that each row of each result is made of: what rounding errors are proportional to.
 
-    Losses are made of their logits; a KL moves by Σ|∂KL/∂logits| of them, and log ω by as much as log KL.
+    Losses are made of their logits; a KL moves by Σ|∂KL/∂logits| of them, and log ω by as much as log KL. through: the outputs
+    that were differentiated, weighed by `heads.weights`.
     """
+    biases = {name: torch.zeros(len(inputs["weight_x"])) for name in ("bias_x", "bias_y", "bias_mix") if inputs[name] is None}
+    inputs = inputs | biases
     i = {name: t.double() if isinstance(t, Tensor) else t for name, t in inputs.items()}
     logits = {m: truth[f"logits_{m}"].high for m in ("mix", "x", "y")}
     batch, classes = logits["mix"].shape
-    norms = {m: i[m].norm(dim=1).clamp(min=reference.head.EPS) for m in "xy"}
-    live = {m: torch.where(i[m].norm(dim=1) > reference.head.EPS, norms[m], torch.inf) for m in "xy"}
+    norms = {m: i[m].norm(dim=1).clamp(min=EPS) for m in "xy"}
+    live = {m: torch.where(i[m].norm(dim=1) > EPS, norms[m], torch.inf) for m in "xy"}
     cosine = sum((i["x"] / norms["x"][:, None] * i["y"] / norms["y"][:, None]).T)
     unit = sum(
-        reference.slerp_weight(truth["strength"].high[k].expand(batch), cosine)[:, None] * i[m].abs() / norms[m][:, None]
+        slerp_weight(truth["strength"].high[k].expand(batch), cosine)[:, None] * i[m].abs() / norms[m][:, None]
         for k, m in enumerate("xy")
     )
     terms = {m: i[m].abs() @ i[f"weight_{m}"].abs().T + i[f"bias_{m}"].abs() for m in "xy"}
@@ -49,9 +55,14 @@ def magnitudes(inputs: dict, truth: dict[str, Truth]) -> dict[str, Tensor]:
     rows = {m: value.amax(1) for m, value in terms.items()}
 
     # |∂/∂logits| by element: a softmax and a label over the batch, and what came to the logits themselves
-    label = torch.nn.functional.one_hot(inputs["target"].clamp(min=0), classes)
-    grads = {m: (value.softmax(1) + label) / batch for m, value in logits.items()}
-    grads["mix"] = grads["mix"] + heads.weights((batch, classes), torch.float64)
+    counted = inputs["target"] != ignore_index
+    label = torch.nn.functional.one_hot(torch.where(counted, inputs["target"], 0), classes)
+    of_losses = dict(zip(("mix", "x", "y"), heads.weights((3,), torch.float64) * ("losses" in through), strict=True))
+    grads = {
+        m: (of_losses[m] + ("loss" in through)) * counted[:, None] * (value.softmax(1) + label) / counted.sum()
+        + heads.weights((batch, classes), torch.float64) * (f"logits_{m}" in through)
+        for m, value in logits.items()
+    }
     kl = truth["kl"].high[:, 0]
     kl_terms = torch.stack([(kl[k] / batch).sqrt() * (rows[m] + rows["mix"]).sum() + kl[k] for k, m in enumerate("xy")])
     strength = truth["strength"].high[:, 0]
@@ -81,6 +92,48 @@ def assert_within_budget(batch: int, width: int, classes: int, dtype: torch.dtyp
         kind = "gradients" if name in LEAVES else "outputs"
         value, plain = (getattr(s, kind)[name].reshape(len(magnitude), -1) for s in (step, baseline))
         error_budget.assert_within_budget(name, value, plain, truth[name], magnitude)
+
+
+def assert_step_within_budget(step: Step) -> None:
+    """A step that was run, with its own inputs, options and outputs differentiated, against plain torch in two passes.
+
+    The truth of float64 is the step in long double, which knows the outputs "loss" and "logits_mix" alone.
+    """
+    inputs = {name: t.cpu() if isinstance(t, Tensor) else t for name, t in step.inputs.items()}
+    options, dtype = dict(step.options), inputs["x"].dtype
+    through = options.pop("through")
+    options.pop("needed")
+    baseline = heads.run(inputs, call=heads.two_pass, **step.options)
+    if dtype == torch.float64:
+        if not head_oracle.EXTENDED:
+            pytest.skip("long double is double here, and no truth for float64")
+        assert set(through) <= {"loss", "logits_mix"}
+        assert "loss" in through
+        upstream = heads.weights(step.outputs["logits_mix"].shape, dtype).numpy() * ("logits_mix" in through)
+        truth = head_oracle.linear_probe_rebalance(inputs, options.pop("label_smoothing", 0.0), upstream, **options)
+    else:
+        double = {name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in inputs.items()}
+        exact = heads.run(double, call=heads.two_pass, **step.options)
+        values = exact.outputs | {name: t for name, t in exact.gradients.items() if t is not None}
+        truth = {name: Truth.of(t.reshape(len(t) if t.dim() else 1, -1)) for name, t in values.items()}
+    sizes = magnitudes(inputs, truth, through, options.get("ignore_index", -100))
+    for name, size in sizes.items():
+        kind = "gradients" if name in LEAVES else "outputs"
+        value, plain = getattr(step, kind)[name], getattr(baseline, kind)[name]
+        if value is None:
+            assert plain is None
+            continue
+        value, plain = (t.cpu().reshape(len(size), -1) for t in (value, plain))
+        untouched = size == 0  # a gradient that reaches no element, or no row
+        assert (value[untouched] == 0).all(), f"{name}: a gradient where none comes"
+        if not untouched.all():
+            error_budget.assert_within_budget(
+                name,
+                value[~untouched],
+                plain[~untouched],
+                Truth(truth[name].high.reshape(len(size), -1)[~untouched], truth[name].low.reshape(len(size), -1)[~untouched]),
+                size[~untouched],
+            )
 
 
 PAIRS = ((0, 1), (0, 2), (1, 2))

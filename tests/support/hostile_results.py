@@ -15,7 +15,7 @@ import truths
 from error_budget import Truth
 from torch import Tensor
 
-from iprm_kernels import reference
+from iprm_kernels.convention import ANTIPODE_MARGIN
 from iprm_kernels.dtypes import arithmetic_dtype
 
 #: Examples that ran to their end, by the name of the test: what `make fuzz` counts.
@@ -75,7 +75,7 @@ def mixup_magnitudes(x: Tensor, y: Tensor, w: Tensor, g: Tensor) -> dict[str, Te
 
     x, y, g (B, D), w (B,), of the type under test.
     """
-    margin = reference.ANTIPODE_MARGIN[arithmetic_dtype(x.dtype)]
+    margin = ANTIPODE_MARGIN[arithmetic_dtype(x.dtype)]
     x, y, w, g = (tensor.double() for tensor in (x, y, w, g))
     x_norm, y_norm = (rows.norm(dim=1).clamp(min=truths.EPS) for rows in (x, y))
     c = ((x / x_norm[:, None]) * (y / y_norm[:, None])).sum(1).clamp(min=-1 + margin)

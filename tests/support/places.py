@@ -33,11 +33,11 @@ def _place(backend: str, device: str) -> object:
 #: Where kernels are compared with the reference.
 FUSED = [_place("triton", "cpu")] if INTERPRETED else [_place("cpp", "cpu"), _place("triton", "cuda")]
 PLACES = FUSED if INTERPRETED else [_place("reference", "cpu"), *FUSED]
-#: Where the head step has kernels besides; what else there is of "cuda" are Triton's.
+#: Where the head step of two modalities has kernels too, and no other operator has.
 HEAD = [] if INTERPRETED else [_place("cuda", "cuda")]
 
 
 def of(fixture: str, module: str) -> list[object]:
     """The places that a fixture of conftest.py takes the tests of a module to."""
-    head = HEAD if "test_head" in module else []
+    head = HEAD if module.rpartition(".")[2] in ("test_head", "test_head_accuracy") else []
     return {"place": PLACES, "fused": FUSED, "gpu": [] if INTERPRETED else [_place("triton", "cuda")]}[fixture] + head

@@ -13,9 +13,8 @@ from error_budget import Truth
 from torch import Tensor
 
 import iprm_kernels as ik
+from iprm_kernels.convention import EPS
 from iprm_kernels.dtypes import arithmetic_dtype
-
-EPS = 1e-12
 
 
 def mixup_with_gradients(x: Tensor, y: Tensor, w: Tensor, g: Tensor) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
-"""A mode that sees every operator, which therefore goes through the dispatcher."""
+"""Modes that see every operator, which therefore goes through the dispatcher."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -14,5 +15,17 @@ class Watching(TorchDispatchMode):
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class FunctionWatching(TorchFunctionMode):
+    """The same by `__torch_function__`; it sees no operator of a backward pass, which autograd calls with modes off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen[str(func)] += 1
         return func(*args, **(kwargs or {}))

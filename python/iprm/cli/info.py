@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,16 +15,6 @@ from iprm.errors import InputError, unknown
 
 from .parser import Parser
 
-#: The operators, and those that they are composed of.
-OPERATORS = (
-    "normalize",
-    "geodesic_mixup",
-    "batch_kl",
-    "strength_weights",
-    "probe_rebalance",
-    "linear_probe_rebalance",
-    "linear_probe_rebalance_pairs",
-)
 VARIABLE = "IPRM_KERNELS_BACKEND"
 
 
@@ -35,8 +26,8 @@ def info_command(arguments: Sequence[str]) -> int:
     built = {name.replace("_", " "): str(value) or "-" for name, value in _build_info().items()}
     _print("versions", versions())
     _print("C++ extension", built)
-    for device, backend in chosen_backends().items():
-        _print(f"operators on {device}", dict.fromkeys(OPERATORS, backend))
+    for device, by_operator in backends_by_operator().items():
+        _print(f"operators on {device}", by_operator)
     _print("backends", {name: str(status).removeprefix(f"{name}: ") for name, status in ik.backends().items()})
     print(f"{VARIABLE}=NAME asks for one of these; it is never silently replaced.")
     return 0
@@ -62,12 +53,40 @@ def _print(title: str, rows: Mapping[str, str]) -> None:
 
 
 def chosen_backends() -> dict[str, str]:
-    """device -> the backend that serves its tensors: what IPRM_KERNELS_BACKEND asks for, or else the default."""
+    """device -> the backend that serves most operators there, and by name the operators that another one serves."""
+    chosen = {}
+    for device, by_operator in backends_by_operator().items():
+        most, *_ = Counter(by_operator.values()).most_common(1)[0]
+        others = [f"{operator}: {backend}" for operator, backend in by_operator.items() if backend != most]
+        chosen[device] = f"{most} ({'; '.join(others)})" if others else most
+    return chosen
+
+
+def backends_by_operator() -> dict[str, dict[str, str]]:
+    """device -> operator -> the backend that serves it: what IPRM_KERNELS_BACKEND asks for, or else the default."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     statuses = ik.backends()
+    operators = next(iter(statuses.values())).operators
     asked = os.environ.get(VARIABLE)
-    if not asked:
-        return {device: next(s.name for s in statuses.values() if device in s.default_for) for device in devices}
-    served = set(statuses[asked].devices) if asked in statuses else set()
-    absent = f"none: {VARIABLE} asks for {asked}, which does not serve"
-    return {device: f"{asked} ({VARIABLE})" if served & {device, "any"} else f"{absent} {device}" for device in devices}
+    if asked:
+        return {device: {name: _asked(asked, statuses, device, name) for name in operators} for device in devices}
+    return {device: {name: _default(statuses, device, name) for name in operators} for device in devices}
+
+
+def _asked(asked: str, statuses: Mapping[str, ik.BackendStatus], device: str, operator: str) -> str:
+    """Of an operator that the backend asked for does not serve, the reason: nothing else serves it either."""
+    status = statuses.get(asked)
+    if status is None or not {device, "any"} & set(status.devices):
+        return f"none: {VARIABLE} asks for {asked}, which does not serve {device}"
+    of_operator = status.operators[operator]
+    if not of_operator.available:
+        return f"none: {VARIABLE} asks for {asked}: {of_operator.reason}"
+    limits = f", {of_operator.limits}" if of_operator.limits else ""
+    return f"{asked} ({VARIABLE}{limits})"
+
+
+def _default(statuses: Mapping[str, ik.BackendStatus], device: str, operator: str) -> str:
+    """The first choice; beyond its limits the next backend of the table serves."""
+    status = next(status for status in statuses.values() if device in status.operators[operator].default_for)
+    limits = status.operators[operator].limits
+    return f"{status.name} ({limits}; another backend beyond that)" if limits else status.name

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import iprm_kernels as ik
 from iprm.distributed import process_group
 from iprm_kernels import autocast
-from iprm_kernels.average import average_strength
 from iprm_kernels.collectives import all_reduce_sum, joint_sums
 
 from .module import IGNORE_INDEX, FusionModule, cross_entropy, sum_logits
@@ -105,6 +104,7 @@ class ProbeRebalance(FusionModule):
         self.mixup = _choice("mixup", mixup, ("geodesic", "linear"))
         self.passes = _choice("passes", passes, (1, 2))
         self.ema_start = _choice("ema_start", ema_start, ("paper", "released"))
+        self._names = frozenset(self.modalities)
         self.pairs = tuple(itertools.combinations(self.modalities, 2))
         self.mix_head_names = tuple("shared" if shared_mix_head else f"{a}_{b}" for a, b in self.pairs)
         prefixes = ["strength"] if len(self.pairs) == 1 else [f"strength_{a}_{b}" for a, b in self.pairs]
@@ -128,13 +128,30 @@ class ProbeRebalance(FusionModule):
         self.register_load_state_dict_post_hook(_recount)
 
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+        fused = self.training and self.passes == 2 and self.mixup == "geodesic"
+        if fused and target is not None and self._operator_checks(features, target):
+            draws = self._draws
+            try:
+                return self._fused_step({name: features[name] for name in self.modalities}, target)
+            except Exception as error:
+                refused, self._draws = error, draws
+            self._checked(features, target)  # names a wrong argument as the caller knows it
+            raise refused
         features, target = self._checked(features, target)
         features = self._projected(features)
         if not self.training:
             return self._evaluate(features, target)
-        if target is not None and self.passes == 2 and self.mixup == "geodesic":
+        if fused and target is not None:
             return self._fused_step(features, target)
         return self._step(features, target)
+
+    def _operator_checks(self, features: Mapping[str, Tensor], target: Tensor) -> bool:
+        """Whether all that `_checked` refuses is refused by the operator of `_fused_step` too, which then checks alone.
+
+        Both checks take 35 µs where the operator takes 430 forward and backward, at (64, 512, 6) on one core of a Xeon.
+        """
+        whole = type(features) is dict and features.keys() == self._names and not self.projections
+        return whole and isinstance(target, Tensor) and target.dtype == torch.int64 and not torch.compiler.is_compiling()
 
     def _fused_step(self, features: dict[str, Tensor], target: Tensor) -> FusionOutput:
         """The training step with labels: one operator, which multiplies, probes, rebalances and differentiates."""
@@ -155,7 +172,7 @@ class ProbeRebalance(FusionModule):
             steps = ik.linear_probe_rebalance_pairs(
                 list(features.values()), own, mixing, target, probing, pairs=places, group=process_group()
             )
-            mixed = steps.mix_logits.mean(0) if len(drawn) > 1 else steps.mix_logits[0]
+            mixed = torch.stack(steps.mix_logits).mean(0) if len(drawn) > 1 else steps.mix_logits[0]
             logits_by = dict(zip(self.modalities, steps.logits, strict=True)) | {"mix": mixed}
             loss, strength = steps.loss, steps.strength
             losses_by = dict(zip(self.modalities, steps.losses.unbind(), strict=True)) | {"mix": steps.mix_losses.mean()}
@@ -219,7 +236,7 @@ class ProbeRebalance(FusionModule):
         else:
             weight, eval_weight, last, steps = state
         strength = strength.to(last.dtype)
-        average_strength(strength, self.alpha, self.ema_start == "released", weight, eval_weight, last, steps)
+        ik.average_strength(strength, self.alpha, self.ema_start == "released", weight, eval_weight, last, steps)
 
     def _evaluate(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
         weight = self.eval_weight.clone()

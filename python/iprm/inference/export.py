@@ -15,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+import iprm_kernels as ik
 from iprm.environment import versions
 from iprm.errors import InputError
-from iprm_kernels.reference import geodesic
 
 from .model import Inference
 
@@ -62,18 +62,13 @@ def exported(model: Inference) -> ExportedProgram:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", category=FutureWarning)  # of torch's own, from inside torch.export
         program = torch.export.export(model, (example,), dynamic_shapes=({m: {0: batch} for m in example},), strict=False)
-        program = program.run_decompositions({torch.ops.iprm.geodesic_mixup.default: _plain_geodesic_mixup})
+        program = program.run_decompositions(ik.decompositions())
     for node in program.graph.nodes:
         for note in ("stack_trace", "from_node", "torch_fn"):
             node.meta.pop(note, None)
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten":
             raise RuntimeError(f"{node.target}: an operator that torch alone does not have is left in the exported graph")
     return program
-
-
-def _plain_geodesic_mixup(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The operator by its definition.  (B, D) x2, weight () or (B,) -> (B, D), stats (3, B)"""
-    return geodesic.geodesic_mixup(x, y, weight.expand(x.shape[0]), eps)
 
 
 def largest_difference(model: Inference, other: Any) -> float:

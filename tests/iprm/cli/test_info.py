@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from command import iprm
-from iprm.cli.info import OPERATORS, chosen_backends
+from iprm.cli.info import backends_by_operator, chosen_backends
 
 import iprm_kernels as ik
 
@@ -28,13 +28,42 @@ def no_request(monkeypatch):
 def test_every_operator_is_listed_with_the_backend_that_serves_it(tmp_path, no_request):
     code, out, err = iprm(tmp_path, "info")
     assert (code, err) == (0, "")
-    default = next(status.name for status in ik.backends().values() if "cpu" in status.default_for)
-    assert section(out, "operators on cpu") == dict.fromkeys(OPERATORS, default)
+    statuses = ik.backends()
+    wanted = {
+        operator: next(name for name in statuses if "cpu" in statuses[name].operators[operator].default_for)
+        for operator in statuses["reference"].operators
+    }
+    assert section(out, "operators on cpu") == wanted
 
 
 def test_the_operators_are_the_public_functions_but_those_about_backends():
     functions = {name for name in ik.__all__ if inspect.isroutine(getattr(ik, name))}
-    assert set(OPERATORS) == functions - {"backends", "build_info", "use_backend"}
+    assert set(backends_by_operator()["cpu"]) == functions - {"backends", "build_info", "decompositions", "use_backend"}
+
+
+def statuses_of(**operators):
+    """A backend "triton" of the CPU with an operator status by name, beside a reference that has all."""
+    whole = {name: ik.OperatorStatus(True, (), "", "") for name in operators}
+    reference = ik.BackendStatus("reference", True, ("any",), ("cpu",), "", whole)
+    return lambda: {"triton": ik.BackendStatus("triton", True, ("cpu",), ("cpu",), "", operators), "reference": reference}
+
+
+def test_each_operator_is_told_by_itself(monkeypatch, no_request):
+    """A backend that lacks an operator, or has it for some shapes."""
+    lacking = ik.OperatorStatus(False, (), "", "it has no kernel normalize")
+    statuses = statuses_of(normalize=lacking, linear_probe_rebalance=ik.OperatorStatus(True, ("cpu",), "one pair", ""))
+    monkeypatch.setattr(ik, "backends", statuses)
+    monkeypatch.setenv("IPRM_KERNELS_BACKEND", "triton")
+    assert backends_by_operator()["cpu"] == {
+        "normalize": "none: IPRM_KERNELS_BACKEND asks for triton: it has no kernel normalize",
+        "linear_probe_rebalance": "triton (IPRM_KERNELS_BACKEND, one pair)",
+    }
+
+
+def test_the_choice_in_a_line_names_the_operators_that_differ(monkeypatch, no_request):
+    chosen = {"cpu": {"normalize": "cpp", "batch_kl": "cpp", "average_strength": "reference"}}
+    monkeypatch.setattr("iprm.info.backends_by_operator", lambda: chosen)
+    assert chosen_backends() == {"cpu": "cpp (average_strength: reference)"}
 
 
 def test_every_backend_says_what_it_serves_or_why_it_cannot(tmp_path, no_request):
@@ -65,7 +94,9 @@ def test_a_backend_that_the_environment_asks_for_is_used_or_none_is(monkeypatch,
 
 
 def test_a_backend_of_other_devices_does_not_serve_this_one(monkeypatch):
-    monkeypatch.setattr(ik, "backends", lambda: {"triton": ik.BackendStatus("triton", True, ("cuda",), (), "")})
+    monkeypatch.setattr(
+        ik, "backends", lambda: {"triton": ik.BackendStatus("triton", True, ("cuda",), (), "", {"normalize": None})}
+    )
     monkeypatch.setenv("IPRM_KERNELS_BACKEND", "triton")
     assert chosen_backends()["cpu"] == "none: IPRM_KERNELS_BACKEND asks for triton, which does not serve cpu"
 

@@ -371,3 +371,14 @@ def test_target_errors_leave_the_state(change, error, message, training):
     with pytest.raises(error, match=message):
         fusion(features, change(target))
     assert fusion.steps == 0
+
+
+def test_a_refused_step_draws_no_pair():
+    """The draw depends on the count of steps alone: a step that was refused is none."""
+    fusion, (features, target) = module(D, C, TRIO, pairs="random"), batch(TRIO)
+    draws = fusion._draws
+    with pytest.raises(ValueError, match=r"features\['text'\]: expected shape"):
+        fusion({**features, "text": features["text"][:, 1:]}, target)
+    assert fusion._draws == draws
+    fusion(features, target)
+    assert fusion._draws == draws + 1

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iprm_kernels.backends import PROBE, REBALANCE
-from iprm_kernels.reference.head import State
+from iprm_kernels.convention import PROBE, REBALANCE, HeadBackwardInputs, HeadGradients, HeadInputs, HeadOutputs, HeadState
 
 SOURCE = Path(__file__).parent / "head.cpp"
 Pointers3 = ctypes.c_void_p * 3
@@ -62,7 +61,7 @@ def obstacle() -> str:
 
 
 class Emulated:
-    """`head_forward` and `head_backward` in the calling convention of `iprm_kernels.backends`."""
+    """`head_forward` and `head_backward` in the calling convention of `iprm_kernels.convention`, of one pair."""
 
     def __init__(self, folder: Path, *, blocks: int = 2, seed: int = 0) -> None:
         """blocks: of the cooperative launch; fewer than tiles of rows, so that a block takes several."""
@@ -74,55 +73,47 @@ class Emulated:
         self.blocks, self.seed = blocks, seed
         self.kept: list[Tensor] = []
 
-    def head_forward(
-        self, x: Tensor, y: Tensor, weight_mix: Tensor, weight_x: Tensor, weight_y: Tensor, bias_mix: Tensor | None,
-        bias_x: Tensor | None, bias_y: Tensor | None, target: Tensor, probing: Tensor, label_smoothing: float,
-        ignore_index: int, parts: int, state: Tensor, logits_mix: Tensor, logits_x: Tensor, logits_y: Tensor, kl: Tensor,
-        strength: Tensor, loss: Tensor, losses: Tensor,
-    ) -> None:  # fmt: skip
-        weights, biases, unimodal = (weight_mix, weight_x, weight_y), (bias_mix, bias_x, bias_y), (logits_x, logits_y)
-        head = self._head(x, y, weights, biases, target, state, unimodal, label_smoothing, ignore_index)
+    def head_forward(self, inputs: HeadInputs, parts: int, outputs: HeadOutputs) -> None:
+        x, (logits_mix, *unimodal), state = inputs.features[0], outputs.logits, outputs.state
+        head = self._head(inputs, inputs.biases, state, unimodal)
         blocks = max(1, min(self.blocks, self.library.tiles(len(x))))
         sums = torch.empty((blocks, 6), dtype=torch.float64)
-        narrow = (logits_x.data_ptr(), logits_y.data_ptr()) if x.dtype != state.dtype else (None, None)
+        narrow = [logits.data_ptr() for logits in unimodal] if x.dtype != state.dtype else (None, None)
+        written = (t.data_ptr() for t in (outputs.kl, outputs.strength, outputs.loss, outputs.losses))
         args = Forward(
-            head, probing.data_ptr(), logits_mix.data_ptr(), Pointers2(*narrow), kl.data_ptr(), strength.data_ptr(),
-            loss.data_ptr(), losses.data_ptr(), sums.data_ptr(), sums.data_ptr() + 16 * blocks, bool(parts & PROBE),
-            bool(parts & REBALANCE),
+            head, inputs.probe_weight.data_ptr(), logits_mix.data_ptr(), Pointers2(*narrow), *written,
+            sums.data_ptr(), sums.data_ptr() + 16 * blocks, bool(parts & PROBE), bool(parts & REBALANCE),
         )  # fmt: skip
         self.library.head_forward(_name(x), ctypes.byref(args), blocks, self.seed)
         self.kept.clear()
 
-    def head_backward(
-        self, grad_loss: Tensor | None, grad_losses: Tensor | None, grad_logits_mix: Tensor | None,
-        grad_logits_x: Tensor | None, grad_logits_y: Tensor | None, x: Tensor, y: Tensor, weight_mix: Tensor,
-        weight_x: Tensor, weight_y: Tensor, bias_mix: Tensor | None, target: Tensor, state: Tensor, logits_x: Tensor,
-        logits_y: Tensor, strength: Tensor, label_smoothing: float, ignore_index: int, *outputs: Tensor | None,
-    ) -> None:  # fmt: skip
-        weights, biases = (weight_mix, weight_x, weight_y), (bias_mix, None, None)
-        head = self._head(x, y, weights, biases, target, state, (logits_x, logits_y), label_smoothing, ignore_index)
-        gradients = torch.empty((3, *logits_x.shape), dtype=state.dtype)
+    def head_backward(self, inputs: HeadBackwardInputs, gradients: HeadGradients) -> None:
+        x, state, unimodal = inputs.features[0], inputs.state, inputs.unimodal
+        head = self._head(inputs, (*inputs.biases, None, None), state, unimodal)
+        of_logits = torch.empty((3, *unimodal[0].shape), dtype=state.dtype)
         z_from = torch.empty((2, len(x)), dtype=state.dtype)
-        written = [None if t is None else t.data_ptr() for t in outputs]
+        features, weights, biases = ([None if t is None else t.data_ptr() for t in tensors] for tensors in gradients)
         args = Backward(
-            head, self._pointer(grad_loss), self._pointer(grad_losses), strength.data_ptr(),
-            Pointers3(*map(self._pointer, (grad_logits_mix, grad_logits_x, grad_logits_y))),
-            Pointers3(*(t.data_ptr() for t in gradients)), Pointers2(*(t.data_ptr() for t in z_from)), *written[:2],
-            Pointers3(*written[2:5]), Pointers3(*written[5:]),
+            head, self._pointer(inputs.grad_loss), self._pointer(inputs.grad_losses), inputs.strength.data_ptr(),
+            Pointers3(*map(self._pointer, inputs.grad_logits)), Pointers3(*(t.data_ptr() for t in of_logits)),
+            Pointers2(*(t.data_ptr() for t in z_from)), *features, Pointers3(*weights), Pointers3(*biases),
         )  # fmt: skip
         self.library.head_backward(_name(x), ctypes.byref(args), self.seed)
         self.kept.clear()
 
     def _head(
-        self, x: Tensor, y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], target: Tensor, state: Tensor,
-        unimodal: Sequence[Tensor], label_smoothing: float, ignore_index: int,
-    ) -> Head:  # fmt: skip
-        of = State.views(state, unimodal, 1)
+        self,
+        inputs: HeadInputs | HeadBackwardInputs,
+        biases: Sequence[Tensor | None],
+        state: Tensor,
+        unimodal: Sequence[Tensor],
+    ) -> Head:
+        (x, y), target, of = inputs.features, inputs.target, HeadState.views(state, unimodal, 1)
         return Head(
-            Matrix.of(x), Matrix.of(y), Pointers3(*map(self._pointer, weights)), Pointers3(*map(self._pointer, biases)),
+            Matrix.of(x), Matrix.of(y), Pointers3(*map(self._pointer, inputs.weights)), Pointers3(*map(self._pointer, biases)),
             target.data_ptr(), *target.stride(), of.stats.data_ptr(), Pointers2(*(t.data_ptr() for t in of.projected[0])),
             Pointers2(*(t.data_ptr() for t in of.unimodal)), of.counted.data_ptr(), *x.shape, unimodal[0].shape[1],
-            label_smoothing, ignore_index,
+            inputs.label_smoothing, inputs.ignore_index,
         )  # fmt: skip
 
     def _pointer(self, tensor: Tensor | None) -> int | None:

@@ -7,7 +7,7 @@
 
 namespace iprm {
 
-// The parts of a forward pass, as iprm_kernels/backends.py names them.
+// The parts of a forward pass, as iprm_kernels/convention.py names them.
 constexpr int64_t kProbe = 1, kRebalance = 2;
 
 // A pair of modalities that are mixed, by their places among the features.
@@ -26,9 +26,22 @@ inline std::vector<Pair> pairs_of(const std::vector<int64_t>& flat, int64_t moda
   return pairs;
 }
 
-// What a step keeps for its backward pass, in one tensor, of P pairs and M modalities: ||x||, ||y||, c (P, 3, B); projections of
-// x and y on the head of their mixture (P, 2, B, C); where the logits that were returned are narrower, the unimodal logits
-// (M, B, C) in the arithmetic type; and how many rows count in the losses.
+// Where in one tensor lies what a step saves for its backward pass, in elements; iprm_kernels/convention.py has the same as
+// HeadState, and tests/iprm_kernels/test_convention.py compares them. Of P pairs and M modalities: ||x||, ||y||, c (P, 3, B) at 0;
+// projections of x and y on the head of their mixture (P, 2, B, C); if the logits that were returned are narrower than the
+// arithmetic type, the unimodal logits (M, B, C) in it; and the number of rows that count in the losses.
+struct HeadLayout {
+  int64_t projected, unimodal, counted, size;
+
+  HeadLayout(int64_t rows, int64_t classes, int64_t modalities, int64_t pairs, bool narrow) {
+    projected = 3 * pairs * rows;
+    unimodal = projected + 2 * pairs * rows * classes;
+    counted = unimodal + (narrow ? modalities * rows * classes : 0);
+    size = counted + 1;
+  }
+};
+
+// The same as pointers into the tensor.
 template <class S>
 struct HeadState {
   S *stats, *projected, *counted;
@@ -36,13 +49,14 @@ struct HeadState {
 
   // unimodal: M of (B, C), as they were returned
   HeadState(const Tensor& state, const Tensor* unimodal, int64_t modalities, int64_t pairs) {
-    const int64_t rows = unimodal->size(0), matrix = rows * unimodal->size(1);
-    stats = static_cast<S*>(state.mutable_data_ptr());
-    projected = stats + 3 * pairs * rows;
-    counted = stats + state.numel() - 1;
+    const int64_t rows = unimodal->size(0), classes = unimodal->size(1);
     const bool narrow = unimodal->scalar_type() != state.scalar_type();
+    const HeadLayout at(rows, classes, modalities, pairs, narrow);
+    stats = static_cast<S*>(state.mutable_data_ptr());
+    projected = stats + at.projected;
+    counted = stats + at.counted;
     for (int64_t m = 0; m < modalities; ++m)
-      own.push_back(narrow ? projected + (2 * pairs + m) * matrix : static_cast<S*>(unimodal[m].mutable_data_ptr()));
+      own.push_back(narrow ? stats + at.unimodal + m * rows * classes : static_cast<S*>(unimodal[m].mutable_data_ptr()));
   }
 };
 
@@ -67,8 +81,7 @@ inline void check_step(
   for (const auto& bias : biases)
     if (bias) check_vector(*bias, "bias of a head", classes, dtype, on_gpu);
   check_vector(target, "target", rows, ScalarType::Long, on_gpu);
-  const int64_t matrices = 2 * pairs + (dtype == arithmetic ? 0 : modalities);
-  check_output(state, "state", rows * (3 * pairs + matrices * classes) + 1, arithmetic, on_gpu);
+  check_output(state, "state", HeadLayout(rows, classes, modalities, pairs, dtype != arithmetic).size, arithmetic, on_gpu);
   for (const Tensor& own : logits) check_output(own, "logits", rows, classes, dtype, on_gpu);
   check_output(strength, "strength", 2 * pairs, arithmetic, on_gpu);
 }
@@ -80,7 +93,7 @@ inline void check_step_forward(
     int64_t pairs,
     size_t biases,
     size_t logits,
-    const Tensor& probing,
+    const Tensor& probe_weight,
     const Tensor& kl,
     const Tensor& loss,
     const Tensor& losses,
@@ -89,8 +102,8 @@ inline void check_step_forward(
   STD_TORCH_CHECK(int64_t(biases) == heads, "expected a bias or none for each head");
   STD_TORCH_CHECK(int64_t(logits) == heads, "expected logits of each head");
   STD_TORCH_CHECK(
-      probing.is_cpu() != on_gpu && probing.scalar_type() == arithmetic && probing.numel() == pairs && probing.is_contiguous(),
-      "probing: expected a weight for each pair");
+      probe_weight.is_cpu() != on_gpu && probe_weight.scalar_type() == arithmetic && probe_weight.numel() == pairs && probe_weight.is_contiguous(),
+      "probe_weight: expected a weight for each pair");
   check_output(kl, "kl", 2 * pairs, arithmetic, on_gpu);
   check_scalar(loss, "loss", arithmetic, on_gpu);
   check_output(losses, "losses", heads, arithmetic, on_gpu);

@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._rows import cosine, divisor, slerp, square_root
-from ._tiles import block_rows, load_block, store_block, sum_of_parts
 from .divergence import row_kl, softmax_parts
+from .row_math import cosine, divisor, slerp, square_root
+from .tiling import block_rows, load_block, store_block, sum_of_parts
 
 
 @triton.jit

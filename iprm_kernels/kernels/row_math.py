@@ -13,17 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import reference
+from .. import convention
 
-FLOOR_32 = tl.constexpr(-1 + reference.ANTIPODE_MARGIN[torch.float32])
-FLOOR_64 = tl.constexpr(-1 + reference.ANTIPODE_MARGIN[torch.float64])
-NEAR_ANTIPODE = tl.constexpr(reference.NEAR_ANTIPODE)
-SERIES_BELOW = tl.constexpr(reference.SERIES_BELOW)
-SERIES_TERMS_32 = tl.constexpr(reference.SERIES_TERMS[torch.float32])
-SERIES_TERMS_64 = tl.constexpr(reference.SERIES_TERMS[torch.float64])
-EXCESS_SERIES_BELOW = tl.constexpr(reference.EXCESS_SERIES_BELOW)
-EXCESS_SERIES_TERMS_32 = tl.constexpr(reference.EXCESS_SERIES_TERMS[torch.float32])
-EXCESS_SERIES_TERMS_64 = tl.constexpr(reference.EXCESS_SERIES_TERMS[torch.float64])
+FLOOR_32 = tl.constexpr(-1 + convention.ANTIPODE_MARGIN[torch.float32])
+FLOOR_64 = tl.constexpr(-1 + convention.ANTIPODE_MARGIN[torch.float64])
+NEAR_ANTIPODE = tl.constexpr(convention.NEAR_ANTIPODE)
+SERIES_BELOW = tl.constexpr(convention.SERIES_BELOW)
+SERIES_TERMS_32 = tl.constexpr(convention.SERIES_TERMS[torch.float32])
+SERIES_TERMS_64 = tl.constexpr(convention.SERIES_TERMS[torch.float64])
+EXCESS_SERIES_BELOW = tl.constexpr(convention.EXCESS_SERIES_BELOW)
+EXCESS_SERIES_TERMS_32 = tl.constexpr(convention.EXCESS_SERIES_TERMS[torch.float32])
+EXCESS_SERIES_TERMS_64 = tl.constexpr(convention.EXCESS_SERIES_TERMS[torch.float64])
 
 
 # geodesic

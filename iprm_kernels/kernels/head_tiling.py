@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference.head import State
-from ._tiles import row_tile
+from ..convention import HeadState
+from .tiling import row_tile
 
 #: The most classes for which the kernels multiply themselves, by the type of the features: twice as many spill.
 FEW_CLASSES = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
@@ -99,7 +99,9 @@ class RowChunks(NamedTuple):
         (batch, width), itemsize = features[0].shape, features[0].element_size()
         mixtures = heads - len(features)
         number = max(4, itemsize)  # bytes of what is computed with
-        kept = number * State.size(batch, classes, len(features), mixtures, itemsize < 4) + heads * batch * classes * itemsize
+        kept = (
+            number * HeadState.size(batch, classes, len(features), mixtures, itemsize < 4) + heads * batch * classes * itemsize
+        )
         room = 8 * number * heads * batch * classes // 3 + SPARE - kept
         a_row = heads * classes * of_logits.itemsize + 8 * number * mixtures
         part = number * heads * classes * (width + 1)

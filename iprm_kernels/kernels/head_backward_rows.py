@@ -7,10 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._head_rows import load_bias, load_labels, load_stats, matrix_of, pair_stats
-from ._rows import divisor, live_inverse_norm, slerp
-from ._tiles import block_rows, load_block, store_block
 from .divergence import softmax_parts
+from .head_forward_rows import load_bias, load_labels, load_stats, matrix_of, pair_stats
+from .row_math import divisor, live_inverse_norm, slerp
+from .tiling import block_rows, load_block, store_block
 
 
 @triton.jit

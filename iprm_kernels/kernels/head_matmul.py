@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._head_rows import load_bias, matrix_of, pair_stats, row_stats
-from ._tiles import INTERPRETED, block_rows, load_block, nearest_bfloat16, store_block
+from .head_forward_rows import load_bias, matrix_of, pair_stats, row_stats
+from .tiling import INTERPRETED, block_rows, load_block, nearest_bfloat16, store_block
 
 
 @triton.jit

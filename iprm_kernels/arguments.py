@@ -1,4 +1,7 @@
-"""Argument checks shared by the public functions. Each error names the argument, what was expected and what came."""
+"""Argument checks, shared by the public functions and by modules built on them.
+
+Each takes the name of the argument first, and raises TypeError or ValueError with that name, what was expected and what came.
+"""
 
 from __future__ import annotations
 
@@ -101,6 +104,7 @@ def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
 
 
 def sequence(name: str, value: Any, wanted: str) -> None:
+    """`value` is a list or tuple; `wanted` says of what."""
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name}: expected a list or tuple of {wanted}, got {type(value).__name__}")
 
@@ -185,6 +189,7 @@ def labels(value: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def cross_entropy_options(label_smoothing: Any, ignore_index: Any) -> None:
+    """`label_smoothing` is a number in [0, 1], `ignore_index` an integer of 64 bits."""
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing: expected a number in [0, 1], got {type(label_smoothing).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -196,5 +201,6 @@ def cross_entropy_options(label_smoothing: Any, ignore_index: Any) -> None:
 
 
 def process_group(group: Any) -> None:
+    """`group` is a process group or None."""
     if group is not None and not isinstance(group, ProcessGroup):
         raise TypeError(f"group: expected a ProcessGroup or None, got {type(group).__name__}")

@@ -9,20 +9,22 @@ import torch
 import triton
 from torch import Tensor
 
-from .._library import AUTOCAST, below
-from ..reference.head import State
-from ._head_products import head_features_kernel
-from ._tiles import TILE, scratch
+from ..convention import HeadState
+from ..registration import AUTOCAST, below
+from .head_matmul import head_features_kernel
+from .tiling import TILE, scratch
 
 
-def project(features: Sequence[Tensor], heads: tuple[Tensor, ...], pairs: tuple[tuple[int, int], ...], of: State) -> None:
+def project(
+    features: Sequence[Tensor], heads: tuple[Tensor, ...], pairs: tuple[tuple[int, int], ...], state: HeadState
+) -> None:
     """All projections of the features, without biases, into the state."""
     with below(AUTOCAST):
         for k, pair in enumerate(pairs):
             for side, m in enumerate(pair):
-                multiply(features[m], heads[k].T, of.projected[k, side])
+                multiply(features[m], heads[k].T, state.projected[k, side])
         for m, x in enumerate(features):
-            multiply(x, heads[len(pairs) + m].T, of.unimodal[m])
+            multiply(x, heads[len(pairs) + m].T, state.unimodal[m])
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _checks, autocast
+from . import arguments, autocast
 from .collectives import all_reduce_sum
 from .divergence import batch_kl_pair, strength_weights
 from .geodesic import mixed_twice
@@ -59,8 +59,8 @@ def probe_rebalance(
     Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
     """
     _check_probe(x, y, logits_x, logits_y, head)
-    weight = _checks.mixing_weight(weight, x, torch.Size(()))
-    _checks.process_group(group)
+    weight = arguments.mixing_weight(weight, x, torch.Size(()))
+    arguments.process_group(group)
     if autocast.enabled(x):
         x, y = autocast.widest(x, y)  # with gradient, and so before the probe
     with torch.no_grad(), autocast.uncached(x):
@@ -78,14 +78,14 @@ def probe_rebalance(
 
 def _check_probe(x: Tensor, y: Tensor, logits_x: Tensor, logits_y: Tensor, head: Any) -> None:
     casting = isinstance(x, Tensor) and autocast.enabled(x)
-    _checks.matrix("x", x)
-    _checks.matrix("y", y)
-    _checks.alike("y", y, "x", x, autocast=casting)
-    _checks.matrix("logits_x", logits_x, "(B, C)")
+    arguments.matrix("x", x)
+    arguments.matrix("y", y)
+    arguments.alike("y", y, "x", x, autocast=casting)
+    arguments.matrix("logits_x", logits_x, "(B, C)")
     if logits_x.shape[0] != x.shape[0]:
         raise ValueError(f"logits_x: expected {x.shape[0]} rows, as x has, got shape {tuple(logits_x.shape)}")
-    _checks.matrix("logits_y", logits_y, "(B, C)")
-    _checks.alike("logits_y", logits_y, "logits_x", logits_x, autocast=casting)
+    arguments.matrix("logits_y", logits_y, "(B, C)")
+    arguments.alike("logits_y", logits_y, "logits_x", logits_x, autocast=casting)
     if not callable(head):
         raise TypeError(f"head: expected a callable (B, D) -> (B, C), got {type(head).__name__}")
 
@@ -93,9 +93,9 @@ def _check_probe(x: Tensor, y: Tensor, logits_x: Tensor, logits_y: Tensor, head:
 def _check_output(probe: Any, logits_x: Tensor) -> None:
     if not isinstance(probe, Tensor):
         raise TypeError(f"head: expected an output tensor (B, C), got {type(probe).__name__}")
-    _checks.dense("head", probe)
+    arguments.dense("head", probe)
     if probe.shape != logits_x.shape:
         raise ValueError(
             f"head: expected an output of the shape of logits_x, {tuple(logits_x.shape)}, got {tuple(probe.shape)}"
         )
-    _checks.same_place("head", probe, "logits_x", logits_x, autocast=autocast.enabled(probe))
+    arguments.same_place("head", probe, "logits_x", logits_x, autocast=autocast.enabled(probe))

@@ -1,0 +1,191 @@
+"""What all backends share: the signature of every kernel, the layout of what a head step saves, and the numbers they agree on.
+
+A kernel takes its inputs first and then the outputs to fill, which the operator has allocated; a gradient output is None where
+the gradient is not needed. Features and logits are 2-D with any strides, outputs are contiguous. What a forward pass saves
+(`norm`, `stats`, `state`) means the same in every backend, so that one backend can run the backward pass of another.
+
+The head step has M modalities and P pairs of them. Everything that exists once per head (weights, biases, logits, losses and
+their gradients) lists the P mixtures first and then the M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+#: The smallest norm that features are divided by: the default of `normalize` and `geodesic_mixup`, fixed in the head step.
+EPS = 1e-12
+#: c is clamped to at least -1 + this, where the great circle through x̂ and ŷ stops being unique.
+ANTIPODE_MARGIN = {torch.float32: 1e-6, torch.float64: 1e-12}
+#: Below this c the two terms of z are over twice as long as z, which their rounding may then make longer than 1.
+NEAR_ANTIPODE = -0.9
+#: Below this value of h = (1 - c) / 2, ∂S/∂c is summed as a series; above it the closed form has lost at most three bits.
+SERIES_BELOW = 0.125
+#: Terms of that series: the first one left out is below half an ulp of the sum at h = SERIES_BELOW.
+SERIES_TERMS = {torch.float32: 10, torch.float64: 20}
+#: Below this |d|, d + exp(-d) - 1 is summed as a series of this many terms.
+EXCESS_SERIES_BELOW = 0.5
+EXCESS_SERIES_TERMS = {torch.float32: 9, torch.float64: 15}
+
+#: The reductions of `batch_kl`; the C++ kernels take the index.
+REDUCTIONS = ("sum", "mean", "none")
+
+#: The two parts of a head step's forward pass: up to the KL sums, and from there on. `parts` is one of them, or both added up;
+#: between the two parts the sums can be added over processes.
+PROBE, REBALANCE = 1, 2
+
+
+class HeadInputs(NamedTuple):
+    """Inputs of the head step's forward pass."""
+
+    features: Sequence[Tensor]  #: M of (B, D)
+    weights: Sequence[Tensor]  #: P + M of (C, D)
+    biases: Sequence[Tensor | None]  #: P + M of (C,), or None
+    pairs: Sequence[int]  #: P times two indices into `features`, in one list
+    target: Tensor  #: (B,) int64; on the CPU a label out of range is an error before anything is computed
+    probe_weight: Tensor  #: (P,) λ of the first modality of each pair, in the arithmetic type
+    label_smoothing: float
+    ignore_index: int
+
+
+class HeadOutputs(NamedTuple):
+    """Outputs of the head step's forward pass. `kl` is also an input of the part REBALANCE."""
+
+    state: Tensor  #: see `HeadState`
+    logits: Sequence[Tensor]  #: P + M of (B, C), in the type of the features
+    kl: Tensor  #: (2P,) batch KL of both modalities of each pair from the probed mixture
+    strength: Tensor  #: (2P,) ω
+    loss: Tensor  #: () mean loss of the mixtures and sum of the losses of the modalities
+    losses: Tensor  #: (P + M,)
+
+
+class HeadBackwardInputs(NamedTuple):
+    """Inputs of the head step's backward pass."""
+
+    grad_loss: Tensor | None  #: ()
+    grad_losses: Tensor | None  #: (P + M,)
+    grad_logits: Sequence[Tensor | None]  #: P + M of (B, C)
+    features: Sequence[Tensor]  #: M of (B, D)
+    weights: Sequence[Tensor]  #: P + M of (C, D)
+    biases: Sequence[Tensor | None]  #: P of (C,), those of the mixtures
+    pairs: Sequence[int]
+    target: Tensor
+    state: Tensor
+    unimodal: Sequence[Tensor]  #: M of (B, C), the logits of the modalities as they were returned
+    strength: Tensor  #: (2P,)
+    label_smoothing: float
+    ignore_index: int
+
+
+class HeadGradients(NamedTuple):
+    """Outputs of the head step's backward pass; None for a gradient that is not needed."""
+
+    features: Sequence[Tensor | None]  #: M of (B, D)
+    weights: Sequence[Tensor | None]  #: P + M of (C, D)
+    biases: Sequence[Tensor | None]  #: P + M of (C,)
+
+
+class HeadState(NamedTuple):
+    """What a head step saves for its backward pass, as views of one tensor; csrc/host/head_step.h has the same layout."""
+
+    stats: Tensor  #: (P, 3, B) holding ‖x‖, ‖y‖, c of each pair
+    projected: Tensor  #: (P, 2, B, C) A = X W_mᵀ and V = Y W_mᵀ
+    unimodal: tuple[Tensor, ...]  #: M of (B, C) unimodal logits: in the state where those returned are narrower, else these
+    counted: Tensor  #: () rows that the losses are means over
+
+    @staticmethod
+    def size(batch: int, classes: int, modalities: int, pairs: int, narrow: bool) -> int:
+        """Number of elements. narrow: the logits are returned in a type narrower than the arithmetic type."""
+        return batch * (3 * pairs + (2 * pairs + (modalities if narrow else 0)) * classes) + 1
+
+    @staticmethod
+    def counted_of(state: Tensor) -> Tensor:
+        """The field `counted`.  -> ()"""
+        return state[-1]
+
+    @staticmethod
+    def views(state: Tensor, unimodal: Sequence[Tensor], pairs: int) -> HeadState:
+        """All fields. unimodal: M of (B, C), as they were returned"""
+        modalities, (batch, classes) = len(unimodal), unimodal[0].shape
+        projected, wide = 3 * pairs * batch, (3 + 2 * classes) * pairs * batch
+        narrow = unimodal[0].dtype != state.dtype
+        return HeadState(
+            state[:projected].view(pairs, 3, batch),
+            state[projected:wide].view(pairs, 2, batch, classes),
+            tuple(state[wide:-1].view(modalities, batch, classes)) if narrow else tuple(unimodal),
+            HeadState.counted_of(state),
+        )
+
+
+def pairs_of(flat: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs of modalities from the flat list that operators and kernels take."""
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+class Kernels(Protocol):
+    """The kernels that serve a device, by name. Tensors are (B, D) or (B, C) unless a comment says otherwise."""
+
+    # norm (B,)
+    def normalize(self, x: Tensor, eps: float, out: Tensor, norm: Tensor, /) -> None: ...
+    def normalize_backward(self, grad: Tensor, x: Tensor, norm: Tensor, eps: float, grad_x: Tensor, /) -> None: ...
+
+    # weight (B,), of stride 0 where one value serves all rows; stats (3, B) holding ‖x‖, ‖y‖, c; grad_w (B,)
+    def geodesic_mixup(self, x: Tensor, y: Tensor, weight: Tensor, eps: float, z: Tensor, stats: Tensor, /) -> None: ...
+    def geodesic_mixup_backward(
+        self, grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float,
+        grad_x: Tensor | None, grad_y: Tensor | None, grad_w: Tensor | None, /,
+    ) -> None: ...  # fmt: skip
+    def geodesic_remix(self, x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float, z: Tensor, /) -> None: ...
+
+    # value and its gradient () or (B,); stats (5, B) holding max p, Σ exp(p - max p), the same of q, and KL; kl (2,)
+    def batch_kl(self, p_logits: Tensor, q_logits: Tensor, reduction: str, value: Tensor, stats: Tensor, /) -> None: ...
+    def batch_kl_backward(
+        self, grad: Tensor, p_logits: Tensor, q_logits: Tensor, stats: Tensor, reduction: str,
+        grad_p: Tensor | None, grad_q: Tensor | None, /,
+    ) -> None: ...  # fmt: skip
+    def batch_kl_pair(self, p_logits: Tensor, other_logits: Tensor, q_logits: Tensor, kl: Tensor, /) -> None: ...
+
+    # kl, strength and their gradients (M,)
+    def strength_weights(self, kl: Tensor, strength: Tensor, /) -> None: ...
+    def strength_weights_backward(self, grad: Tensor, kl: Tensor, grad_kl: Tensor, /) -> None: ...
+
+    # strength of 2P elements; the last four are read and written, contiguous, and of P, P, 2P and P elements in any shape
+    def average_strength(
+        self, strength: Tensor, alpha: float, released: bool,
+        weight: Tensor, eval_weight: Tensor, last: Tensor, steps: Tensor, /,
+    ) -> None: ...  # fmt: skip
+
+    def head_forward(self, inputs: HeadInputs, parts: int, outputs: HeadOutputs, /) -> None: ...
+    def head_backward(self, inputs: HeadBackwardInputs, gradients: HeadGradients, /) -> None: ...
+
+
+#: The names of all kernels.
+KERNELS = tuple(name for name in vars(Kernels) if not name.startswith("_"))
+
+
+class Kernel(NamedTuple):
+    """A kernel as one backend has it."""
+
+    run: Callable[..., None]
+    #: Called with the arguments of the kernel: why it cannot take them, for a shape or a type; empty if it can.
+    refuses: Callable[..., str] | None = None
+    #: What `refuses` refuses, in a few words.
+    limits: str = ""
+
+
+#: The operators as users know them, and the kernels that each consists of.
+OPERATORS = {
+    "normalize": ("normalize", "normalize_backward"),
+    "geodesic_mixup": ("geodesic_mixup", "geodesic_mixup_backward"),
+    "batch_kl": ("batch_kl", "batch_kl_backward"),
+    "strength_weights": ("strength_weights", "strength_weights_backward"),
+    "average_strength": ("average_strength",),
+    "probe_rebalance": (
+        "geodesic_mixup", "geodesic_remix", "geodesic_mixup_backward", "batch_kl_pair", "strength_weights",
+    ),
+    "linear_probe_rebalance": ("head_forward", "head_backward"),
+    "linear_probe_rebalance_pairs": ("head_forward", "head_backward"),
+}  # fmt: skip

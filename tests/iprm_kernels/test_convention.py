@@ -1,0 +1,117 @@
+"""The calling convention: constants and layouts of C++ are those of Python, and every backend has kernels of one signature."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import iprm_kernels
+from iprm_kernels import convention, extension
+from iprm_kernels.convention import KERNELS, OPERATORS, HeadState, Kernels
+from iprm_kernels.reference import kernels as reference
+
+
+@pytest.fixture
+def built() -> Any:
+    try:
+        return extension.load()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def test_constants_of_the_extension(built: Any) -> None:
+    """A float32 constant is that of Python rounded to float32."""
+    constants = built.constants()
+    assert set(constants) >= {"EPS", "PROBE", "REBALANCE", "ANTIPODE_MARGIN", "SERIES_TERMS"}
+    for name, value in constants.items():
+        python = getattr(convention, name)
+        if isinstance(python, dict):
+            for dtype, own in zip((torch.float32, torch.float64), value, strict=True):
+                wanted = torch.tensor(python[dtype], dtype=dtype).item() if isinstance(own, float) else python[dtype]
+                assert own == wanted, (name, dtype)
+        else:
+            assert value == python, name
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(("modalities", "pairs"), [(2, 1), (3, 3), (4, 2)])
+def test_layout_of_the_saved_state(built: Any, modalities: int, pairs: int, narrow: bool) -> None:
+    batch, classes = 5, 7
+    size = HeadState.size(batch, classes, modalities, pairs, narrow)
+    state = torch.empty(size, dtype=torch.float32)
+    unimodal = [torch.empty(batch, classes, dtype=torch.float16 if narrow else torch.float32) for _ in range(modalities)]
+    views = HeadState.views(state, unimodal, pairs)
+    projected, of_modalities, counted, total = built.head_layout(batch, classes, modalities, pairs, narrow)
+    assert total == size
+    assert views.stats.storage_offset() == 0
+    assert views.projected.storage_offset() == projected
+    assert views.counted.storage_offset() == counted
+    if narrow:
+        assert [own.storage_offset() for own in views.unimodal] == [
+            of_modalities + m * batch * classes for m in range(modalities)
+        ]
+    else:
+        assert of_modalities == counted
+
+
+def test_fields_of_the_state_fill_it_without_overlap() -> None:
+    state = torch.zeros(HeadState.size(5, 7, 3, 2, True))
+    views = HeadState.views(state, [torch.empty(5, 7, dtype=torch.float16)] * 3, 2)
+    for view in (views.stats, views.projected, *views.unimodal, views.counted):
+        view.add_(1)
+    assert (state == 1).all()
+
+
+def parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "kernels"])
+def test_kernels_have_the_parameters_of_the_protocol(backend: str) -> None:
+    """Of those that name them: the reference makes most of its kernels from functions that return."""
+    if backend == "kernels":
+        pytest.importorskip("triton")
+    serves = reference.SERVES if backend == "reference" else importlib.import_module("iprm_kernels.kernels").SERVES
+    assert set(serves) <= set(KERNELS)
+    for name, kernel in serves.items():
+        found = parameters(kernel.run)
+        assert found in (parameters(getattr(Kernels, name)), ["arguments"]), name
+
+
+def test_every_kernel_belongs_to_an_operator() -> None:
+    assert set(itertools.chain(*OPERATORS.values())) == set(KERNELS)
+
+
+def test_a_function_of_the_reference_with_a_default_fills_its_outputs() -> None:
+    """The number of outputs is stated, and not derived from the function's parameters."""
+
+    def scaled(x: Tensor, factor: float = 2.0) -> tuple[Tensor, Tensor]:
+        return x * factor, x
+
+    kernel = reference.into(scaled, outputs=2)
+    doubled, same = torch.empty(3), torch.empty(3)
+    kernel(torch.ones(3), doubled, same)
+    assert doubled.tolist() == [2.0] * 3
+    assert same.tolist() == [1.0] * 3
+    with pytest.raises(ValueError, match="zip"):
+        reference.into(scaled, outputs=1)(torch.ones(3), doubled)
+
+
+def test_the_reference_is_imported_by_backends_alone() -> None:
+    """Of the package: other files take constants and layouts from `convention`."""
+    package = Path(iprm_kernels.__file__).parent
+    for file in package.rglob("*.py"):
+        if file.parent.name == "reference" or file.name == "backends.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(alias.name for alias in node.names)]
+                assert not any("reference" in name.split(".") for name in names), file
