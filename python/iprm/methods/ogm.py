@@ -70,7 +70,7 @@ class OGM(Rule):
             raise ValueError(f"modulate: expected one of 'auto', 'conv', 'all', got {modulate!r}")
         if form not in ("paper", "released"):
             raise ValueError(f"form: expected one of 'paper', 'released', got {form!r}")
-        if isinstance(window, str) or len(window) != 2 or not all(isinstance(epoch, int) for epoch in window):
+        if not isinstance(window, Sequence) or [type(epoch) for epoch in window] != [int, int]:
             raise ValueError(f"window: expected the first and the last epoch, got {window!r}")
         if form == "released" and len(self.modalities) != 2:
             raise ValueError(f"form: 'released' is for two modalities, got {len(self.modalities)}")

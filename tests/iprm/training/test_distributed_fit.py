@@ -67,6 +67,15 @@ def test_two_processes_log_what_one_logs_with_a_batch_as_large(folder, by, strat
     check_alike(folder)
 
 
+@pytest.mark.parametrize("method", ["ogm-ge", "mslr", "dgl", "ensemble"])
+def test_two_processes_train_by_a_rule_as_one_does(folder, method):
+    settings = (*ALIKE, *SETTINGS, "--model.method", method)
+    assert iprm(folder, "fit", *settings, "--data.batch_size", "16").code == 0
+    done = run(folder, "fit", *settings, *TWO, "--trainer.strategy", "ddp")
+    assert done.returncode == 0, done.stderr
+    check_alike(folder)
+
+
 def test_pairs_at_random_are_learned_by_two_processes_that_look_for_heads_without_gradient(tmp_path):
     three = arrays(121)
     save(tmp_path, {**three, "x_image": three["x_audio"] + three["x_text"][:, :4]})
