@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from iprm.data.split import Batch
 from iprm.distributed import gathered, rank, world_size
-from iprm.encoders.small import build_encoders
+from iprm.encoders.description import plain
+from iprm.encoders.registry import build_encoders, canonical
 from iprm.errors import InputError
 from iprm.fusion.module import FusionModule
 from iprm.fusion.output import FusionOutput
@@ -41,13 +42,14 @@ class FusionClassifier(L.LightningModule):
     checkpoint is written only of a model whose steps and parameters are finite.
 
     Args:
-        shapes: modality -> shape of one input, (C, H, W) or (D,).
+        inputs: modality -> description of its input, as `MultimodalData.inputs` has it: a tensor, or a dict of tensors.
         num_classes: C.
         method: "iprm"; its ablations "iprm-linear", "iprm-one-pass", "iprm-no-ema"; the baselines "concat", "sum", "weight",
             "joint"; or "unimodal-<modality>".
         method_options: further options of the method, such as {"alpha": 0.9}.
-        encoders: modality -> "cnn", "mlp", "linear" or "identity"; those not named are chosen by shape.
-        feature_dim: width of every encoder's features.
+        encoders: modality -> "cnn", "mlp", "linear", "identity", "resnet18", or the import path of an nn.Module of yours; with
+            arguments, a mapping of both (see docs/your-model.md). A modality that is not named gets an encoder by its shape.
+        feature_dim: width of the features; those of "identity", "resnet18" and of a class of yours have a width of their own.
         learning_rate: the step of SGD, before its decay.
         momentum: of SGD, from 0 to 1.
         weight_decay: of SGD.
@@ -71,11 +73,11 @@ class FusionClassifier(L.LightningModule):
 
     def __init__(
         self,
-        shapes: dict[str, list[int]],
+        inputs: dict[str, Any],
         num_classes: int,
         method: str = "iprm",
         method_options: dict[str, Any] | None = None,
-        encoders: dict[str, str] | None = None,
+        encoders: dict[str, str | dict[str, Any]] | None = None,
         feature_dim: int = 64,
         learning_rate: float = 0.01,
         momentum: float = 0.9,
@@ -87,16 +89,17 @@ class FusionClassifier(L.LightningModule):
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
+        inputs, encoders = plain(inputs), canonical(encoders)  # a checkpoint holds plain values
         self.save_hyperparameters()
         _check_number("learning_rate", learning_rate)
         _check_number("momentum", momentum, highest=1)
         _check_number("weight_decay", weight_decay)
         _check_number("decay_at", decay_at, highest=1)
         _check_number("decay", decay)
-        self.structure = _structure(shapes, num_classes, method, method_options, encoders, feature_dim)
-        every, widths = build_encoders(shapes, feature_dim, encoders or {})
+        self.structure = _structure(inputs, num_classes, method, method_options, encoders, feature_dim)
+        every, widths = build_encoders(inputs, feature_dim, encoders)
         try:
-            self.fusion = build(method, widths, num_classes, tuple(shapes), **(method_options or {}))
+            self.fusion = build(method, widths, num_classes, tuple(inputs), **(method_options or {}))
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
         # one that the method does not read would have no gradient, which DistributedDataParallel refuses
@@ -289,20 +292,20 @@ def _check_number(name: str, value: float, highest: float = math.inf) -> None:
 
 
 def _structure(
-    shapes: Mapping[str, Sequence[int]],
+    inputs: Mapping[str, Any],
     num_classes: int,
     method: str,
     method_options: Mapping[str, Any] | None,
-    encoders: Mapping[str, str] | None,
+    encoders: Mapping[str, Any] | None,
     feature_dim: int,
     **_: Any,
 ) -> dict[str, Any]:
     """The hyperparameters that decide which parameters a model has, in one form."""
     return {
-        "shapes": {modality: list(shape) for modality, shape in shapes.items()},
+        "inputs": plain(inputs),
         "num_classes": num_classes,
         "method": method,
         "method_options": dict(method_options or {}),
-        "encoders": dict(encoders or {}),
+        "encoders": canonical(encoders),
         "feature_dim": feature_dim,
     }
