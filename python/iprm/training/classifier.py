@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from iprm.data.split import Batch
 from iprm.distributed import gathered, rank, world_size
-from iprm.encoders.description import plain
+from iprm.encoders.description import Input, plain
 from iprm.encoders.registry import build_encoders, canonical
 from iprm.errors import InputError
 from iprm.fusion.module import FusionModule
@@ -140,11 +140,11 @@ class FusionClassifier(L.LightningModule):
         if rows == 1 and any(isinstance(module, _BatchNorm) for module in self.encoders.modules()):
             raise InputError("batch_size: expected at least 2 to train encoders that normalise over a batch, got 1")
 
-    def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, inputs: Mapping[str, Input]) -> dict[str, Tensor]:
         """modality -> (B, ...) to modality -> (B, D)."""
         return encode(self.encoders, inputs, self.memory_format)
 
-    def forward(self, inputs: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+    def forward(self, inputs: Mapping[str, Input], target: Tensor | None = None) -> FusionOutput:
         """modality -> (B, ...), target (B,) int64 or None -> FusionOutput."""
         return self.fusion(self.encode(inputs), target)
 
