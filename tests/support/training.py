@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 def classifier(data: MultimodalData, method: str = "iprm", **options: Any) -> FusionClassifier:
     L.seed_everything(0, verbose=False)
-    return FusionClassifier(data.shapes, data.num_classes, method, **{"feature_dim": 8, **options})
+    return FusionClassifier(data.inputs, data.num_classes, method, **{"feature_dim": 8, **options})
 
 
 def trainer(folder: Path, epochs: int = 3, **options: Any) -> L.Trainer:

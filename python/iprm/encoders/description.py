@@ -39,7 +39,7 @@ class InputSpec:
 
     @property
     def kind(self) -> str:
-        """ "vector" (D,), "sequence" (T, D), "image" (C, H, W), "frames" (T, C, H, W), "tokens" (T,) of integers, or "tensor"."""
+        """vector (D,), sequence (T, D), image (C, H, W), frames (T, C, H, W), tokens (T,) of integers; tensor for any other."""
         if not self.floating:
             return "tokens" if len(self.shape) == 1 else "tensor"
         return {1: "vector", 2: "sequence", 3: "image", 4: "frames"}.get(len(self.shape), "tensor")

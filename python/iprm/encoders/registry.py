@@ -141,19 +141,13 @@ def _imported(path: str) -> type[nn.Module]:
 
 def _check_options(path: str, parameters: Sequence[inspect.Parameter], options: Mapping[str, Any]) -> None:
     """Raises InputError if an option is unknown or a required one is missing."""
-    known = {parameter.name: parameter for parameter in parameters}
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        for option in options:
-            if option not in known:
-                raise InputError(
-                    unknown(f"option of {path}", option, known) if known else f"{path} has no options, got {option!r}"
-                )
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = {parameter.name: parameter for parameter in parameters if parameter.kind not in variadic}
+    for option in options:
+        if option not in known and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            raise InputError(unknown(f"option of {path}", option, known) if known else f"{path} has no options, got {option!r}")
     for option, parameter in known.items():
-        optional = parameter.default is not parameter.empty or parameter.kind in (
-            parameter.VAR_KEYWORD,
-            parameter.VAR_POSITIONAL,
-        )
-        if not optional and option not in options:
+        if parameter.default is parameter.empty and option not in options:
             raise InputError(f"{path} needs the option {option!r} in its init_args")
 
 

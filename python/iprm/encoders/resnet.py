@@ -24,9 +24,8 @@ class ResNet18(nn.Module):
         try:
             from transformers import ResNetConfig, ResNetModel
         except ImportError as error:
-            raise InputError(
-                f'resnet18 needs the package transformers: pip install "iprm-kernels[vision]" ({error})'
-            ) from error
+            install = 'pip install "iprm-kernels[vision]"'
+            raise InputError(f"resnet18 needs the package transformers: {install} ({error})") from error
         widths = [64, 128, 256, self.feature_dim]
         self.net = ResNetModel(
             ResNetConfig(num_channels=channels, embedding_size=64, hidden_sizes=widths, depths=[2] * 4, layer_type="basic")

@@ -7,29 +7,30 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from iprm.encoders.description import Input, each
 from iprm.errors import InputError, unknown
 from iprm.fusion.output import FusionOutput
 
 
 class TrainingStep(nn.Module):
-    """What a training step computes: modality -> (B, ...), target (B,) -> features and FusionOutput."""
+    """What a training step computes: modality -> input, target (B,) -> features and FusionOutput."""
 
     def __init__(self, encoders: nn.ModuleDict, fusion: nn.Module, memory_format: torch.memory_format) -> None:
         super().__init__()
         self.encoders, self.fusion, self.memory_format = encoders, fusion, memory_format
 
-    def forward(self, inputs: Mapping[str, Tensor], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
+    def forward(self, inputs: Mapping[str, Input], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
         features = encode(self.encoders, inputs, self.memory_format)
         return features, self.fusion(features, target)
 
 
-def encode(encoders: nn.ModuleDict, inputs: Mapping[str, Tensor], memory_format: torch.memory_format) -> dict[str, Tensor]:
-    """Features of every modality that has an encoder: modality -> (B, ...) to modality -> (B, D)."""
+def encode(encoders: nn.ModuleDict, inputs: Mapping[str, Input], memory_format: torch.memory_format) -> dict[str, Tensor]:
+    """Features of every modality that has an encoder: modality -> (B, ...), or a dict of these, to modality -> (B, D)."""
 
     def placed(x: Tensor) -> Tensor:
         return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
 
-    return {modality: encoder(placed(inputs[modality])) for modality, encoder in encoders.items()}
+    return {modality: encoder(each(placed, inputs[modality])) for modality, encoder in encoders.items()}
 
 
 def prepare(encoders: nn.ModuleDict, fusion: nn.Module, memory_format: torch.memory_format, backend: str | None) -> None:

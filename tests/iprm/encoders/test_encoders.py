@@ -82,9 +82,7 @@ def test_features_of_frames_are_the_mean_of_those_of_each():
 
 def test_without_its_package_resnet18_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        InputError, match=r"'it': resnet18 needs the package transformers: pip install \"iprm-kernels\[vision\]\""
-    ):
+    with pytest.raises(InputError, match=r"resnet18 needs the package transformers: pip install \"iprm-kernels\[vision\]\""):
         encoder((3, 32, 32), "resnet18")
 
 
@@ -177,14 +175,14 @@ def test_settings_have_one_form():
         (
             {"it": TEXT},
             {},
-            r"'it': none is chosen for a dict of tensors \(ids, mask\); name one, or the import path of a class",
+            r"'it': none is chosen for a dict of tensors \(ids, mask\); name one, or the import path",
         ),
         ({"it": TEXT["ids"]}, {}, r"'it': none is chosen for tokens \(6,\) of int64"),
         ({"it": TEXT}, {"it": "mlp"}, r"'it': mlp expects one tensor of floating numbers, got a dict of tensors \(ids, mask\)"),
         (
             {"it": InputSpec((1, 8, 8), "uint8")},
             {"it": "cnn"},
-            r"cnn expects one tensor of floating numbers, got tensor .*uint8",
+            "cnn expects one tensor of floating numbers, .*uint8",
         ),
         ({"mix": (7,)}, {}, "modality 'mix': expected a name .* not reserved"),
         ({"items": (7,)}, {}, "modality 'items': expected a name .* not reserved"),
@@ -210,7 +208,7 @@ def test_settings_have_one_form():
         (
             {"it": (7,)},
             {"it": "my_encoders.Flawed"},
-            r"'it': expected features \(B, D\) of a batch of 2 rows, got shape \(2, 1, 7\)",
+            r"'it': expected features \(B, D\) .* got shape \(2, 1, 7\)",
         ),
     ],
 )
