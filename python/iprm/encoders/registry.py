@@ -61,8 +61,10 @@ def build_encoders(
     built, widths = {}, {}
     for modality, description in described.items():
         try:
-            built[modality] = _build(description, feature_dim, *_parts(settings.get(modality, "auto")))
-            widths[modality] = feature_width(built[modality], description)
+            path, options = _parts(settings.get(modality, "auto"))
+            with _memory_of_its_own() if "." in path else contextlib.nullcontext():
+                built[modality] = _build(description, feature_dim, path, options)
+                widths[modality] = feature_width(built[modality], description)
         except InputError as error:
             raise InputError(f"encoder of modality {modality!r}: {error}") from error
     return nn.ModuleDict(built), widths
@@ -114,9 +116,7 @@ def _build(description: Description, feature_dim: int, path: str, options: Mappi
     if "." in path:
         cls = _imported(path)
         _check_options(path, list(inspect.signature(cls).parameters.values()), options)
-        # a class may hold tensors that no checkpoint has, such as buffers that are not persistent: it needs memory of its own
-        with torch.device("cpu") if torch.empty(0).is_meta else contextlib.nullcontext():
-            return cls(**options)
+        return cls(**options)
     if path not in ENCODERS:
         raise InputError(unknown("encoder", path, ENCODERS))
     factory = ENCODERS[path]
@@ -126,6 +126,11 @@ def _build(description: Description, feature_dim: int, path: str, options: Mappi
     assert not isinstance(factory, str)
     _check_options(path, list(inspect.signature(factory).parameters.values())[2:], options)
     return factory(description, feature_dim, **options)
+
+
+def _memory_of_its_own() -> contextlib.AbstractContextManager[Any]:
+    """In place of the meta device the CPU: a class may hold tensors that no checkpoint has, such as buffers not persistent."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else contextlib.nullcontext()
 
 
 def _imported(path: str) -> type[nn.Module]:

@@ -112,10 +112,11 @@ def logits(model: Any, inputs: Mapping[str, Input]) -> Tensor:
 
 
 def weights_read(program: ExportedProgram) -> dict[str, Tensor]:
-    """The parameters and buffers that the graph reads, by name. λ of the next training step and its like are not among them."""
-    nodes = {node.name: node for node in program.graph.nodes}
-    read = [spec.target for spec in program.graph_signature.input_specs if spec.target and nodes[spec.arg.name].users]
-    return {name: program.state_dict[name].detach().contiguous().clone() for name in read}
+    """The parameters and buffers of the checkpoint that the graph reads, by name: not λ of the next training step, nor buffers
+    that are not persistent, which the graph holds as constants."""
+    used = {node.name for node in program.graph.nodes if node.users}
+    read = [spec.target for spec in program.graph_signature.input_specs if spec.arg.name in used]
+    return {name: program.state_dict[name].detach().contiguous().clone() for name in read if name in program.state_dict}
 
 
 def describe(model: Inference) -> dict[str, Any]:
