@@ -25,7 +25,8 @@ class Scan:
     """What `scan` found.
 
     shape: of a row, in words; missing, non_finite: the rows that are; digest: (N,) uint64, equal where the bytes of rows are
-    (two that differ share one with probability 2⁻⁶⁴); low, high: (D,) extremes of every feature, NaN left aside.
+    (two that differ share one with probability 2⁻⁶⁴), of use in this process alone; low, high: (D,) extremes of every feature,
+    NaN left aside.
     """
 
     shape: str
@@ -85,28 +86,14 @@ def _joined(scans: Mapping[str, Scan]) -> Scan:
 
 
 def _numpy(x: Tensor) -> np.ndarray:
-    """The values, of bfloat16, which numpy has not, in float32: equal where they were, and different where they were."""
+    """The values; bfloat16, which numpy lacks, in float32, which represents every one of its values."""
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def row_digests(values: np.ndarray) -> np.ndarray:
-    """The sum over 8-byte words of SplitMix64 of the word and its place.  (N, D) -> (N,) uint64"""
-    content = np.ascontiguousarray(values).view(np.uint8)
-    if content.shape[1] % 8:
-        content = np.pad(content, ((0, 0), (0, -content.shape[1] % 8)))
-    words = content.view(np.uint64)
-    return _mixed(words + _places(words.shape[1])).sum(axis=1, dtype=np.uint64)
-
-
-@functools.lru_cache(maxsize=8)
-def _places(count: int) -> np.ndarray:
-    return np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mixed(bits: np.ndarray) -> np.ndarray:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    """Python's own hash of the bytes of each row, which holds within one process.  (N, D) -> (N,) uint64"""
+    rows = np.ascontiguousarray(values).view(np.uint8)
+    return np.fromiter(map(hash, map(np.ndarray.tobytes, rows)), np.int64, len(rows)).view(np.uint64)
 
 
 def joint_digests(digests: Sequence[np.ndarray]) -> np.ndarray:
