@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -19,12 +19,9 @@ from iprm.encoders.description import Input, flat
 from iprm.errors import InputError
 
 from .column_stats import Scan, joint_digests, scan
+from .split import SPLITS, Split
 
-if TYPE_CHECKING:
-    from .split import Split
-
-Splits = Mapping[str, "Split"]
-ORDER = ("train", "val", "test")
+Splits = Mapping[str, Split]
 #: Names in a message; beyond, their number.
 MOST_NAMES = 10
 
@@ -55,7 +52,7 @@ def check(source: str, splits: Splits) -> Report:
         InputError: what `check_structure` refuses.
     """
     check_structure(source, splits)
-    splits = {name: splits[name] for name in sorted(splits, key=ORDER.index)}
+    splits = {name: splits[name] for name in sorted(splits, key=SPLITS.index)}
     classes, counts = class_counts(splits)
     names = list(next(iter(splits.values())).inputs)
     scans = {m: {name: scan(split.inputs[m]) for name, split in splits.items()} for m in names}
@@ -124,7 +121,7 @@ def check_structure(source: str, splits: Splits) -> None:
         InputError: otherwise.
     """
     like: Mapping[str, Tensor] = {}
-    for name in sorted(splits, key=ORDER.index):
+    for name in sorted(splits, key=SPLITS.index):
         split = splits[name]
         if len(split.target) == 0:
             raise InputError(f"{source}: the {name} split is empty")

@@ -18,7 +18,6 @@ from command import iprm, table
 from iprm.data.column_stats import scan
 from iprm.inference.model import load_inference
 from iprm.training.classifier import FusionClassifier
-from iprm.training.cuda_graphs import _Flat, _shapes
 from iprm.training.finite import FiniteGuard, NonFiniteError
 from toy_text import LENGTH, WIDTH, Captions, TextTower, save_samples
 
@@ -140,6 +139,13 @@ def test_report_shows_the_settings_and_resume_ends_where_a_longer_run_does(run, 
     assert all(one[name].equal(other[name]) for name in other)
 
 
+def test_profile_times_it(run):
+    (run.root / "profiled").mkdir()
+    outcome = iprm(run.root / "profiled", "profile", "--config", str(run.root / "mine.yaml"))
+    assert outcome.code == 0, outcome.err
+    assert "text" in outcome.out
+
+
 def test_settings_of_the_command_line_serve_as_well(tmp_path):
     settings = (
         "--model.encoders",
@@ -188,26 +194,6 @@ def test_a_value_that_is_not_finite_is_named_by_its_tensor():
     FiniteGuard("training step").watch(0, {"text": {"ids": ids, "weights": good}}, {}, output)
     with pytest.raises(NonFiniteError, match=r"training step 1: modality 'text\.weights': its input is not finite"):
         FiniteGuard("training step").watch(1, {"text": {"ids": ids, "weights": bad}}, {}, output)
-
-
-def test_a_step_to_be_captured_takes_and_gives_tensors_alone():
-    classifier, (inputs, target) = model(), Captions().splits["train"][torch.arange(9)]
-    inputs = dict(inputs)
-    classifier.eval()
-    graphed = _Flat(_Step(classifier), ("text.ids", "text.mask", "numbers"))
-    leaves = graphed(inputs["text"]["ids"], inputs["text"]["mask"], inputs["numbers"], target)
-    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
-    assert graphed.unpacked(leaves).logits.equal(classifier(inputs, target).logits)
-    assert [name for name, *_ in _shapes(inputs, target)] == ["text.ids", "text.mask", "numbers", ""]
-
-
-class _Step(torch.nn.Module):
-    def __init__(self, classifier: FusionClassifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, inputs, target):
-        return self.classifier(inputs, target)
 
 
 SAMPLES = {

@@ -26,6 +26,24 @@ class Step(nn.Module):
         return features, self.fusion(features, target)
 
 
+class StepOfDicts(Step):
+    """`Step` whose text is a dict of values and an integer mask."""
+
+    def forward(self, inputs, target):
+        text = inputs["text"]
+        return super().forward({**inputs, "text": text["values"] * text["mask"]}, target)
+
+
+def with_masks(step):
+    """`step`, called with a mask of ones beside the values of `text`."""
+
+    def call(inputs, target):
+        text = {"mask": torch.ones_like(inputs["text"], dtype=torch.int64), "values": inputs["text"]}
+        return step({**inputs, "text": text}, target)
+
+    return call
+
+
 def batch(seed=0, rows=12, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     inputs = {m: torch.randn(rows, 5, generator=generator).to(device) for m in ("sound", "text")}
@@ -57,6 +75,16 @@ def test_a_graph_trains_as_the_module_does():
     torch.testing.assert_close(state, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
+def test_a_graph_of_inputs_of_several_tensors_trains_as_the_module_does():
+    module = StepOfDicts().cuda()
+    losses, state = train(with_masks(GraphedStep(module)), module, "cuda")
+    alone = Step().cuda()
+    expected, plain = train(alone, alone, "cuda")
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(state, plain, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture
 def captured_here(monkeypatch):
     """Capturing on the CPU: warms up as CUDA's does, running the module and what follows for real, and captures nothing."""
@@ -81,6 +109,15 @@ def test_capturing_counts_as_no_step(captured_here, caplog):
     assert [record.message for record in caplog.records] == [
         "cuda_graph: this batch has another shape than the one captured; such steps run without a graph"
     ]
+
+
+def test_inputs_of_several_tensors_are_captured_as_tensors_alone(captured_here, caplog):
+    module, alone = StepOfDicts(), Step()
+    losses, state = train(with_masks(GraphedStep(module)), module)
+    expected, plain = train(alone, alone)
+    assert losses == expected
+    torch.testing.assert_close(state, plain, rtol=0, atol=0)
+    assert len(caplog.records) == 1, "of the smaller batch"
 
 
 def test_without_a_gpu_steps_run_as_they_are_and_that_is_said_once(caplog):
