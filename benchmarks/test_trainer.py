@@ -204,7 +204,7 @@ def sgd(model: Any) -> torch.optim.Optimizer:
 
 def classifier(data: MultimodalData, method: str) -> FusionClassifier:
     L.seed_everything(0, verbose=False)
-    return FusionClassifier(data.shapes, data.num_classes, method, decay_at=1.0, channels_last=True)
+    return FusionClassifier(data.inputs, data.num_classes, method, decay_at=1.0, channels_last=True)
 
 
 @contextmanager

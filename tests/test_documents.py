@@ -13,7 +13,7 @@ import pytest
 import torch
 from documents import PAGES, ROOT, blocks, execute
 
-EXECUTED = {"python", "console", "bash"}
+EXECUTED = {"python", "console", "bash", "yaml"}  # a file of YAML is written, for the commands that follow
 SHOWN = {"text"}  # what a command prints
 
 

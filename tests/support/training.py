@@ -17,7 +17,7 @@ def classifier(data: MultimodalData, method: str = "iprm", **options: Any) -> Fu
     L.seed_everything(0, verbose=False)
     if (rate := options.pop("lr", None)) is not None:
         options["optimizer"] = sgd(lr=rate)
-    return FusionClassifier(data.shapes, data.num_classes, method, **{"feature_dim": 8, **options})
+    return FusionClassifier(data.inputs, data.num_classes, method, **{"feature_dim": 8, **options})
 
 
 def sgd(**arguments: Any) -> dict[str, Any]:

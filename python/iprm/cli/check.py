@@ -100,7 +100,7 @@ def modality_table(report: Report) -> Table:
     for modality, scans in report.scans.items():
         for name, found in scans.items():
             counts = (len(found.missing), len(found.non_finite), len(found.constant))
-            table.add_row(modality, name, "x".join(map(str, found.shape)), found.dtype, *map(str, counts))
+            table.add_row(modality, name, found.shape, found.dtype, *map(str, counts))
         table.add_section()
     return table
 

@@ -85,7 +85,7 @@ def settings_from(
 
 
 def _model_options() -> list[str]:
-    return [name for name in options_of(FusionClassifier) if name not in ("shapes", "num_classes", "method")]
+    return [name for name in options_of(FusionClassifier) if name not in ("inputs", "num_classes", "method")]
 
 
 def compare_command(arguments: Sequence[str]) -> int:

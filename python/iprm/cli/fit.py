@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from iprm.configs import find_config
 from iprm.data import dataset_class
 from iprm.data.module import MultimodalData
+from iprm.encoders.description import plain
 from iprm.errors import InputError
 from iprm.inference.predictions import write_predictions
 from iprm.training.callbacks.best_checkpoint import BestCheckpoint, best_checkpoint
@@ -50,7 +51,7 @@ class _SaveSettings(SaveConfigCallback):
 
 
 class FusionCLI(LightningCLI):
-    """Subcommands fit, test and predict. The model's shapes and classes are those of the data.
+    """Subcommands fit, test and predict. The descriptions of the model's inputs and its classes are those of the data.
 
     Args:
         folder: of an earlier run that goes on there; None for a new one.
@@ -65,8 +66,8 @@ class FusionCLI(LightningCLI):
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "test", "predict")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for name in ("shapes", "num_classes"):
-            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        parser.link_arguments("data.inputs", "model.inputs", compute_fn=plain, apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.add_class_arguments(RunState, "state")
         options: dict[str, Any] = {"instantiate": False, "fail_untyped": False}
         parser.add_subclass_arguments((Optimizer,), "optimizer", skip={"params"}, **options)
@@ -83,8 +84,8 @@ class FusionCLI(LightningCLI):
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """The model's settings are those of the configuration; Lightning would add those of the checkpoint, which name the
-        shapes, and these come from the data. `FusionClassifier` refuses a checkpoint of other settings."""
+        """The model's settings are those of the configuration; Lightning would add those of the checkpoint, which describe
+        the inputs, and these come from the data. `FusionClassifier` refuses a checkpoint of other settings."""
 
     def before_instantiate_classes(self) -> None:
         given = self.config[self.subcommand]

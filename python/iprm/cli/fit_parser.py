@@ -132,7 +132,7 @@ def explain(parser: LightningArgumentParser, command: str) -> None:
 
 def _is_shown(setting: str, command: str) -> bool:
     if setting.startswith("model.") or setting in OF_TRAINING:  # of a checkpoint both are fixed
-        return command == "fit" and setting not in ("model.shapes", "model.num_classes")
+        return command == "fit" and setting not in ("model.inputs", "model.num_classes")
     return setting in HELP or setting in ("help", "output", "ckpt_path")
 
 

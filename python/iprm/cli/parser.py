@@ -40,6 +40,18 @@ def key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
+def add_encoder_option(parser: argparse.ArgumentParser) -> None:
+    """--encoder: what of the user's own code a checkpoint may have imported."""
+    parser.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="import path of an encoder class of yours that the checkpoint names, such as my_models.TextTower; without it no "
+        "module is imported because a checkpoint names it; may be repeated",
+    )
+
+
 def add_dataset_options(parser: argparse.ArgumentParser) -> None:
     """--path and --set: the options of a dataset."""
     parser.add_argument("--path", help="the file or folder of a dataset that does not come with the package")

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from iprm.encoders.description import each
 from iprm.errors import InputError
-from iprm.inference.inputs import Piece, Source, find_samples, gathered
+from iprm.inference.inputs import Piece, Source, find_samples, gathered, joined
 from iprm.inference.model import Inference, load_inference
 from iprm.inference.predictions import cells, columns
 
-from .parser import Parser, at_least_one
+from .parser import Parser, add_encoder_option, at_least_one
 
 DESCRIPTION = """\
 Writes a checkpoint's predictions of new samples, without labels, as CSV: file, row, prediction, and the probability p_<class>
@@ -29,8 +29,10 @@ of every class. The samples are one of
   one such .npz file
   a folder of .npy files   <modality>.npy, (N, D) or (N, C, H, W)
 
-with the shapes the model was trained with, whole numbers or floating. Other arrays and files are left aside. Files are taken in
-order of name; `file` is the .npz, or the folder of .npy files; `row` counts from 0 in each.
+with the shapes the model was trained with, whole numbers or floating. A modality of several tensors has an array for each,
+x_<modality>.<name> or <modality>.<name>.npy; what the model was trained with as whole numbers has to be such. Other arrays and
+files are left aside. Files are taken in order of name; `file` is the .npz, or the folder of .npy files; `row` counts from 0 in
+each.
 
 The headers of all files are checked first. A value that is not finite ends the run, by file, array and row: the CSV is written
 whole or not at all. Memory holds --batch_size rows at a time; an array of an .npz in Fortran order, whole. Object arrays are
@@ -55,8 +57,8 @@ def predict_command(arguments: Sequence[str]) -> int:
     given = parser().parse_args(["--help"] if wants_help else arguments)
     if given.config is not None:
         raise InputError("--config: a checkpoint holds all that --input needs; leave one of the two out")
-    model = load_inference(given.ckpt_path)
-    sources = find_samples(given.input, model.shapes)
+    model = load_inference(given.ckpt_path, given.encoder)
+    sources = find_samples(given.input, model.inputs)
     given.output.parent.mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after the work
     rows = write_sample_predictions(given.output, model.to(_device(given.accelerator)), sources, given.batch_size)
     print(f"predictions: {given.output} ({rows} rows)")
@@ -68,6 +70,7 @@ def parser() -> Parser:
     p = Parser("iprm predict", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint, a path that iprm fit has printed")
     p.add_argument("--input", required=True, type=Path, metavar="PATH", help="the samples")
+    add_encoder_option(p)
     p.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="default: predictions.csv")
     p.add_argument("--batch_size", type=at_least_one, default=256, metavar="N", help="rows at a time (default: 256)")
     p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto, a GPU if there is one")
@@ -113,5 +116,5 @@ def _rows(model: Inference, sources: Sequence[Source], batch_size: int) -> Itera
 def _probabilities(model: Inference, batch: Sequence[Piece]) -> Tensor:
     """-> (B, C)"""
     device = next(model.parameters()).device
-    inputs = {m: torch.from_numpy(np.concatenate([piece.inputs[m] for piece in batch])).to(device) for m in model.shapes}
+    inputs = {m: each(lambda array: torch.from_numpy(array).to(device), arrays) for m, arrays in joined(batch).items()}
     return model(inputs)["probabilities"]

@@ -95,7 +95,7 @@ def run(settings: Settings, method: str, seed: int, advance: Callable[[], None] 
     """
     data = make_data(settings.data, **settings.data_options, seed=seed)
     L.seed_everything(seed, verbose=False)
-    model = FusionClassifier(data.shapes, data.num_classes, method, **settings.model_options)
+    model = FusionClassifier(data.inputs, data.num_classes, method, **settings.model_options)
     course, clock = _Course(), _Clock(advance)
     with tempfile.TemporaryDirectory(prefix="iprm-") as folder, quiet_lightning():
         best = ModelCheckpoint(folder, monitor="val_accuracy", mode="max", save_weights_only=True)

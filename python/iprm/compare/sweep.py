@@ -58,7 +58,7 @@ def check(
     if not names:
         raise InputError("no methods were named")
     for name in names:
-        model = FusionClassifier(data.shapes, data.num_classes, name, **settings.model_options)
+        model = FusionClassifier(data.inputs, data.num_classes, name, **settings.model_options)
         model.check_training(data.batch_size)
     return names, data.modalities, {str(seed): source.describe() for seed, source in sources.items()}
 

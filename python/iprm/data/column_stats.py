@@ -7,12 +7,14 @@ them from.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from iprm.encoders.description import Input
 
 #: Of a modality that is looked at together: what numpy computes with stays in a core's cache.
 CHUNK_BYTES = 2**20
@@ -22,11 +24,12 @@ CHUNK_BYTES = 2**20
 class Scan:
     """What `scan` found.
 
-    shape: of a row; missing, non_finite: the rows that are; digest: (N,) uint64, equal where the bytes of rows are (two that
-    differ share one with probability 2⁻⁶⁴); low, high: (D,) extremes of every feature, NaN left aside.
+    shape: of a row, in words; missing, non_finite: the rows that are; digest: (N,) uint64, equal where the bytes of rows are
+    (two that differ share one with probability 2⁻⁶⁴), of use in this process alone; low, high: (D,) extremes of every feature,
+    NaN left aside.
     """
 
-    shape: tuple[int, ...]
+    shape: str
     dtype: str
     missing: np.ndarray
     non_finite: np.ndarray
@@ -40,8 +43,14 @@ class Scan:
         return np.flatnonzero(self.low == self.high)
 
 
-def scan(x: Tensor) -> Scan:
-    """Reads a modality once, in chunks.  (N, ...)"""
+def scan(x: Input) -> Scan:
+    """Reads a modality once, in chunks.  (N, ...), or a dict of these
+
+    A row of a dict of tensors is missing if it is in every tensor, and not finite if it is not in one; its features are those
+    of all tensors, in their order.
+    """
+    if not isinstance(x, Tensor):
+        return _joined({name: scan(part) for name, part in x.items()})
     rows, width = len(x), int(np.prod(x.shape[1:]))
     step = max(1, CHUNK_BYTES // max(1, width * x.element_size()))
     missing, non_finite, digest = np.zeros(rows, bool), np.zeros(rows, bool), np.zeros(rows, np.uint64)
@@ -55,32 +64,36 @@ def scan(x: Tensor) -> Scan:
         digest[part] = row_digests(values)
         low, high = np.fmin(low, np.fmin.reduce(values)), np.fmax(high, np.fmax.reduce(values))
     dtype = str(x.dtype).removeprefix("torch.")
-    return Scan(tuple(x.shape[1:]), dtype, np.flatnonzero(missing), np.flatnonzero(non_finite), digest, low, high)
+    shape = "x".join(map(str, x.shape[1:]))
+    return Scan(shape, dtype, np.flatnonzero(missing), np.flatnonzero(non_finite), digest, low, high)
+
+
+def _joined(scans: Mapping[str, Scan]) -> Scan:
+    parts = list(scans.values())
+
+    def words(attribute: str) -> str:
+        return ", ".join(f"{name} {getattr(part, attribute)}" for name, part in scans.items())
+
+    return Scan(
+        shape=words("shape"),
+        dtype=words("dtype"),
+        missing=functools.reduce(np.intersect1d, [part.missing for part in parts]),
+        non_finite=functools.reduce(np.union1d, [part.non_finite for part in parts]),
+        digest=joint_digests([part.digest for part in parts]),
+        low=np.concatenate([part.low for part in parts]),
+        high=np.concatenate([part.high for part in parts]),
+    )
 
 
 def _numpy(x: Tensor) -> np.ndarray:
-    """The values, of bfloat16, which numpy has not, in float32: equal where they were, and different where they were."""
+    """The values; bfloat16, which numpy lacks, in float32, which represents every one of its values."""
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def row_digests(values: np.ndarray) -> np.ndarray:
-    """The sum over 8-byte words of SplitMix64 of the word and its place.  (N, D) -> (N,) uint64"""
-    content = np.ascontiguousarray(values).view(np.uint8)
-    if content.shape[1] % 8:
-        content = np.pad(content, ((0, 0), (0, -content.shape[1] % 8)))
-    words = content.view(np.uint64)
-    return _mixed(words + _places(words.shape[1])).sum(axis=1, dtype=np.uint64)
-
-
-@functools.lru_cache(maxsize=8)
-def _places(count: int) -> np.ndarray:
-    return np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mixed(bits: np.ndarray) -> np.ndarray:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    """Python's own hash of the bytes of each row, which holds within one process.  (N, D) -> (N,) uint64"""
+    rows = np.ascontiguousarray(values).view(np.uint8)
+    return np.fromiter(map(hash, map(np.ndarray.tobytes, rows)), np.int64, len(rows)).view(np.uint64)
 
 
 def joint_digests(digests: Sequence[np.ndarray]) -> np.ndarray:

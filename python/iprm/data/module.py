@@ -1,4 +1,4 @@
-"""A dataset: three disjoint splits, in memory or not, served in batches of ({modality: tensor}, target)."""
+"""A dataset: three disjoint splits, in memory or not, served in batches of ({modality: tensor or dict of tensors}, target)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from iprm.distributed import processes_here
+from iprm.encoders.description import Description, described
 from iprm.errors import InputError, unknown
 
 from .loading import Loader, as_it_is, default_workers
@@ -64,18 +64,14 @@ class MultimodalData(L.LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         _ = self.splits
 
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        """modality -> shape of one row, without the batch dimension."""
-        return {modality: list(x.shape[1:]) for modality, x in self._first.items()}
+    @functools.cached_property
+    def inputs(self) -> dict[str, Description]:
+        """modality -> shape, without the batch dimension, and type of its tensor, or of each of its tensors by name."""
+        return described(self.splits["train"].first())
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return tuple(self._first)
-
-    @functools.cached_property
-    def _first(self) -> dict[str, Tensor]:
-        return self.splits["train"].first()
+        return tuple(self.inputs)
 
     @property
     def num_classes(self) -> int:

@@ -10,20 +10,18 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from iprm.encoders.description import Input, flat
 from iprm.errors import InputError
 
 from .column_stats import Scan, joint_digests, scan
+from .split import SPLITS, Split
 
-if TYPE_CHECKING:
-    from .split import Split
-
-Splits = Mapping[str, "Split"]
-ORDER = ("train", "val", "test")
+Splits = Mapping[str, Split]
 #: Names in a message; beyond, their number.
 MOST_NAMES = 10
 
@@ -54,7 +52,7 @@ def check(source: str, splits: Splits) -> Report:
         InputError: what `check_structure` refuses.
     """
     check_structure(source, splits)
-    splits = {name: splits[name] for name in sorted(splits, key=ORDER.index)}
+    splits = {name: splits[name] for name in sorted(splits, key=SPLITS.index)}
     classes, counts = class_counts(splits)
     names = list(next(iter(splits.values())).inputs)
     scans = {m: {name: scan(split.inputs[m]) for name, split in splits.items()} for m in names}
@@ -92,7 +90,7 @@ def check_at_start(source: str, splits: Splits) -> None:
         _warn_once(f"{source}: {finding.what}")
     for name, modalities in still.items():
         for modality in modalities:
-            _warn_once(f"{source}: {_stillness(modality, name, not splits[name].inputs[modality][0].any())}")
+            _warn_once(f"{source}: {_stillness(modality, name, _is_zero(splits[name].inputs[modality]))}")
 
 
 @functools.cache
@@ -100,12 +98,19 @@ def _warn_once(message: str) -> None:
     log.warning("%s", message)
 
 
-def _is_still(x: Tensor) -> bool:
-    """Whether all of several rows are the same. Looks on only as long as they are."""
+def _is_still(x: Input) -> bool:
+    """Whether all of several rows are the same, in every tensor. Looks on only as long as they are."""
+    if not isinstance(x, Tensor):
+        return all(map(_is_still, x.values()))
     if len(x) < 2:
         return False
     edges = [0, 2, *range(64, len(x), 4096), len(x)]
     return all(bool((x[start:end] == x[:1]).all()) for start, end in itertools.pairwise(edges))
+
+
+def _is_zero(x: Input) -> bool:
+    """Whether every value of the first row is 0."""
+    return not any(bool(part[0].any()) for part in flat({"": x}).values())
 
 
 def check_structure(source: str, splits: Splits) -> None:
@@ -116,11 +121,12 @@ def check_structure(source: str, splits: Splits) -> None:
         InputError: otherwise.
     """
     like: Mapping[str, Tensor] = {}
-    for name in sorted(splits, key=ORDER.index):
+    for name in sorted(splits, key=SPLITS.index):
         split = splits[name]
         if len(split.target) == 0:
             raise InputError(f"{source}: the {name} split is empty")
-        inputs, labels = (split.inputs, len(split.target)) if split.in_memory else (split.first(), min(2, len(split.target)))
+        made, labels = (split.inputs, len(split.target)) if split.in_memory else (split.first(), min(2, len(split.target)))
+        inputs = flat(made)
         like = like or inputs
         if list(inputs) != list(like):
             raise InputError(f"{source}: {name} has the modalities {', '.join(inputs)}, train has {', '.join(like)}")

@@ -13,9 +13,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from iprm.encoders.description import Input, each, flat
 from iprm.errors import InputError
 
-Batch = tuple[dict[str, Tensor], Tensor]
+Batch = tuple[dict[str, Input], Tensor]
 SPLITS = ("train", "val", "test")
 #: Of each input of a split, the rows whose values its digest is made of: data of any size are told apart in a millisecond.
 SAMPLED_ROWS = 64
@@ -25,14 +26,15 @@ SAMPLED_ROWS = 64
 class Split(Dataset[Batch]):
     """One split, whole in memory.
 
-    inputs: modality -> (N, ...); target: (N,) int64; origin: modality -> (N,) int64, the item of the source that each row
-    was made from, by which splits can be shown to be disjoint.
+    inputs: modality -> (N, ...), or name -> (N, ...) for a modality of several tensors, such as token ids and their mask;
+    target: (N,) int64; origin: modality -> (N,) int64, the item of the source that each row was made from, by which splits can
+    be shown to be disjoint.
 
     A subclass with ``in_memory = False`` makes its batches in ``__getitem__``, in workers, and may use random numbers of torch,
     numpy and Python for them. Its `inputs` are what it makes them of, such as tensors of memory-mapped files, or empty.
     """
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Input]
     target: Tensor
     origin: Mapping[str, Tensor]
 
@@ -44,12 +46,12 @@ class Split(Dataset[Batch]):
     def __getitem__(self, rows: int | Tensor) -> Batch:
         """One row, or by indices (B,) a whole batch, by one index_select a tensor: collating 64 rows one by one costs more than
         a small model's step."""
-        return {modality: x[rows] for modality, x in self.inputs.items()}, self.target[rows]
+        return {modality: each(lambda tensor: tensor[rows], x) for modality, x in self.inputs.items()}, self.target[rows]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return self[torch.as_tensor(indices)]
 
-    def first(self, rows: int = 2) -> dict[str, Tensor]:
+    def first(self, rows: int = 2) -> dict[str, Input]:
         """The inputs of the first rows, as they are in a batch, without a trace in the generators of random numbers."""
         with isolate_rng():
             return self[torch.arange(min(rows, len(self)))][0]
@@ -64,8 +66,8 @@ class Split(Dataset[Batch]):
             found.update(f"{name} {tuple(numbers.shape)}".encode())
             found.update(numbers.numpy().astype("<i8").tobytes())
         rows = torch.from_numpy(np.linspace(0, len(self) - 1, min(len(self), SAMPLED_ROWS)).astype(np.int64))
-        for modality, x in sorted(self.inputs.items()):
-            found.update(f"{modality} {x.dtype} {tuple(x.shape)}".encode())
+        for label, x in sorted(flat(self.inputs).items()):
+            found.update(f"{label} {x.dtype} {tuple(x.shape)}".encode())
             found.update(x[rows].reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:16]
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from iprm.encoders.description import Input, each
+
 from .module import FusionModule
 from .output import FusionOutput
 
@@ -35,14 +37,14 @@ class FusionModel(nn.Module):
         self.encoders = nn.ModuleDict({name: encoders[name] for name in fusion.modalities})
         self.fusion, self.memory_format = fusion, memory_format
 
-    def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """modality -> (B, ...) to modality -> (B, D)."""
-        return {name: encoder(self._placed(inputs[name])) for name, encoder in self.encoders.items()}
+    def encode(self, inputs: Mapping[str, Input]) -> dict[str, Tensor]:
+        """modality -> (B, ...), or a dict of such tensors, to modality -> (B, D)."""
+        return {name: encoder(each(self._placed, inputs[name])) for name, encoder in self.encoders.items()}
 
-    def forward(self, inputs: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+    def forward(self, inputs: Mapping[str, Input], target: Tensor | None = None) -> FusionOutput:
         return self.fusion(self.encode(inputs), target)
 
-    def with_features(self, inputs: Mapping[str, Tensor], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
+    def with_features(self, inputs: Mapping[str, Input], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
         """The features of every modality beside the output."""
         features = self.encode(inputs)
         return features, self.fusion(features, target)

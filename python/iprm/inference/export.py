@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 import iprm_kernels as ik
+from iprm.encoders.description import Input, InputSpec, each, flat, nested, plain
 from iprm.environment import versions
 from iprm.errors import InputError
 
@@ -56,18 +57,26 @@ def export(model: Inference, folder: Path) -> float:
 
 
 def exported(model: Inference) -> ExportedProgram:
-    """The graph of `model` for any number of rows, of aten operators alone, without the names of the files it was traced in."""
+    """The graph of `model` for any number of rows, of aten operators alone, without the names of the files it was traced in.
+
+    Raises:
+        InputError: an encoder class cannot be traced for any number of rows, or uses operators of other libraries.
+    """
     batch = Dim("batch")
-    example = {modality: torch.zeros(3, *shape) for modality, shape in model.shapes.items()}
+    example = {modality: each(lambda spec: spec.zeros(3), description) for modality, description in model.inputs.items()}
+    sizes = {modality: each(lambda _: {0: batch}, description) for modality, description in model.inputs.items()}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", category=FutureWarning)  # of torch's own, from inside torch.export
-        program = torch.export.export(model, (example,), dynamic_shapes=({m: {0: batch} for m in example},), strict=False)
+        try:
+            program = torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
+        except Exception as error:  # of an encoder class of the user's own torch.export raises errors of any type
+            raise InputError(f"torch.export cannot trace the model: {type(error).__name__}: {error}") from error
         program = program.run_decompositions(ik.decompositions())
     for node in program.graph.nodes:
         for note in ("stack_trace", "from_node", "torch_fn"):
             node.meta.pop(note, None)
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten":
-            raise RuntimeError(f"{node.target}: an operator that torch alone does not have is left in the exported graph")
+            raise InputError(f"{node.target}: an operator that torch alone does not have is left in the exported graph")
     return program
 
 
@@ -76,34 +85,41 @@ def largest_difference(model: Inference, other: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     differences = []
     for rows in BATCHES:
-        inputs = {modality: torch.randn(rows, *shape, generator=generator) for modality, shape in model.shapes.items()}
+        inputs = nested({label: _random(spec, rows, generator) for label, spec in flat(model.inputs).items()})
         ours, theirs = logits(model, inputs), logits(other, inputs)
         scale = ours.abs().max().clamp(min=1)
         differences.append((ours - theirs).abs().max() / scale)
     return float(torch.stack(differences).max())
 
 
+def _random(spec: InputSpec, rows: int, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers, or integers of 0 and 1: how many others an encoder knows is not known."""
+    if spec.floating:
+        return torch.randn(rows, *spec.shape, generator=generator)
+    return torch.randint(2, (rows, *spec.shape), generator=generator).to(spec.torch_dtype)
+
+
 @torch.no_grad()
-def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def logits(model: Any, inputs: Mapping[str, Input]) -> Tensor:
     """Those of the prediction and of every head.  -> (1 + heads, B, C)"""
     output = model(dict(inputs))
     return torch.stack([output["logits"], *output["logits_by"].values()])
 
 
 def weights_read(program: ExportedProgram) -> dict[str, Tensor]:
-    """The parameters and buffers that the graph reads, by name. λ of the next training step and its like are not among them."""
-    nodes = {node.name: node for node in program.graph.nodes}
-    read = [spec.target for spec in program.graph_signature.input_specs if spec.target and nodes[spec.arg.name].users]
-    return {name: program.state_dict[name].detach().contiguous().clone() for name in read}
+    """The parameters and buffers of the checkpoint that the graph reads, by name: not λ of the next training step, nor buffers
+    that are not persistent, which the graph holds as constants."""
+    used = {node.name for node in program.graph.nodes if node.users}
+    read = [spec.target for spec in program.graph_signature.input_specs if spec.arg.name in used]
+    return {name: program.state_dict[name].detach().contiguous().clone() for name in read if name in program.state_dict}
 
 
 def describe(model: Inference) -> dict[str, Any]:
     """What model.json says of a model: what it takes, what it gives, and what it was made with."""
     weight = getattr(model.fusion, "eval_weight", None)
     return {
-        "modalities": list(model.shapes),
-        "input_shapes": {modality: list(shape) for modality, shape in model.shapes.items()},
-        "dtype": "float32",
+        "modalities": list(model.inputs),
+        "inputs": plain(model.inputs),
         "classes": model.num_classes,
         "method": model.settings["method"],
         "method_options": model.settings["method_options"],

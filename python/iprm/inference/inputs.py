@@ -3,106 +3,65 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from iprm.data.npz import PREFIX, StoredArray, open_archive, stored_file, stored_member
+from iprm.encoders.description import Description, InputSpec, flat, nested
 from iprm.errors import InputError, closest
 
-PREFIX = "x_"
-Shapes = Mapping[str, Sequence[int]]
-#: What a file that is no archive, no array, or a part of one, makes numpy and zipfile raise.
-BROKEN = (ValueError, OSError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-
-
-class Header(NamedTuple):
-    """What the header of an array says."""
-
-    shape: tuple[int, ...]
-    by_columns: bool
-    dtype: np.dtype
+Specs = Mapping[str, InputSpec]
 
 
 class Piece(NamedTuple):
-    """Consecutive rows of a source: modality -> (N, *shape) float32, all finite."""
+    """Consecutive rows of a source: label of a tensor -> (N, ...), floating numbers in float32 and finite."""
 
     source: str
     first_row: int
-    inputs: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
 
     @property
     def rows(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return len(next(iter(self.arrays.values())))
 
 
 @dataclass(frozen=True)
 class Array:
-    """An array that a header speaks of: in a file of its own, or a member of an archive. `count` is its number of rows."""
+    """`count` rows of one tensor of an input."""
 
-    file: Path
-    member: str | None
-    dtype: np.dtype
-    shape: tuple[int, ...]
+    stored: StoredArray
+    spec: InputSpec
     count: int
-    by_columns: bool
-
-    @property
-    def label(self) -> str:
-        return f"{self.file}" if self.member is None else f"{self.file}: array {self.member!r}"
 
     def read(self, rows: int) -> Generator[np.ndarray, None, None]:
-        """The rows in float32, at most `rows` at a time.
+        """The rows, at most `rows` at a time: floating numbers in float32, others in the type of the input.
 
         Raises:
-            InputError: the file is broken, or a value is not finite in float32.
+            InputError: the file is broken, or a value is not finite in float32, or not one of that type.
         """
         first = 0
-        blocks = self._mapped(rows) if self.member is None else self._unpacked(rows, self.member)
-        while first < self.count:
-            try:
-                block = next(blocks)
-            except BROKEN as error:
-                raise InputError(f"{self.label} is broken: {error}") from error
-            if len(block) != min(rows, self.count - first):
-                raise InputError(f"{self.label} is broken: it ends after row {first + len(block)} of {self.count}")
+        for block in self.stored.blocks(rows, (self.count, *self.spec.shape)):
             with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is named below
-                block = block.astype(np.float32)
-            wrong = ~np.isfinite(block.reshape(len(block), -1)).all(axis=1)
-            if wrong.any():
-                row = first + int(wrong.argmax())
-                raise InputError(f"{self.label}: row {row} has a value that is not finite in float32; nothing was written")
-            yield block
+                values = block.astype(np.float32 if self.spec.floating else self.spec.dtype)
+            right = np.isfinite(values) if self.spec.floating else values == block
+            right = right.reshape(len(block), -1).all(axis=1)
+            if not right.all():
+                row, what = (
+                    first + int(right.argmin()),
+                    "finite in float32" if self.spec.floating else f"one of {self.spec.dtype}",
+                )
+                raise InputError(f"{self.stored.label}: row {row} has a value that is not {what}; nothing was written")
+            yield values
             first += len(block)
-
-    def _mapped(self, rows: int) -> Iterator[np.ndarray]:
-        whole = np.load(self.file, mmap_mode="r", allow_pickle=False).reshape(self.count, *self.shape)
-        for start in range(0, self.count, rows):
-            yield whole[start : start + rows]
-
-    def _unpacked(self, rows: int, member: str) -> Iterator[np.ndarray]:
-        with zipfile.ZipFile(self.file) as archive, archive.open(f"{member}.npy") as file:
-            _read_header(file)
-            if self.by_columns:  # its rows lie apart: it is read whole
-                whole = np.frombuffer(file.read(), self.dtype).reshape(*self.shape[::-1], self.count).T
-                for start in range(0, self.count, rows):
-                    yield whole[start : start + rows]
-                return
-            size = math.prod(self.shape) * self.dtype.itemsize
-            for start in range(0, self.count, rows):
-                content = file.read(size * min(rows, self.count - start))
-                yield np.frombuffer(content, self.dtype).reshape(-1, *self.shape)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Samples that belong together: the arrays of an .npz, or the .npy files of a folder. modality -> array."""
+    """Samples that belong together: the arrays of an .npz, or the .npy files of a folder. label of a tensor -> array."""
 
     name: str
     arrays: dict[str, Array]
@@ -116,20 +75,22 @@ class Source:
                 first += len(blocks[0])
 
 
-def find_samples(path: Path, shapes: Shapes) -> list[Source]:
+def find_samples(path: Path, inputs: Mapping[str, Description]) -> list[Source]:
     """The sources at `path`, in order of name, all of whose headers fit.
 
     Args:
         path: an .npz file, a folder of such files, or a folder of a ``<modality>.npy`` a modality.
-        shapes: modality -> shape of one row.
+        inputs: modality -> description of its input. The array of a tensor ``ids`` of a modality ``text`` is called
+            ``x_text.ids``, its file ``text.ids.npy``.
 
     Raises:
         InputError: nothing is there, a modality is missing, or an array is of another shape, type or number of rows.
     """
+    specs = flat(inputs)
     if path.is_file():
         if path.suffix != ".npz":
             raise InputError(f"{path}: expected an .npz file, or a folder of .npz files or of <modality>.npy files")
-        return [_of_archive(path, shapes)]
+        return [_of_archive(path, specs)]
     if not path.is_dir():
         raise InputError(f"{path}: there is no such file or folder")
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
@@ -139,24 +100,20 @@ def find_samples(path: Path, shapes: Shapes) -> list[Source]:
         raise InputError(f"{path}: expected .npz files or .npy files, got {len(archives)} of those and {len(arrays)} of these")
     if not archives and not arrays:
         raise InputError(f"{path}: there are no .npz files here, and no .npy files")
-    return [_of_archive(file, shapes) for file in archives] or [_of_folder(path, arrays, shapes)]
+    return [_of_archive(file, specs) for file in archives] or [_of_folder(path, arrays, specs)]
 
 
-def _of_archive(file: Path, shapes: Shapes) -> Source:
-    try:
-        archive = zipfile.ZipFile(file)
-    except BROKEN as error:
-        raise InputError(f"{file}: not a readable .npz file: {error}") from error
-    with archive:
+def _of_archive(file: Path, specs: Specs) -> Source:
+    with open_archive(file) as archive:
         held = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-        names = _required({m: f"{PREFIX}{m}" for m in shapes}, held, f"{file}: there is no array", "the file has")
-        return _alike(Source(file.name, {m: _member(archive, file, name, shapes[m]) for m, name in names.items()}))
+        names = _required({m: f"{PREFIX}{m}" for m in specs}, held, f"{file}: there is no array", "the file has")
+        return _alike(Source(file.name, {m: _checked(stored_member(archive, file, n), specs[m]) for m, n in names.items()}))
 
 
-def _of_folder(folder: Path, files: Sequence[Path], shapes: Shapes) -> Source:
+def _of_folder(folder: Path, files: Sequence[Path], specs: Specs) -> Source:
     held = {file.name for file in files}
-    names = _required({m: f"{m}.npy" for m in shapes}, held, f"{folder}: there is no file", "the folder has")
-    return _alike(Source(folder.resolve().name, {m: _alone(folder / name, shapes[m]) for m, name in names.items()}))
+    names = _required({m: f"{m}.npy" for m in specs}, held, f"{folder}: there is no file", "the folder has")
+    return _alike(Source(folder.resolve().name, {m: _checked(stored_file(folder / n), specs[m]) for m, n in names.items()}))
 
 
 def _required(names: dict[str, str], held: Iterable[str], absence: str, presence: str) -> dict[str, str]:
@@ -169,65 +126,30 @@ def _required(names: dict[str, str], held: Iterable[str], absence: str, presence
     return names
 
 
-def _member(archive: zipfile.ZipFile, file: Path, name: str, shape: Sequence[int]) -> Array:
-    try:
-        with archive.open(f"{name}.npy") as content:
-            header = _read_header(content)
-            held = archive.getinfo(f"{name}.npy").file_size - content.tell()
-    except BROKEN as error:
-        raise InputError(f"{file}: array {name!r} cannot be read: {error}") from error
-    return _checked(file, name, header, held, shape)
-
-
-def _alone(file: Path, shape: Sequence[int]) -> Array:
-    try:
-        with file.open("rb") as content:
-            header = _read_header(content)
-            held = file.stat().st_size - content.tell()
-    except BROKEN as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
-    return _checked(file, None, header, held, shape)
-
-
-def _read_header(file: IO[bytes]) -> Header:
-    """Of the array itself nothing is read, and no object of it is made.
-
-    Raises:
-        ValueError: it is no header. What numpy lets through of its parser's own errors is among them.
-    """
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    try:
-        return Header(*read(file))
-    except (TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
-        raise ValueError(f"its header is not one of an array ({error})") from error
-
-
-def _checked(file: Path, member: str | None, header: Header, held: int, shape: Sequence[int]) -> Array:
-    """The array, if it is one of samples of the given shape, and all of its bytes are there."""
-    found, by_columns, dtype = header
-    shape = tuple(shape)
-    count = 1 if found == shape else found[0] if found[1:] == shape else -1
-    array = Array(file, member, dtype, shape, count, by_columns and len(found) > 1)
-    if not (np.issubdtype(dtype, np.floating) or np.issubdtype(dtype, np.integer)):
-        raise InputError(f"{array.label}: expected numbers, got {dtype}")
+def _checked(stored: StoredArray, spec: InputSpec) -> Array:
+    """The array, if it is one of samples of this description, and all of its bytes are there."""
+    found, _, dtype = stored.header
+    count = 1 if found == spec.shape else found[0] if found[1:] == spec.shape else -1
+    whole = np.issubdtype(dtype, np.integer) or (spec.dtype == "bool" and dtype == np.bool_)
+    if not whole and not (spec.floating and np.issubdtype(dtype, np.floating)):
+        raise InputError(f"{stored.label}: expected {'numbers' if spec.floating else f'values of {spec.dtype}'}, got {dtype}")
     if count < 0:
-        many = f"(N, {', '.join(map(str, shape))})"
-        raise InputError(f"{array.label}: expected shape {shape} of one sample or {many} of several, got {found}")
+        many = f"(N, {', '.join(map(str, spec.shape))})"
+        raise InputError(f"{stored.label}: expected shape {spec.shape} of one sample or {many} of several, got {found}")
     if count == 0:
-        raise InputError(f"{array.label}: there are no rows, its shape is {found}")
-    expected = math.prod(found) * dtype.itemsize
-    if held < expected:
-        raise InputError(f"{array.label} is broken: {found} of {dtype} takes {expected} bytes, there are {held}")
-    return array
+        raise InputError(f"{stored.label}: there are no rows, its shape is {found}")
+    if stored.held < stored.header.size:
+        takes = f"{found} of {dtype} takes {stored.header.size} bytes"
+        raise InputError(f"{stored.label} is broken: {takes}, there are {stored.held}")
+    return Array(stored, spec, count)
 
 
 def _alike(source: Source) -> Source:
     first, *others = source.arrays.values()
     for other in others:
         if other.count != first.count:
-            like = first.member or first.file.name
-            raise InputError(f"{other.label}: expected as many samples as {like} has, {first.count}, got {other.count}")
+            like = first.stored.member or first.stored.file.name
+            raise InputError(f"{other.stored.label}: expected as many samples as {like} has, {first.count}, got {other.count}")
     return source
 
 
@@ -241,3 +163,8 @@ def gathered(pieces: Iterable[Piece], rows: int) -> Iterator[list[Piece]]:
         held.append(piece)
     if held:
         yield held
+
+
+def joined(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The inputs of one batch: modality -> (N, ...), or a dict of such arrays."""
+    return nested({label: np.concatenate([piece.arrays[label] for piece in pieces]) for label in pieces[0].arrays})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from iprm.data import options_of
+from iprm.encoders.description import Input, descriptions
+from iprm.encoders.registry import imported_classes
 from iprm.errors import InputError
 from iprm.fusion.module import FusionModule
 from iprm.training.checkpoint import read_checkpoint
@@ -19,8 +21,8 @@ from iprm.training.classifier import FusionClassifier
 class Inference(nn.Module):
     """A `FusionClassifier` in evaluation: λ is the one that training left, nothing is learned, float32 on the CPU.
 
-    modality -> (B, *shape) to {"logits": (B, C), "probabilities": (B, C), "logits_by": {head: (B, C)}}. It takes the modalities
-    that its method reads, of "unimodal-<modality>" that one alone.
+    modality -> (B, *shape), or a dict of such tensors, to {"logits": (B, C), "probabilities": (B, C), "logits_by":
+    {head: (B, C)}}. It takes the modalities that its method reads, for "unimodal-<modality>" that one alone.
     """
 
     def __init__(self, model: FusionClassifier) -> None:
@@ -29,11 +31,11 @@ class Inference(nn.Module):
         assert isinstance(model.fusion, FusionModule)
         self.fusion, self.rule = model.fusion, model.rule
         self.encoders = nn.ModuleDict({modality: model.encoders[modality] for modality in self.fusion.modalities})
-        self.shapes: dict[str, tuple[int, ...]] = {m: tuple(self.settings["shapes"][m]) for m in self.encoders}
+        self.inputs = {m: description for m, description in descriptions(self.settings["inputs"]).items() if m in self.encoders}
         self.num_classes: int = self.settings["num_classes"]
         self.float().eval().requires_grad_(False)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    def forward(self, inputs: Mapping[str, Input]) -> dict[str, Any]:
         output = self.fusion({modality: encoder(inputs[modality]) for modality, encoder in self.encoders.items()})
         logits = self.rule.predict(output)
         return {
@@ -43,18 +45,30 @@ class Inference(nn.Module):
         }
 
 
-def load_inference(path: str | Path) -> Inference:
+def load_inference(path: str | Path, encoders: Collection[str] = ()) -> Inference:
     """The model of a checkpoint that `iprm fit` has written, whatever precision or device it was trained with.
 
-    No code of the checkpoint runs: of a pickle, tensors and plain values alone are read.
+    No code of the checkpoint runs: tensors and plain values alone are read, and no module is imported because the checkpoint
+    names it.
+
+    Args:
+        path: the file.
+        encoders: import paths of encoder classes that the checkpoint may name, beside the encoders of `ENCODERS`.
 
     Raises:
-        InputError: no such file, no checkpoint of `iprm fit`, or one whose weights are not those of its settings.
+        InputError: no such file, no checkpoint of `iprm fit`, one with an encoder class that is not among `encoders`, or one
+            whose weights are not those of its settings.
     """
     checkpoint = read_checkpoint(path, mmap=True)
     known = options_of(FusionClassifier)
     settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
     try:
+        for modality, cls in imported_classes(settings.get("encoders")).items():
+            if cls not in encoders:
+                raise InputError(
+                    f"the encoder of modality {modality!r} is the class {cls}, which would be imported and run; "
+                    f"if you trust it, add --encoder {cls}"
+                )
         with torch.device("meta"):  # no memory is taken for weights that are about to be replaced, however large a size says
             model = FusionClassifier(**settings)
         model.load_state_dict(checkpoint["state_dict"], assign=True)

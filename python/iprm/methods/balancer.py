@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from iprm.distributed import process_group, world_size
+from iprm.encoders.description import Input
 from iprm.errors import InputError
 from iprm.fusion.model import FusionModel
 from iprm.fusion.output import FusionOutput
@@ -104,7 +105,7 @@ class Balancer:
         self.model.train()
         self.driver.start_epoch(epoch, loader)
 
-    def step(self, inputs: Mapping[str, Tensor], target: Tensor) -> FusionOutput:
+    def step(self, inputs: Mapping[str, Input], target: Tensor) -> FusionOutput:
         """One batch: the parameters are updated, at every `accumulate`-th batch.
 
         Args:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from iprm.encoders.description import Input
 from iprm.errors import InputError
 from iprm.fusion.model import FusionModel
 from iprm.fusion.output import FusionOutput
@@ -48,7 +49,7 @@ class Driver:
         self.rule.start_epoch(Epoch(epoch, self.model, loader))
 
     def updates(
-        self, inputs: Mapping[str, Tensor], target: Tensor, epoch: int, batch: int, batches: int | None
+        self, inputs: Mapping[str, Input], target: Tensor, epoch: int, batch: int, batches: int | None
     ) -> Iterator[Update]:
         """The updates of one batch. Before the next one is taken, the caller differentiates `loss_of` it, calls `modulate`, and
         lets the optimiser step inside `scaled_rates`."""

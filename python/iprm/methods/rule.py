@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from iprm.encoders.description import Input
 from iprm.fusion.model import FusionModel
 from iprm.fusion.output import FusionOutput
 
@@ -34,12 +35,12 @@ class Step:
     """
 
     model: FusionModel
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Input]
     target: Tensor
     epoch: int
     batch: int
     batches: int | None
-    run: Callable[[Mapping[str, Tensor], Tensor], tuple[dict[str, Tensor], FusionOutput]]
+    run: Callable[[Mapping[str, Input], Tensor], tuple[dict[str, Tensor], FusionOutput]]
     features: dict[str, Tensor] = field(default_factory=dict)
 
     def forward(self) -> FusionOutput:

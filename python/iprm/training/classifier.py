@@ -23,7 +23,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from iprm.data.module import MultimodalData
 from iprm.data.split import Batch
 from iprm.distributed import gathered, rank, world_size
-from iprm.encoders.small import build_encoders
+from iprm.encoders.description import Input, plain
+from iprm.encoders.registry import build_encoders, canonical
 from iprm.errors import InputError, unknown
 from iprm.fusion.model import FusionModel
 from iprm.fusion.module import FusionModule
@@ -53,12 +54,13 @@ class FusionClassifier(L.LightningModule):
     checkpoint is written only of a model whose steps and parameters are finite.
 
     Args:
-        shapes: modality -> shape of one input, (C, H, W) or (D,).
+        inputs: modality -> description of its input, as `MultimodalData.inputs` has it: a tensor, or a dict of tensors.
         num_classes: C.
         method: a key of `iprm.methods.METHODS`, or "unimodal-<modality>".
         method_options: options of the method, such as {"alpha": 0.9}.
-        encoders: modality -> "cnn", "mlp", "linear" or "identity"; those not named are chosen by shape.
-        feature_dim: width of every encoder's features.
+        encoders: modality -> "cnn", "mlp", "linear", "identity", "resnet18", or the import path of an nn.Module of yours; with
+            arguments, a mapping of both (see docs/your-model.md). A modality that is not named gets an encoder by its shape.
+        feature_dim: width of the features; those of "identity", "resnet18" and of a class of yours have a width of their own.
         optimizer: any of torch.optim, {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}; None for SGD with a
             learning rate of 0.01, momentum 0.9 and weight decay 1e-4.
         lr_scheduler: any of torch.optim.lr_scheduler, or `iprm.training.optim.StepAtFraction` (the default) or `WarmupCosine`,
@@ -84,11 +86,11 @@ class FusionClassifier(L.LightningModule):
 
     def __init__(
         self,
-        shapes: dict[str, list[int]],
+        inputs: dict[str, Any],
         num_classes: int,
         method: str = "iprm",
         method_options: dict[str, Any] | None = None,
-        encoders: dict[str, str] | None = None,
+        encoders: dict[str, str | dict[str, Any]] | None = None,
         feature_dim: int = 64,
         optimizer: dict[str, Any] | str | None = None,
         lr_scheduler: dict[str, Any] | str | None = LR_SCHEDULER,
@@ -98,11 +100,12 @@ class FusionClassifier(L.LightningModule):
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
+        inputs, encoders = plain(inputs), canonical(encoders)  # a checkpoint holds plain values
         self.save_hyperparameters()
-        self.structure = _structure(shapes, num_classes, method, method_options, encoders, feature_dim)
-        every, widths = build_encoders(shapes, feature_dim, encoders or {})
+        self.structure = _structure(inputs, num_classes, method, method_options, encoders, feature_dim)
+        every, widths = build_encoders(inputs, feature_dim, encoders)
         try:
-            built = build(method, widths, num_classes, tuple(shapes), **(method_options or {}))
+            built = build(method, widths, num_classes, tuple(inputs), **(method_options or {}))
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
         self.fusion, self.rule = built
@@ -114,8 +117,8 @@ class FusionClassifier(L.LightningModule):
         self._model = (model,)  # in a tuple: as a submodule it would name every parameter a second time
         self.graphed = GraphedStep(model) if cuda_graph else None
         for modality in modality_options or {}:
-            if modality not in shapes:
-                raise InputError(unknown("modality in modality_options", modality, shapes))
+            if modality not in inputs:
+                raise InputError(unknown("modality in modality_options", modality, inputs))
         self.modality_options, freeze = _modality_options(modality_options or {}, tuple(self.encoders))
         self.driver = Driver(model, self.rule, self.graphed, freeze)
         self.automatic_optimization = SEVERAL_UPDATES not in self.rule.needs
@@ -191,11 +194,11 @@ class FusionClassifier(L.LightningModule):
         if rows == 1 and any(isinstance(module, _BatchNorm) for module in self.encoders.modules()):
             raise InputError("batch_size: expected at least 2 to train encoders that normalise over a batch, got 1")
 
-    def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, inputs: Mapping[str, Input]) -> dict[str, Tensor]:
         """modality -> (B, ...) to modality -> (B, D)."""
         return self.model.encode(inputs)
 
-    def forward(self, inputs: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
+    def forward(self, inputs: Mapping[str, Input], target: Tensor | None = None) -> FusionOutput:
         """modality -> (B, ...), target (B,) int64 or None -> FusionOutput; in evaluation with the prediction of the rule."""
         output = self.model(inputs, target)
         return output if self.training else self.driver.predicted(output)
@@ -239,7 +242,7 @@ class FusionClassifier(L.LightningModule):
         self.means.update(update.output, target)
         return None
 
-    def _watch(self, inputs: Mapping[str, Tensor], target: Tensor | None, update: Update) -> None:
+    def _watch(self, inputs: Mapping[str, Input], target: Tensor | None, update: Update) -> None:
         self.guard.watch(self.batches - 1, inputs, self.driver.features, update.output)
         if target is not None:
             self.means.update(update.output, target)
@@ -390,20 +393,20 @@ def _modality_options(
 
 
 def _structure(
-    shapes: Mapping[str, Sequence[int]],
+    inputs: Mapping[str, Any],
     num_classes: int,
     method: str,
     method_options: Mapping[str, Any] | None,
-    encoders: Mapping[str, str] | None,
+    encoders: Mapping[str, Any] | None,
     feature_dim: int,
     **_: Any,
 ) -> dict[str, Any]:
     """The hyperparameters that decide which parameters a model has, in one form."""
     return {
-        "shapes": {modality: list(shape) for modality, shape in shapes.items()},
+        "inputs": plain(inputs),
         "num_classes": num_classes,
         "method": method,
         "method_options": dict(method_options or {}),
-        "encoders": dict(encoders or {}),
+        "encoders": canonical(encoders),
         "feature_dim": feature_dim,
     }

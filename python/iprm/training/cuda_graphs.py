@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iprm.distributed import world_size
+from iprm.encoders.description import Input, flat, nested
 from iprm.fusion.model import FusionModel
 from iprm.fusion.output import FusionOutput
 
@@ -35,7 +36,7 @@ class GraphedStep:
         self._shapes: Shapes = []
         self._told: set[str] = set()
 
-    def __call__(self, inputs: Mapping[str, Tensor], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
+    def __call__(self, inputs: Mapping[str, Input], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
         obstacle = self._obstacle(target)
         if not obstacle and self._graphed is None:
             self._capture(inputs, target)
@@ -47,7 +48,7 @@ class GraphedStep:
                 log.warning("cuda_graph: %s; such steps run without a graph", obstacle)
             return self.model.with_features(inputs, target)
         assert self._graphed is not None
-        return self._graphed.unpacked(self._graphed(*inputs.values(), target))
+        return self._graphed.unpacked(self._graphed(*flat(inputs).values(), target))
 
     def _obstacle(self, target: Tensor) -> str:
         """Why this step cannot be a graph; empty if it can."""
@@ -63,30 +64,31 @@ class GraphedStep:
             return "pairs='random' draws on the host"
         return ""
 
-    def _capture(self, inputs: Mapping[str, Tensor], target: Tensor) -> None:
+    def _capture(self, inputs: Mapping[str, Input], target: Tensor) -> None:
         # the warm-up runs the module for real, and would be training steps that no optimiser took
         kept = [buffer.clone() for buffer in self.model.buffers()]
-        flat = _Flat(self.model, tuple(inputs))
-        samples = tuple(x.detach().clone() for x in (*inputs.values(), target))
-        torch.cuda.make_graphed_callables(flat, samples)  # from here on, a call to it launches the graph
+        tensors = flat(inputs)
+        graphed = _Flat(self.model, tuple(tensors))
+        samples = tuple(x.detach().clone() for x in (*tensors.values(), target))
+        torch.cuda.make_graphed_callables(graphed, samples)  # from here on, a call to it launches the graph
         with torch.no_grad():
             for buffer, value in zip(self.model.buffers(), kept, strict=True):
                 buffer.copy_(value)
-        self._graphed, self._shapes = flat, _shapes(inputs, target)
+        self._graphed, self._shapes = graphed, _shapes(inputs, target)
 
 
 class _Flat(nn.Module):
-    """A step from tensors to tensors alone, as a graph wants it."""
+    """A step from tensors to tensors alone, as a graph requires. `labels` are those of the inputs, in order."""
 
-    def __init__(self, model: FusionModel, modalities: tuple[str, ...]) -> None:
+    def __init__(self, model: FusionModel, labels: tuple[str, ...]) -> None:
         super().__init__()
-        self.model, self.modalities = model, modalities
+        self.model, self.labels = model, labels
         self._spec: Any = None
         self._absent: list[int] = []
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         *inputs, target = tensors
-        result = self.model.with_features(dict(zip(self.modalities, inputs, strict=True)), target)
+        result = self.model.with_features(nested(dict(zip(self.labels, inputs, strict=True))), target)
         leaves, self._spec = torch.utils._pytree.tree_flatten(result)
         self._absent = [place for place, leaf in enumerate(leaves) if leaf is None]
         return tuple(leaf for leaf in leaves if leaf is not None)
@@ -99,6 +101,6 @@ class _Flat(nn.Module):
         return torch.utils._pytree.tree_unflatten(whole, self._spec)
 
 
-def _shapes(inputs: Mapping[str, Tensor], target: Tensor) -> Shapes:
-    named = [*inputs.items(), ("", target)]
+def _shapes(inputs: Mapping[str, Input], target: Tensor) -> Shapes:
+    named = [*flat(inputs).items(), ("", target)]
     return [(name, x.shape, x.dtype) for name, x in named]

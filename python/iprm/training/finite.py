@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from iprm.encoders.description import Input, flat
 from iprm.fusion.output import FusionOutput
 
 
@@ -33,19 +34,20 @@ class FiniteGuard:
         self._names: list[str] = []
         self._seen = 0
 
-    def watch(self, step: int, inputs: Mapping[str, Tensor], features: Mapping[str, Tensor], output: FusionOutput) -> None:
+    def watch(self, step: int, inputs: Mapping[str, Input], features: Mapping[str, Tensor], output: FusionOutput) -> None:
         """Records which of the tensors are not finite at this step.
 
         Raises:
             NonFiniteError: at once on the CPU; on a GPU, every `interval` steps.
         """
         outcome = output.logits if output.loss is None else output.loss
-        watched = (*inputs.values(), *features.values(), outcome)
+        floating = {label: x for label, x in flat(inputs).items() if x.is_floating_point()}
+        watched = (*floating.values(), *features.values(), outcome)
         if not outcome.is_cuda and all(_is_finite(x) for x in watched):
             return
         faulty = torch.stack([_faulty(x) for x in watched])
         if self._first is None:
-            self._names = [f"modality {m!r}: its input is not finite" for m in inputs]
+            self._names = [f"modality {m!r}: its input is not finite" for m in floating]
             self._names += [f"modality {m!r}: its encoder gives features that are not finite" for m in features]
             self._names.append("the logits are not finite" if output.loss is None else "the loss is not finite")
             self._first = torch.full_like(faulty, -1, dtype=torch.int64)

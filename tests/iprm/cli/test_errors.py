@@ -64,7 +64,10 @@ WORDS = {
         (*DIGITS, "--model.method_options", "{alhpa: 0.3}"),
         "got 'alhpa'; did you mean 'alpha'?",
     ),
-    "an encoder": ((*DIGITS, "--model.encoders.image", "cn"), "unknown encoder of modality 'image' 'cn': did you mean 'cnn'?"),
+    "an encoder": (
+        (*DIGITS, "--model.encoders.image", "cn"),
+        "'image': unknown encoder 'cn': did you mean 'cnn'?",
+    ),
     "a split": ((*DIGITS, "--data.predict_split", "tset"), "unknown split 'tset': did you mean 'test'?"),
     "an option of info": (("info", "--halp"), "unknown option --halp: did you mean --help?"),
 }

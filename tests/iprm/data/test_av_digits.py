@@ -12,6 +12,7 @@ import torch
 from iprm.data import make_data
 from iprm.data.datasets import recordings
 from iprm.data.datasets.spectrogram import LogMel
+from iprm.encoders.description import InputSpec
 from iprm.errors import InputError
 
 RATE = 8000
@@ -38,7 +39,7 @@ def data_of(folder: Path, **options):
 
 def test_recordings_are_paired_with_noisy_scans_of_their_class(folder):
     quiet = data_of(folder, noise=0.0)
-    assert quiet.shapes == {"audio": [1, 40, 64], "image": [1, 8, 8]}
+    assert quiet.inputs == {"audio": InputSpec((1, 40, 64)), "image": InputSpec((1, 8, 8))}
     pixels, labels = recordings_free_digits()
     for split in quiet.splits.values():
         assert split.target.equal(torch.from_numpy(labels)[split.origin["image"]])

@@ -9,13 +9,14 @@ import pytest
 import torch
 from feature_files import arrays, changed, save, without
 from iprm.data import make_data
+from iprm.encoders.description import InputSpec
 from iprm.errors import InputError
 
 
 def test_features_are_served_as_they_are_in_three_disjoint_stratified_splits(tmp_path):
     content = arrays()
     data = make_data("features", path=save(tmp_path, content), seed=3)
-    assert data.shapes == {"audio": [4], "text": [6]}
+    assert data.inputs == {"audio": InputSpec((4,)), "text": InputSpec((6,))}
     assert data.num_classes == 3
     rows = {name: split.origin["audio"].numpy() for name, split in data.splits.items()}
     assert sorted(np.concatenate(list(rows.values()))) == list(range(60))

@@ -123,7 +123,7 @@ def test_an_archive_that_unpacks_to_more_than_there_is(tmp_path: Path, monkeypat
     """64 MB of zeros in 64 kB, on a machine of 32 MB."""
     path = archive(tmp_path / "f.npz", whole() | {"x_audio.npy": npy(np.zeros((60, 2**18), np.float32))})
     assert path.stat().st_size < MIB
-    monkeypatch.setattr("iprm.data.datasets.features._memory", lambda: 32 * MIB)
+    monkeypatch.setattr("iprm.data.npz.memory", lambda: 32 * MIB)
     tracemalloc.start()
     with pytest.raises(InputError, match=r"its arrays would take \d+ bytes, and this machine has 33554432"):
         read(path)
@@ -140,7 +140,7 @@ def test_a_directory_that_lies_about_a_size(tmp_path: Path, size: int, message: 
     place = content.rindex(b"PK\x01\x02", 0, content.rindex(b"x_audio.npy"))
     content[place + 24 : place + 28] = struct.pack("<I", size)
     path.write_bytes(content)
-    monkeypatch.setattr("iprm.data.datasets.features._memory", lambda: 1024 * MIB)
+    monkeypatch.setattr("iprm.data.npz.memory", lambda: 1024 * MIB)
     with pytest.raises(InputError, match=message):
         read(path)
 

@@ -16,6 +16,7 @@ from iprm.data.loading import Loader, default_workers
 from iprm.data.module import MultimodalData
 from iprm.data.quality import check, check_at_start
 from iprm.data.split import Batch, Split
+from iprm.encoders.description import InputSpec
 from iprm.errors import InputError
 
 # random numbers in workers
@@ -142,7 +143,7 @@ class MadeData(MultimodalData):
 def test_shapes_and_the_check_before_a_run_make_a_few_rows_and_take_no_random_numbers():
     before = torch.get_rng_state()
     data = MadeData()
-    assert (data.shapes, data.modalities, data.num_classes) == ({"x": [4]}, ("x",), 2)
+    assert (data.inputs, data.modalities, data.num_classes) == ({"x": InputSpec((4,))}, ("x",), 2)
     assert data.describe()["val"]["rows"] == 1000
     assert sum(data.splits["train"].made) == 4
     assert sum(data.splits["val"].made) == 2

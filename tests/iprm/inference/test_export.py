@@ -111,7 +111,7 @@ def test_the_description_says_what_goes_in_what_comes_out_and_the_sum_of_both_fi
     export.export(load_inference(path), tmp_path)
     content = json.loads((tmp_path / "model.json").read_text())
     assert content["modalities"] == ["image", "sound", "text"]
-    assert content["input_shapes"] == THREE
+    assert content["inputs"] == {name: {"shape": shape, "dtype": "float32"} for name, shape in THREE.items()}
     assert (content["classes"], content["method"], content["method_options"]) == (CLASSES, "iprm", {"alpha": 0.5})
     assert content["weight"] == model.fusion.eval_weight.tolist()
     assert content["versions"]["torch"] == torch.__version__
@@ -131,7 +131,7 @@ def test_the_weights_are_those_of_the_checkpoint_that_the_prediction_depends_on(
 def test_a_model_of_one_modality_takes_that_one_alone(tmp_path):
     path, _ = checkpoint(tmp_path, method="unimodal-sound")
     export.export(load_inference(path), tmp_path)
-    assert json.loads((tmp_path / "model.json").read_text())["input_shapes"] == {"sound": [6]}
+    assert json.loads((tmp_path / "model.json").read_text())["inputs"] == {"sound": {"shape": [6], "dtype": "float32"}}
     assert not [name for name in load_file(tmp_path / "model.safetensors") if "image" in name]
 
 
@@ -182,9 +182,9 @@ def refused(folder: Path, change) -> str:
 CHANGES = {
     "no weights": (lambda c: c.pop("state_dict"), "not a checkpoint of iprm fit"),
     "no settings": (lambda c: c.pop("hyper_parameters"), "not a checkpoint of iprm fit"),
-    "no shapes": (lambda c: c["hyper_parameters"].pop("shapes"), "cannot be made: .*shapes"),
+    "no inputs": (lambda c: c["hyper_parameters"].pop("inputs"), "cannot be made: .*inputs"),
     "an unknown method": (lambda c: c["hyper_parameters"].update(method="iprmm"), "did you mean 'iprm'"),
-    "shapes that are none": (lambda c: c["hyper_parameters"].update(shapes=3), "cannot be made"),
+    "inputs that are none": (lambda c: c["hyper_parameters"].update(inputs=3), "cannot be made: inputs: expected a mapping"),
     "sizes without end": (lambda c: c["hyper_parameters"].update(feature_dim=2**24), "cannot be made"),
     "a weight too few": (lambda c: c["state_dict"].popitem(), "cannot be made: .*it has no "),
 }

@@ -20,6 +20,29 @@ def model(**options) -> FusionModel:
     return FusionModel(encoders, ProbeRebalance(8, 3, ("sound", "text"), **options))
 
 
+class Masked(nn.Sequential):
+    """Layers on the values of an input that comes with an integer mask."""
+
+    def forward(self, x):
+        return super().forward(x["values"] * x["mask"])
+
+
+def model_of_masks() -> FusionModel:
+    """`model`, whose text is a dict of values and a mask, with the same names and weights."""
+    plain = model()
+    return FusionModel({"sound": plain.encoders["sound"], "text": Masked(*plain.encoders["text"])}, plain.fusion)
+
+
+def with_masks(step):
+    """`step`, called with a mask of ones beside the values of `text`."""
+
+    def call(inputs, target):
+        text = {"mask": torch.ones_like(inputs["text"], dtype=torch.int64), "values": inputs["text"]}
+        return step({**inputs, "text": text}, target)
+
+    return call
+
+
 def batch(seed=0, rows=12, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     inputs = {m: torch.randn(rows, 5, generator=generator).to(device) for m in ("sound", "text")}
@@ -46,7 +69,17 @@ def test_a_graph_trains_as_the_module_does():
     module = model().cuda()
     alone = copy.deepcopy(module)
     losses, state = train(GraphedStep(module), module, "cuda")
-    expected, plain = train(alone, alone, "cuda")
+    expected, plain = train(alone.with_features, alone, "cuda")
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(state, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_inputs_of_several_tensors_trains_as_the_module_does():
+    module = model_of_masks().cuda()
+    losses, state = train(with_masks(GraphedStep(module)), module, "cuda")
+    alone = model().cuda()
+    expected, plain = train(alone.with_features, alone, "cuda")
     assert losses == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(state, plain, rtol=1e-5, atol=1e-6)
 
@@ -75,6 +108,15 @@ def test_capturing_counts_as_no_step(captured_here, caplog):
     assert [record.message for record in caplog.records] == [
         "cuda_graph: this batch has another shape than the one captured; such steps run without a graph"
     ]
+
+
+def test_inputs_of_several_tensors_are_captured_as_tensors_alone(captured_here, caplog):
+    module, alone = model_of_masks(), model()
+    losses, state = train(with_masks(GraphedStep(module)), module)
+    expected, plain = train(alone.with_features, alone)
+    assert losses == expected
+    torch.testing.assert_close(state, plain, rtol=0, atol=0)
+    assert len(caplog.records) == 1, "of the smaller batch"
 
 
 def test_without_a_gpu_steps_run_as_they_are_and_that_is_said_once(caplog):

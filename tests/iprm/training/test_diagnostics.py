@@ -332,7 +332,7 @@ if __name__ == "__main__":
     path, folder = sys.argv[1:]
     data = Features(path, batch_size=7, val_fraction=0.4)
     L.seed_everything(0)
-    model = FusionClassifier(data.shapes, data.num_classes, feature_dim=8)
+    model = FusionClassifier(data.inputs, data.num_classes, feature_dim=8)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
     runner = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 1, "default_root_dir": folder}
     L.Trainer(**quiet, **runner, callbacks=[Diagnostics()]).fit(model, datamodule=data)

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 
 from iprm.data.module import MultimodalData
+from iprm.data.npz import PREFIX, read_archive
 from iprm.data.split import SPLITS, Split, check_fractions, stratified
 from iprm.errors import InputError
 
-PREFIX = "x_"
 MOST_CLASSES = 2**20
-
-
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type that an array declares, before anything is made of that size."""
-    version = np.lib.format.read_magic(stream)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read:
-        raise ValueError(f"version {version} of the .npy format is none of arrays of numbers")
-    shape, _, dtype = read[version](stream)
-    return shape, dtype
-
-
-def _memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Features(MultimodalData):
@@ -75,7 +56,7 @@ class Features(MultimodalData):
 
     def _read(self, finite: bool) -> dict[str, Split]:
         """The splits, of which values that are not finite are refused if `finite`."""
-        arrays = self._arrays()
+        arrays = read_archive(self.path)
         labels = self._labels(arrays)
         features = self._features(arrays, len(labels))
         if finite:
@@ -96,36 +77,6 @@ class Features(MultimodalData):
 
     def _error(self, what: str) -> InputError:
         return InputError(f"{self.path}: {what}")
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        if not self.path.is_file():
-            raise self._error("there is no such file")
-        with self.path.open("rb") as start:
-            if start.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
-                raise self._error("expected an .npz of several arrays (numpy.savez), got a single array")
-        try:
-            file = zipfile.ZipFile(self.path)
-        except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
-            raise self._error(f"not a readable .npz file: {error}") from error
-        with file:
-            entries = {entry.filename.removesuffix(".npy"): entry for entry in file.infolist()}
-            unpacked, memory = sum(entry.file_size for entry in entries.values()), _memory()
-            if unpacked > memory:
-                raise self._error(f"its arrays would take {unpacked} bytes, and this machine has {memory}")
-            return {name: self._array(file, name, entry) for name, entry in entries.items()}
-
-    def _array(self, file: zipfile.ZipFile, name: str, entry: zipfile.ZipInfo) -> np.ndarray:
-        try:
-            with file.open(entry) as stream:
-                shape, dtype = _header(stream)
-            if not dtype.hasobject and math.prod(shape) * dtype.itemsize > entry.file_size:
-                raise EOFError(f"it declares a shape {shape} of {dtype}, and holds {entry.file_size} bytes")
-            with file.open(entry) as stream:
-                return np.lib.format.read_array(stream, allow_pickle=False)
-        except Exception as error:  # of a broken file zipfile, its decompressors and numpy each raise errors of their own
-            if "Object arrays cannot be loaded" in str(error):
-                raise self._error(f"array {name!r} cannot be read without running code it holds: {error}") from error
-            raise self._error(f"array {name!r} is broken: {str(error) or type(error).__name__}") from error
 
     def _labels(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         if "y" not in arrays:

@@ -41,7 +41,7 @@ class Diagnostics(Callback):
     `iprm fit` has it. In a Lightning run of your own it is one more callback of the trainer::
 
         trainer = L.Trainer(callbacks=[ModelCheckpoint(monitor="val_accuracy", mode="max"), Diagnostics()])
-        trainer.fit(FusionClassifier(data.shapes, data.num_classes), datamodule=data)
+        trainer.fit(FusionClassifier(data.inputs, data.num_classes), datamodule=data)
 
     It goes once through the validation split, with the weights that a `ModelCheckpoint` with a monitor has kept as the best,
     or else with the last ones, and on process 0 alone. Weights, module modes and random states are afterwards what they were.

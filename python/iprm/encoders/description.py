@@ -1,0 +1,133 @@
+"""What one row of each modality is: a tensor of some shape and type, or a dict of such tensors (token ids and their mask)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from iprm.errors import InputError
+
+T = TypeVar("T")
+#: The input of one modality in a batch: (B, ...), or several of these by name.
+Input: TypeAlias = Tensor | dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape of one row, without the batch dimension, and the name of its torch type."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(size, int) and size >= 0 for size in self.shape):
+            raise InputError(f"shape of an input: expected whole numbers from 0 up, got {self.shape!r}")
+        if not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
+            raise InputError(f"dtype of an input: expected the name of a torch type, such as float32, got {self.dtype!r}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def floating(self) -> bool:
+        return self.torch_dtype.is_floating_point
+
+    @property
+    def kind(self) -> str:
+        """vector (D,), sequence (T, D), image (C, H, W), frames (T, C, H, W), tokens (T,) of integers; tensor for any other."""
+        if not self.floating:
+            return "tokens" if len(self.shape) == 1 else "tensor"
+        return {1: "vector", 2: "sequence", 3: "image", 4: "frames"}.get(len(self.shape), "tensor")
+
+    def zeros(self, rows: int, device: torch.device | None = None) -> Tensor:
+        """(rows, *shape) of this type, and if it is floating of the default type: that of a model's parameters."""
+        return torch.zeros(rows, *self.shape, dtype=None if self.floating else self.torch_dtype, device=device)
+
+    def __str__(self) -> str:
+        return str(self.shape) if self.floating else f"{self.shape} of {self.dtype}"
+
+
+Description: TypeAlias = InputSpec | dict[str, InputSpec]
+
+
+def described(inputs: Mapping[str, Input]) -> dict[str, Description]:
+    """The description of the inputs of a batch: modality -> (B, ...) or name -> (B, ...)."""
+    specs = {name: InputSpec(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for name, x in flat(inputs).items()}
+    return nested(specs)
+
+
+def plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Descriptions as values that YAML and a checkpoint hold, in the order given: ``{"shape": [1, 8, 8], "dtype": "float32"}``
+    for a tensor, name -> the same for a dict of tensors.
+
+    Args:
+        inputs: modality -> description, its plain form, or the shape of one row, which means float32.
+
+    Raises:
+        InputError: not a description, or a name that is not one of letters, digits and underscores.
+    """
+    return nested({name: asdict(spec) | {"shape": list(spec.shape)} for name, spec in flat(descriptions(inputs)).items()})
+
+
+def descriptions(inputs: Mapping[str, Any]) -> dict[str, Description]:
+    """The descriptions that `plain` accepts, as `InputSpec`; see there."""
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"inputs: expected a mapping of modalities to descriptions, got {inputs!r}")
+    for modality in inputs:
+        if not str(modality).isidentifier() or modality == "mix" or hasattr(nn.ModuleDict, modality):
+            raise InputError(f"modality {modality!r}: expected a name of letters, digits and underscores that is not reserved")
+    return {modality: _description(modality, value) for modality, value in inputs.items()}
+
+
+def _description(modality: str, value: Any) -> Description:
+    if isinstance(value, Mapping) and not isinstance(value.get("shape"), (list, tuple)):
+        for name in value:
+            if not str(name).isidentifier():
+                raise InputError(f"modality {modality!r}: expected names of letters, digits and underscores, got {name!r}")
+        if not value:
+            raise InputError(f"modality {modality!r}: expected at least one tensor, got an empty dict")
+        return {name: _spec(f"{modality}.{name}", part) for name, part in value.items()}
+    return _spec(modality, value)
+
+
+def _spec(label: str, value: Any) -> InputSpec:
+    if isinstance(value, InputSpec):
+        return value
+    if isinstance(value, (list, tuple)):
+        return InputSpec(tuple(value))
+    if isinstance(value, Mapping) and isinstance(value.get("shape"), (list, tuple)) and set(value) <= {"shape", "dtype"}:
+        return InputSpec(tuple(value["shape"]), value.get("dtype", "float32"))
+    raise InputError(f"input {label!r}: expected an InputSpec, or a mapping of shape and dtype, got {value!r}")
+
+
+def each(function: Callable[[Any], Any], value: Any) -> Any:
+    """The result of `function` for one modality: of its tensor, or of every tensor of its dict, by name."""
+    return {name: function(part) for name, part in value.items()} if isinstance(value, Mapping) else function(value)
+
+
+def flat(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors (or what stands for each) of all modalities by label: ``image``, ``text.ids``, ``text.mask``."""
+    labelled: dict[str, Any] = {}
+    for modality, value in inputs.items():
+        if isinstance(value, Mapping):
+            labelled.update({f"{modality}.{name}": part for name, part in value.items()})
+        else:
+            labelled[modality] = value
+    return labelled
+
+
+def nested(labelled: Mapping[str, T]) -> dict[str, Any]:
+    """The reverse of `flat`."""
+    inputs: dict[str, Any] = {}
+    for label, value in labelled.items():
+        modality, separator, name = label.partition(".")
+        if separator:
+            inputs.setdefault(modality, {})[name] = value
+        else:
+            inputs[modality] = value
+    return inputs

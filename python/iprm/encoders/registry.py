@@ -1,0 +1,179 @@
+"""Encoders by name or import path: the networks that turn the input of each modality into its features (B, D)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iprm.errors import InputError, unknown
+
+from .description import Description, descriptions, each
+
+Factory = Callable[..., nn.Module]
+#: name -> a factory, or "module:factory", which is imported when it is first used. A factory is called as
+#: ``factory(description, feature_dim, **options)`` and returns a module (B, ...) -> (B, D).
+ENCODERS: dict[str, str | Factory] = {
+    "auto": "iprm.encoders.small:auto",
+    "cnn": "iprm.encoders.small:cnn",
+    "mlp": "iprm.encoders.small:mlp",
+    "linear": "iprm.encoders.small:linear",
+    "identity": "iprm.encoders.small:identity",
+    "resnet18": "iprm.encoders.resnet:resnet18",
+}
+#: Attributes of a module that state the width of its features.
+WIDTHS = ("feature_dim", "out_features")
+
+
+def build_encoders(
+    inputs: Mapping[str, Any], feature_dim: int, encoders: Mapping[str, Any]
+) -> tuple[nn.ModuleDict, dict[str, int]]:
+    """One encoder per modality.
+
+    Args:
+        inputs: modality -> description of its input, as `description.plain` accepts it.
+        feature_dim: width of the features of those encoders that do not decide it themselves.
+        encoders: modality -> a name of `ENCODERS`, the import path of a subclass of nn.Module, or
+            ``{"class_path": either, "init_args": {...}}``. A modality that is absent gets "auto". A class is called with its
+            init_args alone.
+
+    Returns:
+        The encoders, and the width of the features of each: the first of its attributes `WIDTHS` that is a number, or else that
+        of its features of a batch of zeros, in evaluation mode.
+
+    Raises:
+        InputError: an unknown modality, encoder or option (the closest is suggested), a class that cannot be imported or is no
+            nn.Module, an encoder that does not accept the input, or no width.
+    """
+    if isinstance(feature_dim, bool) or not isinstance(feature_dim, int) or feature_dim < 1:
+        raise InputError(f"feature_dim: expected a whole number from 1 up, got {feature_dim!r}")
+    described = descriptions(inputs)
+    settings = canonical(encoders)
+    for modality in settings:
+        if modality not in described:
+            raise InputError(unknown("modality in encoders", modality, described))
+    built, widths = {}, {}
+    for modality, description in described.items():
+        try:
+            path, options = _parts(settings.get(modality, "auto"))
+            with _memory_of_its_own() if "." in path else contextlib.nullcontext():
+                built[modality] = _build(description, feature_dim, path, options)
+                widths[modality] = feature_width(built[modality], description)
+        except InputError as error:
+            raise InputError(f"encoder of modality {modality!r}: {error}") from error
+    return nn.ModuleDict(built), widths
+
+
+def canonical(encoders: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings of encoders in one form: a name or import path, or if there are arguments a dict of class_path and init_args.
+
+    Raises:
+        InputError: a setting is neither, or an argument is not a plain value, which a checkpoint can hold.
+    """
+    settings: dict[str, Any] = {}
+    for modality, setting in (encoders or {}).items():
+        given = {"class_path": setting} if isinstance(setting, str) else setting
+        path = given.get("class_path") if isinstance(given, Mapping) and set(given) <= {"class_path", "init_args"} else None
+        options = (given.get("init_args") or {}) if path else {}
+        if not isinstance(path, str) or not isinstance(options, Mapping):
+            raise InputError(
+                f"encoder of modality {modality!r}: expected a name, an import path, or a mapping of class_path and init_args, "
+                f"got {setting!r}"
+            )
+        settings[modality] = {"class_path": path, "init_args": _plain(modality, options)} if options else path
+    return settings
+
+
+def imported_classes(encoders: Mapping[str, Any] | None) -> dict[str, str]:
+    """modality -> import path, of the encoders that are not in `ENCODERS`."""
+    paths = {modality: _parts(setting)[0] for modality, setting in canonical(encoders).items()}
+    return {modality: path for modality, path in paths.items() if "." in path}
+
+
+def _parts(setting: Any) -> tuple[str, dict[str, Any]]:
+    """Name or import path, and arguments, of a setting in canonical form."""
+    return (setting, {}) if isinstance(setting, str) else (setting["class_path"], setting["init_args"])
+
+
+def _plain(modality: str, value: Any) -> Any:
+    """A copy of dicts, lists and plain values."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(modality, part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(modality, part) for part in value]
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise InputError(f"encoder of modality {modality!r}: expected init_args of plain values, got {value!r}")
+    return value
+
+
+def _build(description: Description, feature_dim: int, path: str, options: Mapping[str, Any]) -> nn.Module:
+    if "." in path:
+        cls = _imported(path)
+        _check_options(path, list(inspect.signature(cls).parameters.values()), options)
+        return cls(**options)
+    if path not in ENCODERS:
+        raise InputError(unknown("encoder", path, ENCODERS))
+    factory = ENCODERS[path]
+    if isinstance(factory, str):
+        module, _, name = factory.partition(":")
+        factory = getattr(importlib.import_module(module), name)
+    assert not isinstance(factory, str)
+    _check_options(path, list(inspect.signature(factory).parameters.values())[2:], options)
+    return factory(description, feature_dim, **options)
+
+
+def _memory_of_its_own() -> contextlib.AbstractContextManager[Any]:
+    """In place of the meta device the CPU: a class may hold tensors that no checkpoint has, such as buffers not persistent."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else contextlib.nullcontext()
+
+
+def _imported(path: str) -> type[nn.Module]:
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{path} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise InputError(f"expected the import path of a subclass of torch.nn.Module, got {path}")
+    return cls
+
+
+def _check_options(path: str, parameters: Sequence[inspect.Parameter], options: Mapping[str, Any]) -> None:
+    """Raises InputError if an option is unknown or a required one is missing."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = {parameter.name: parameter for parameter in parameters if parameter.kind not in variadic}
+    for option in options:
+        if option not in known and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            raise InputError(unknown(f"option of {path}", option, known) if known else f"{path} has no options, got {option!r}")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise InputError(f"{path} needs the option {option!r} in its init_args")
+
+
+def feature_width(module: nn.Module, description: Description) -> int:
+    """The width D of the features of an encoder: see `build_encoders`.
+
+    Raises:
+        InputError: it has no such attribute, and its features of a batch of zeros are not of shape (B, D).
+    """
+    for name in WIDTHS:
+        width = getattr(module, name, None)
+        if isinstance(width, int) and not isinstance(width, bool):
+            return width
+    device = next((x.device for x in itertools.chain(module.parameters(), module.buffers())), None)
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    with torch.no_grad():
+        features = module(each(lambda spec: spec.zeros(2, device), description))
+    for part, training in modes:  # a part that its class has put into evaluation stays there
+        part.training = training
+    if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
+        found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(f"expected features (B, D) of a batch of 2 rows, got {found}")
+    return features.shape[1]
