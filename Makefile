@@ -1,36 +1,73 @@
-# make demo   a private environment, the build, and IPRM against its baselines on scanned digits
-# make test   linters, then the whole suite, then the Triton kernels under the interpreter
-# make fuzz   hostile arguments and files: the suite's fuzz tests with six times the examples, 5,000 and more, counted
+# make demo      a private environment, the build, and IPRM against its baselines on scanned digits
+# make test      the linters and the default tier of the tests, then the same tier of the Triton kernels under the interpreter
+# make test-all  the rest of the tests: the tiers `grid` and `slow`
+# make fuzz      hostile arguments and files: the suite's fuzz tests with six times the examples, 5,000 and more, counted
 # make sanitize  the operators' tests on C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (gcc), in build/sanitize
-# make bench  operators, head step and epochs against plain and compiled torch: a table, JSON and a plot
-# make gpu-check  build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, by the Python that is there
+# make bench     operators, head step and epochs against plain and compiled torch: a table, JSON and a plot
+# make gpu-check build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, by the Python that is there
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# --no-compile: Python compiles what it imports; compiling all of torch, triton and sympy would take longer than the downloads
+PIP := $(BIN)/pip install -q --no-compile -c constraints.txt
+# on PATH: torch builds with one process where it does not find ninja
+BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# two jobs: the extension is compiled while pip downloads, and the linters run beside the tests
+MAKEFLAGS += --jobs=2
 
-.PHONY: install demo test fuzz sanitize bench gpu-check clean
+.PHONY: install demo test test-all lint suite fuzz sanitize bench gpu-check clean
 
-install: $(VENV)/installed
-
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch numpy "setuptools>=77" "pybind11>=2.13" ninja
-	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
-	touch $@
-
-demo: install
+demo: $(VENV)/installed
 	$(BIN)/iprm compare --data digits --output runs/demo
 
-test: install
+install: $(VENV)/tools
+
+# what compiles the extension
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy "setuptools>=77" "pybind11>=2.13" ninja
+	touch $@
+
+$(VENV)/extension: $(VENV)/torch setup.py $(shell find csrc -type f)
+	$(BUILD)
+	touch $@
+
+# `none`: this installation leaves the extension to the rule above
+$(VENV)/packages: $(VENV)/torch setup.py pyproject.toml
+	IPRM_KERNELS_BUILD=none $(PIP) --no-build-isolation -e ".[train]"
+	touch $@
+
+# all that a demo needs; in place, as nothing but a link is left to do
+$(VENV)/installed: $(VENV)/extension $(VENV)/packages
+	$(BUILD) --inplace
+	touch $@
+
+# and all that the tests need
+$(VENV)/tools: $(VENV)/installed
+	IPRM_KERNELS_BUILD=none $(PIP) --no-build-isolation -e ".[dev]"
+	$(BUILD) --inplace
+	touch $@
+
+test: lint suite
+
+lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/iprm_kernels -k triton
+
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/iprm_kernels -k triton
+suite: $(VENV)/tools
+	$(PYTEST)
+	$(INTERPRETED)
+
+test-all: $(VENV)/tools
+	$(PYTEST) -m "grid or slow"
+	$(INTERPRETED) -m "grid or slow"
 
 fuzz: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s --hypothesis-profile fuzz $(wildcard tests/*/test_hostile*.py)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m "" --hypothesis-profile fuzz $(wildcard tests/*/test_hostile*.py)
 
 # Preloaded, as Python itself is not built with them; libstdc++ too, or exceptions pass the sanitizers by. Leaks are not looked for:
 # Python and torch end with thousands of allocations that they never free. torch's own libraries free by one allocator what another
@@ -45,7 +82,7 @@ sanitize: install
 	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
 	LD_PRELOAD="$(SANITIZERS)" PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  IPRM_KERNELS_BACKEND= $(BIN)/pytest -q tests/iprm_kernels tests/test_sanitize.py $(addprefix --ignore ,$(NOT_SANITIZED))
+	  IPRM_KERNELS_BACKEND= $(BIN)/pytest -q -m "" tests/iprm_kernels tests/test_sanitize.py $(addprefix --ignore ,$(NOT_SANITIZED))
 
 # OUT=FOLDER takes the results elsewhere
 OUT ?= runs/bench

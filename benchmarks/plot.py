@@ -90,6 +90,7 @@ NOT_DRAWN = (
     "memory beyond gradients",
     "the trainer over a bare loop",
     "an epoch of iprm over one of concat",
+    "head step by instruction set",
 )
 
 

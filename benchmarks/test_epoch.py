@@ -1,4 +1,4 @@
-"""Times one epoch at the shapes of CREMA-D (encoders, heads and optimiser) with sum fusion, with the released step and with ours.
+"""Times one epoch at the shapes of CREMA-D (encoders, heads, optimiser) with sum fusion, with the released step and with ours.
 
 On a GPU the encoders are ResNet-18 on spectrograms (1 x 257 x 1004) and two frames (3 x 224 x 224) at batch 64; on a CPU
 they are narrower, and their inputs smaller. The paper (Yang, Wu, Jiang, IJCAI 2025) reports 57.03 s per epoch of IPRM, and
