@@ -8,11 +8,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# --no-compile: Python compiles what it imports; compiling all of torch, triton and sympy would take longer than the downloads
+# --no-compile: pip would compile every module of torch, triton and sympy; Python compiles those that it imports, and keeps them
 PIP := $(BIN)/pip install -q --no-compile -c constraints.txt
-# on PATH: torch builds with one process where it does not find ninja
-BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext
+unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# ninja on PATH, or torch compiles one file at a time; without make's job server, which ninja does not share
+BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" MAKEFLAGS= $(BIN)/python setup.py -q build_ext
 # two jobs: the extension is compiled while pip downloads, and the linters run beside the tests
 MAKEFLAGS += --jobs=2
 
@@ -30,7 +31,7 @@ $(VENV)/torch: constraints.txt
 	touch $@
 
 $(VENV)/extension: $(VENV)/torch setup.py $(shell find csrc -type f)
-	$(BUILD)
+	$(BUILD) > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	touch $@
 
 # `none`: this installation leaves the extension to the rule above
