@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-#: Thousands of launches each; the other backends take these steps in the default tier.
-SLOW_INTERPRETED = ("test_follows_the_algorithm_as_released_for_200_steps",)
+#: Thousands of launches, which the other backends make in the default tier; and repetition, which the interpreter cannot disturb.
+SLOW_INTERPRETED = ("test_follows_the_algorithm_as_released_for_200_steps", "test_repeats_bitwise")
 
 
 def thin_interpreted(items: Sequence[pytest.Item]) -> None:
