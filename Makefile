@@ -1,10 +1,10 @@
 # make demo      a private environment, the build, and IPRM against its baselines on scanned digits
 # make test      the linters and the default tier of the tests, then the same tier of the Triton kernels under the interpreter
 # make test-all  the rest of the tests: the tiers `grid` and `slow`
-# make fuzz      hostile arguments and files: the suite's fuzz tests with six times the examples, 5,000 and more, counted
+# make fuzz      the fuzz tests of arguments and files with six times the examples, more than 5,000, counted
 # make sanitize  the operators' tests on C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (gcc), in build/sanitize
-# make bench     operators, head step and epochs against plain and compiled torch: a table, JSON and a plot
-# make gpu-check build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, by the Python that is there
+# make bench     operators, head step and epochs beside plain and compiled torch: a table, JSON and a plot
+# make gpu-check build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, with PYTHON
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -68,12 +68,12 @@ test-all: $(VENV)/tools
 	$(INTERPRETED) -m "grid or slow"
 
 fuzz: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m "" --hypothesis-profile fuzz $(wildcard tests/*/test_hostile*.py)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m "" --hypothesis-profile fuzz $(wildcard tests/*/test_hostile*.py tests/*/*/test_hostile*.py)
 
-# Preloaded, as Python itself is not built with them; libstdc++ too, or exceptions pass the sanitizers by. Leaks are not looked for:
-# Python and torch end with thousands of allocations that they never free. torch's own libraries free by one allocator what another
-# gave, and its tests ask for memory that there is not. Left out are tests of what is not in this extension (Triton, CUDA on the host
-# and nvcc, which the preloaded libraries break) and of memory, of which the sanitizers take their own.
+# The sanitizers' libraries are preloaded, because Python is built without them; libstdc++ too, or they miss exceptions. Leaks are not
+# reported: Python and torch never free thousands of allocations. torch's libraries allocate and free with different allocators, and
+# some tests request more memory than there is. Left out are tests of code outside this extension (Triton, CUDA on the host, nvcc, which
+# the preloaded libraries break) and of memory use, to which the sanitizers add.
 SANITIZED := build/sanitize
 SANITIZERS = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 NOT_SANITIZED := $(wildcard tests/iprm_kernels/test_triton*_compile.py) $(addprefix tests/iprm_kernels/,test_cuda_head.py test_memory.py)
@@ -85,7 +85,7 @@ sanitize: install
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  IPRM_KERNELS_BACKEND= $(BIN)/pytest -q -m "" tests/iprm_kernels tests/test_sanitize.py $(addprefix --ignore ,$(NOT_SANITIZED))
 
-# OUT=FOLDER takes the results elsewhere
+# OUT: the folder of the results
 OUT ?= runs/bench
 bench: install
 	mkdir -p $(OUT)
