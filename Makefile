@@ -1,41 +1,79 @@
-# make demo   a private environment, the build, and IPRM against its baselines on scanned digits
-# make test   linters, then the whole suite, then the Triton kernels under the interpreter
-# make fuzz   hostile arguments and files: the suite's fuzz tests with six times the examples, 5,000 and more, counted
+# make demo      a private environment, the build, and IPRM against its baselines on scanned digits
+# make test      the linters and the default tier of the tests, then the same tier of the Triton kernels under the interpreter
+# make test-all  the rest of the tests: the tiers `grid` and `slow`
+# make fuzz      the fuzz tests of arguments and files with six times the examples, more than 5,000, counted
 # make sanitize  the operators' tests on C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (gcc), in build/sanitize
-# make bench  operators, head step and epochs against plain and compiled torch: a table, JSON and a plot
-# make gpu-check  build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, by the Python that is there
+# make bench     operators, head step and epochs beside plain and compiled torch: a table, JSON and a plot
+# make gpu-check build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, with PYTHON
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# --no-compile: pip would compile every module of torch, triton and sympy; Python compiles those that it imports, and keeps them
+PIP := $(BIN)/pip install -q --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# ninja on PATH, or torch compiles one file at a time; without make's job server, which ninja does not share
+BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" MAKEFLAGS= $(BIN)/python setup.py -q build_ext
+# two jobs: the extension is compiled while pip downloads, and the linters run beside the tests
+MAKEFLAGS += --jobs=2
 
-.PHONY: install demo test fuzz sanitize bench gpu-check clean
+.PHONY: install demo test test-all lint suite fuzz sanitize bench gpu-check clean
 
-install: $(VENV)/installed
-
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch numpy "setuptools>=77" "pybind11>=2.13" ninja
-	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
-	touch $@
-
-demo: install
+demo: $(VENV)/installed
 	$(BIN)/iprm compare --data digits --output runs/demo
 
-test: install
+install: $(VENV)/tools
+
+# what compiles the extension
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy "setuptools>=77" "pybind11>=2.13" ninja
+	touch $@
+
+$(VENV)/extension: $(VENV)/torch setup.py $(shell find csrc -type f)
+	$(BUILD) > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	touch $@
+
+# `none`: this installation leaves the extension to the rule above
+$(VENV)/packages: $(VENV)/torch setup.py pyproject.toml
+	IPRM_KERNELS_BUILD=none $(PIP) --no-build-isolation -e ".[train]"
+	touch $@
+
+# all that a demo needs; in place, as nothing but a link is left to do
+$(VENV)/installed: $(VENV)/extension $(VENV)/packages
+	$(BUILD) --inplace
+	touch $@
+
+# and all that the tests need
+$(VENV)/tools: $(VENV)/installed
+	IPRM_KERNELS_BUILD=none $(PIP) --no-build-isolation -e ".[dev]"
+	$(BUILD) --inplace
+	touch $@
+
+test: lint suite
+
+lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/iprm_kernels -k triton
+
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/iprm_kernels -k triton
+suite: $(VENV)/tools
+	$(PYTEST)
+	$(INTERPRETED)
+
+test-all: $(VENV)/tools
+	$(PYTEST) -m "grid or slow"
+	$(INTERPRETED) -m "grid or slow"
 
 fuzz: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s --hypothesis-profile fuzz $(wildcard tests/*/test_hostile*.py tests/*/*/test_hostile*.py)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m "" --hypothesis-profile fuzz $(wildcard tests/*/test_hostile*.py tests/*/*/test_hostile*.py)
 
-# Preloaded, as Python itself is not built with them; libstdc++ too, or exceptions pass the sanitizers by. Leaks are not looked for:
-# Python and torch end with thousands of allocations that they never free. torch's own libraries free by one allocator what another
-# gave, and its tests ask for memory that there is not. Left out are tests of what is not in this extension (Triton, CUDA on the host
-# and nvcc, which the preloaded libraries break) and of memory, of which the sanitizers take their own.
+# The sanitizers' libraries are preloaded, because Python is built without them; libstdc++ too, or they miss exceptions. Leaks are not
+# reported: Python and torch never free thousands of allocations. torch's libraries allocate and free with different allocators, and
+# some tests request more memory than there is. Left out are tests of code outside this extension (Triton, CUDA on the host, nvcc, which
+# the preloaded libraries break) and of memory use, to which the sanitizers add.
 SANITIZED := build/sanitize
 SANITIZERS = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 NOT_SANITIZED := $(wildcard tests/iprm_kernels/test_triton*_compile.py) $(addprefix tests/iprm_kernels/,test_cuda_head.py test_memory.py)
@@ -45,9 +83,9 @@ sanitize: install
 	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)-objects
 	LD_PRELOAD="$(SANITIZERS)" PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  IPRM_KERNELS_BACKEND= $(BIN)/pytest -q tests/iprm_kernels tests/test_sanitize.py $(addprefix --ignore ,$(NOT_SANITIZED))
+	  IPRM_KERNELS_BACKEND= $(BIN)/pytest -q -m "" tests/iprm_kernels tests/test_sanitize.py $(addprefix --ignore ,$(NOT_SANITIZED))
 
-# OUT=FOLDER takes the results elsewhere
+# OUT: the folder of the results
 OUT ?= runs/bench
 bench: install
 	mkdir -p $(OUT)

@@ -145,7 +145,9 @@ def write_settings(kind: str) -> None:
     # a header, since quotes in macro definitions do not survive every shell between here and the compiler
     GENERATED.mkdir(parents=True, exist_ok=True)
     lines = [f'#define {name} "{value}"' for name, value in settings.items()]
-    (GENERATED / "build_settings.h").write_text("\n".join(["#pragma once", *lines, ""]))
+    header, text = GENERATED / "build_settings.h", "\n".join(["#pragma once", *lines, ""])
+    if not header.is_file() or header.read_text() != text:  # or ninja compiles again what includes it
+        header.write_text(text)
 
 
 def extension(kind: str):

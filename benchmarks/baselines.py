@@ -1,4 +1,4 @@
-"""What the operators are measured against: the formulas in plain torch, and two ways to train without this project."""
+"""Baselines of the benchmarks: the formulas of the operators in plain torch, sum fusion, and the step as released."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Head = tuple[Tensor, Tensor]
 
 
 def geodesic_mixup(x: Tensor, y: Tensor, weight: float) -> Tensor:
-    """The formula as one would write it.  (B, D) x2 -> (B, D)"""
+    """The formula of geodesic mixup, written directly.  (B, D) x2 -> (B, D)"""
     x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
     theta = torch.acos((x * y).sum(-1, keepdim=True).clamp(-1 + 1e-6, 1 - 1e-6))
     return (torch.sin(weight * theta) * x + torch.sin((1 - weight) * theta) * y) / torch.sin(theta)
@@ -23,12 +23,12 @@ def batch_kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def naive(x: Tensor, y: Tensor, head_x: Head, head_y: Head, head_mix: Head, target: Tensor, weight: Tensor) -> Tensor:
-    """Sum fusion: two linear heads, one cross entropy. What a step costs that does not rebalance at all."""
+    """Sum fusion: two linear heads and one cross entropy, the cost of a step without rebalancing."""
     return F.cross_entropy(F.linear(x, *head_x) + F.linear(y, *head_y), target)
 
 
 def released(x: Tensor, y: Tensor, head_x: Head, head_y: Head, head_mix: Head, target: Tensor, weight: Tensor) -> Tensor:
-    """The two-pass step as the released code writes it, less its two copies to the host, so that it can be compiled."""
+    """The two-pass step of the released code, without its two copies to the host, so that torch.compile takes it."""
     logits_x, logits_y = F.linear(x, *head_x), F.linear(y, *head_y)
     with torch.no_grad():
         probe = F.linear(_slerp(x, y, weight), *head_mix).log_softmax(1)

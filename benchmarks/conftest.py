@@ -1,4 +1,4 @@
-"""Fixtures of the benchmarks: a comparison that checks, times and keeps; a table of them at the end."""
+"""Fixtures of the benchmarks: they check, time and record versions of a computation, and print a table at the end."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
     """`compare(group, shape, versions, close, tolerance, calls)`: times versions of one computation side by side.
 
-    versions: name -> a function that returns tensors; those of ours are named "ours" or by their backend, and the first of
-    them is what pytest-benchmark keeps. Each of `close` must return what ours does, or nothing is timed. calls: computations
-    that one run of a version makes.
+    versions: name -> function that returns tensors. Ours are named "ours" or by their backend; pytest-benchmark records the
+    first of them. close: names of the versions whose tensors must equal ours within `tolerance`, relative to the largest
+    number; otherwise nothing is timed. calls: the number of computations in one run of a version.
     """
 
     def run(
@@ -49,7 +49,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
         times = side_by_side(versions, calls=calls, seconds=0.8 if torch.cuda.is_available() else 4.0)
         keep(group, {"shape": shape, "times": {name: spread._asdict() for name, spread in times.items()}})
         request.config.stash[COMPARED].append(row_of(group, shape, times))
-        benchmark.pedantic(finished, (versions[mine[0]],), rounds=11, warmup_rounds=1)  # its own record, to compare runs by
+        benchmark.pedantic(finished, (versions[mine[0]],), rounds=11, warmup_rounds=1)  # to compare runs with
 
     def finished(version: Callable[[], Any]) -> None:
         version()
@@ -64,13 +64,13 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Compare:
 
 @pytest.fixture
 def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`record(group, line, **figures)`: keeps figures that were measured otherwise, and prints a line of them at the end."""
+    """`record(group, line, **figures)`: records figures that the benchmark has measured, and prints `line` at the end."""
 
     def run(group: str, line: str, **figures: Any) -> None:
         benchmark.group = group
         benchmark.extra_info.update(figures)
         request.config.stash[RECORDED].append(f"{group}: {line}")
-        benchmark.pedantic(lambda: None, rounds=1)  # its file holds what has been timed
+        benchmark.pedantic(lambda: None, rounds=1)  # its file records only what has been timed
 
     return run
 

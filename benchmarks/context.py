@@ -1,4 +1,4 @@
-"""What a result depends on: machine, versions, commit."""
+"""The context of a result: machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def context() -> dict[str, Any]:
-    """Processor, threads, versions, backends, commit and whether the tree was dirty; of a GPU its name, driver and clocks."""
+    """Processor, threads, versions, backends, commit, whether the tree is dirty; name, driver and clocks of a GPU."""
     found: dict[str, Any] = {
         "processor": _processor(),
         "threads": torch.get_num_threads(),

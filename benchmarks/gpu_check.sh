@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All that takes a GPU, in under ten minutes and without a network: build, GPU tests, compute-sanitizer, benchmarks.
-# usage: gpu_check.sh FOLDER   (PYTHON=python3 that has torch, triton, pytest, pytest-benchmark, pytest-xdist, hypothesis, mpmath,
-# matplotlib; and for the trainer's GPU tests, which are else left out, lightning and the rest of the extra `train`)
-# Every part runs, whatever the others did; what each printed is in FOLDER, and the exit status says whether all passed.
+# Everything that needs a GPU, in under ten minutes and without a network: build, GPU tests, compute-sanitizer, benchmarks.
+# usage: gpu_check.sh FOLDER   (PYTHON=python3 with torch, triton, pytest, pytest-benchmark, pytest-xdist, hypothesis, mpmath and
+# matplotlib; the GPU tests of the trainer also need lightning and the rest of the extra `train`, and are left out without it)
+# Every part runs, also after another has failed. FOLDER holds the output of each, and the exit status is 0 if all passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "$1")
@@ -11,7 +11,7 @@ mkdir -p "$folder"
 failed=()
 left_out=()
 
-part() { # name, most seconds, command; interrupted when they are over, so that pytest still writes what it has
+part() { # name, time limit in seconds, command; SIGINT at the limit, so that pytest still writes its results
   local name=$1 most=$2 begin=$SECONDS
   shift 2
   echo "== $name"
@@ -42,11 +42,11 @@ if "$python" -c "import lightning" 2>/dev/null; then
 else
   left_out=("${trainer[@]}")
 fi
-part warm 40 "$python" benchmarks/short_run.py # compiles what the sanitizer then finds compiled
+part warm 40 "$python" benchmarks/short_run.py # compiles the kernels, so that the sanitizer does not wait for it
 part memcheck 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
   compute-sanitizer --tool memcheck --error-exitcode 9 "$python" benchmarks/short_run.py
 part racecheck 30 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" benchmarks/short_run.py
-# several files, so that those measured are there when the time of another has run out
+# one file per part, so that a part that runs out of time loses only its own results
 part head 110 "$python" -m pytest -q benchmarks/test_head.py --benchmark-json="$folder/head.json"
 part operators 35 "$python" -m pytest -q benchmarks/test_operators.py benchmarks/test_bandwidth.py --benchmark-json="$folder/operators.json"
 part epoch 45 "$python" -m pytest -q benchmarks/test_epoch.py --benchmark-json="$folder/epoch.json"

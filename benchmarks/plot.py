@@ -1,4 +1,4 @@
-"""Draws a run: speed-ups by shape and by batch size, shares of the copy bandwidth, and what an epoch costs.
+"""Plots results: speed-ups by shape and by batch size, shares of the copy bandwidth, and the time of an epoch.
 
 usage: plot.py RESULTS.json... PICTURE.png
 """
@@ -20,7 +20,7 @@ Rows = list[dict[str, Any]]
 
 
 def by_group(paths: list[Path]) -> dict[str, Rows]:
-    """group -> what its benchmarks recorded; of a file that is not there, nothing."""
+    """group -> what its benchmarks recorded. Files that do not exist are skipped."""
     groups: dict[str, Rows] = {}
     for path in paths:
         for entry in json.loads(path.read_text())["benchmarks"] if path.is_file() else []:
@@ -29,7 +29,7 @@ def by_group(paths: list[Path]) -> dict[str, Rows]:
 
 
 def ratios_of(rows: Rows) -> dict[str, list[float]]:
-    """What is compared with what -> how many times faster, by row."""
+    """Pair of versions -> how many times as fast the first is, by row."""
     names = list(dict.fromkeys(name for row in rows for name in row["times"]))
     mine = [name for name in names if name in OURS]
 
@@ -90,6 +90,7 @@ NOT_DRAWN = (
     "memory beyond gradients",
     "the trainer over a bare loop",
     "an epoch of iprm over one of concat",
+    "head step by instruction set",
 )
 
 

@@ -1,4 +1,4 @@
-"""A few small head steps and mixtures by every GPU backend, for compute-sanitizer, under which a kernel takes a thousandfold.
+"""Runs a few small head steps and mixtures on every GPU backend, for compute-sanitizer, which slows kernels a thousandfold.
 
 usage: compute-sanitizer --tool memcheck python short_run.py
 """

@@ -7,12 +7,12 @@ from typing import Any
 
 from timing import Spread
 
-#: How versions of ours are named: by what the device's default is, or by backend.
+#: The names of our versions: "ours" for the default backend of the device, or the backend.
 OURS = ("ours", "triton", "cuda")
 
 
 def row_of(group: str, shape: tuple[Any, ...], times: Mapping[str, Spread]) -> dict[str, Any]:
-    """One comparison: how many times faster each of ours is than each other version, and all medians."""
+    """One comparison: how many times as fast each of ours is as each other version, and all times."""
     faster = {
         mine: {name: spread.p50 / times[mine].p50 for name, spread in times.items() if name not in OURS}
         for mine in times

@@ -1,7 +1,7 @@
-"""How much of the memory bandwidth the operators use, that a copy reaches in the same run.
+"""The share of the bandwidth of a copy, measured in the same run, that the operators reach.
 
-Bytes are those an operator must move, by count; inputs rotate through more memory than any cache holds. On a GPU the calls
-of one rotation are one CUDA graph.
+Bytes are counted: those that an operator must move. Inputs rotate through more memory than any cache holds. On a GPU the calls
+of one rotation form one CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import iprm_kernels as ik
 from iprm_kernels.backends import kernels
 
 GPU = DEVICE == "cuda"
-#: More than twice what the caches of the largest machine in mind hold (an EPYC's 384 MiB, an H200's 60).
+#: Bytes; more than twice the largest cache considered (384 MiB in an EPYC, 60 in an H200).
 ROTATED = 2**30
 SHAPES = [(1024, 512), (8192, 1024), (65536, 1024)] if GPU else [(1024, 512), (8192, 1024)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -33,7 +33,7 @@ def copies(shape: tuple[int, int], dtype: torch.dtype) -> list[Version]:
 
 
 def forwards(shape: tuple[int, int], dtype: torch.dtype) -> list[Version]:
-    """The kernel itself, outputs allocated before."""
+    """Calls of the kernel itself, with outputs allocated before."""
     weight = torch.full((1,), 0.3, device=DEVICE).expand(shape[0])
 
     def one() -> Version:
@@ -68,7 +68,7 @@ def test_geodesic_mixup(
     dtype: torch.dtype,
 ) -> None:
     if GPU:
-        # a backend is chosen by whoever calls the kernels, so for capture too
+        # the backend in use when a graph is captured is the one that is replayed
         mine = {}
         for backend in ours(lambda: None):
             with ik.use_backend(backend):
@@ -87,7 +87,7 @@ def test_geodesic_mixup(
 
 
 def once_around(runs: list[Version]) -> tuple[Version, int]:
-    """One call of each of a rotation, and how many these are."""
+    """One call of each version in a rotation, and the number of calls."""
 
     def around() -> None:
         for run in runs:

@@ -1,8 +1,8 @@
-"""What an epoch costs: encoders, heads and optimiser at the shapes of CREMA-D, by sum fusion, by the released step and by ours.
+"""Times one epoch at the shapes of CREMA-D (encoders, heads, optimiser) with sum fusion, with the released step and with ours.
 
 On a GPU the encoders are ResNet-18 on spectrograms (1 x 257 x 1004) and two frames (3 x 224 x 224) at batch 64; on a CPU
-narrower ones on smaller inputs. Source of the comparison: Yang, Wu, Jiang, IJCAI 2025, whose epoch takes 57.03 s where joint
-training's takes 55.08.
+they are narrower, and their inputs smaller. The paper (Yang, Wu, Jiang, IJCAI 2025) reports 57.03 s per epoch of IPRM, and
+55.08 s of joint training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Setting(NamedTuple):
     hidden: list[int]
     spectrogram: tuple[int, ...]
     frames: tuple[int, ...]
-    steps: int  # timed at a time
+    steps: int  # per timing
     rounds: int
 
 
@@ -42,7 +42,7 @@ SETTING = (
 
 
 class Encoder(nn.Module):
-    """ResNet-18; the features of several frames are averaged."""
+    """ResNet-18, averaged over frames."""
 
     def __init__(self, channels: int, hidden: list[int]) -> None:
         super().__init__()
@@ -61,15 +61,15 @@ def fused(*arguments: Any) -> Tensor:
     return ik.linear_probe_rebalance(*arguments).loss
 
 
-def training_step(loss: Callable[..., Tensor], setting: Setting) -> Version:
+def training_step(loss: Callable[..., Tensor]) -> Version:
     torch.manual_seed(0)
-    encoders = [Encoder(1, setting.hidden), Encoder(3, setting.hidden)]
-    heads = [nn.Linear(setting.hidden[-1], CLASSES) for _ in range(3)]
+    encoders = [Encoder(1, SETTING.hidden), Encoder(3, SETTING.hidden)]
+    heads = [nn.Linear(SETTING.hidden[-1], CLASSES) for _ in range(3)]
     model = nn.ModuleList([*encoders, *heads]).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    spectrograms = torch.randn(setting.batch, 1, *setting.spectrogram, device=DEVICE)
-    frames = torch.randn(setting.batch, *setting.frames, device=DEVICE)
-    target = torch.randint(CLASSES, (setting.batch,), device=DEVICE)
+    spectrograms = torch.randn(SETTING.batch, 1, *SETTING.spectrogram, device=DEVICE)
+    frames = torch.randn(SETTING.batch, *SETTING.frames, device=DEVICE)
+    target = torch.randint(CLASSES, (SETTING.batch,), device=DEVICE)
     weight = torch.tensor(0.5, device=DEVICE)
 
     def run() -> None:
@@ -83,13 +83,13 @@ def training_step(loss: Callable[..., Tensor], setting: Setting) -> Version:
 
 def test_epoch(record: Callable[..., None]) -> None:
     versions = {
-        "naive": training_step(baselines.naive, SETTING),
-        "released": training_step(baselines.released, SETTING),
-        **ours(training_step(fused, SETTING)),
+        "naive": training_step(baselines.naive),
+        "released": training_step(baselines.released),
+        **ours(training_step(fused)),
     }
     steps = -(-SAMPLES // SETTING.batch)
     seconds: dict[str, list[float]] = {name: [] for name in versions}
-    for turn in range(-1, SETTING.rounds):  # interleaved; the first turn warms up
+    for turn in range(-1, SETTING.rounds):  # interleaved; the first turn is a warm-up
         for name, run in versions.items():
             taken = _seconds(run, SETTING.steps) / SETTING.steps * steps
             if turn >= 0:

@@ -1,4 +1,4 @@
-"""geodesic_mixup and batch_kl, forward and backward, against their formulas in eager and compiled torch."""
+"""Times geodesic_mixup and batch_kl, forward and backward, beside their formulas in eager and compiled torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import iprm_kernels as ik
 def test_geodesic_mixup(compare: Compare, shape: tuple[int, int]) -> None:
     x, y, grad = (torch.randn(shape, device=DEVICE) for _ in range(3))
     x.requires_grad_(), y.requires_grad_()
-    torch.compiler.reset()  # else sizes are dynamic from the second shape on
+    torch.compiler.reset()  # otherwise sizes are dynamic from the second shape on
     compiled = torch.compile(baselines.geodesic_mixup)
 
     def step(function: Callable[..., torch.Tensor]) -> Version:

@@ -1,7 +1,7 @@
-"""What training by `iprm fit` costs beside a bare loop in PyTorch, and an epoch of IPRM in it beside one of concatenation.
+"""Times training by `iprm fit` beside a bare loop in PyTorch, and in it an epoch of IPRM beside one of concatenation.
 
-All run the same model from the same weights through the same batches, in turn in one process, and are compared before they are
-timed: after a run of the trainer the weights are those of the bare loop, bit by bit.
+All versions train the same model from the same weights on the same batches, in turn in one process. They are compared before
+they are timed: the weights after a run of the trainer and after the bare loop are bit-identical.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from iprm.training.lightning_warnings import quiet_lightning
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-#: The folder of recordings that the epochs of av-digits are timed on.
+#: The folder of recordings for the epochs of av-digits.
 RECORDINGS = os.environ.get("IPRM_RECORDINGS")
-EPOCHS = 4  # of a run; the first is not timed
-TURNS = 8  # runs of each version
+EPOCHS = 4  # per run; the first is not timed
+TURNS = 8  # runs per version
 THREADS = [1, 2]
-#: What a training step in the trainer may take of a bare one's time, and an epoch of iprm of one of concat.
+#: Targets: a step in the trainer over a step of the bare loop, and an epoch of iprm over one of concat.
 BAR_STEP, BAR_EPOCH = 1.15, 1.03
 
 
 class Epoch(NamedTuple):
-    """Seconds of one: its training steps; and all of it, with validation and whatever is saved and logged between epochs. By
-    the clock, and of the processor, which others on the same machine lengthen less."""
+    """Seconds of one epoch: of its training steps, and of all of it with validation, checkpoints and logs. By the clock, and
+    of the processor, on which other processes of the machine have less effect."""
 
     steps: float
     whole: float
@@ -83,12 +83,12 @@ class Clock(L.Callback):
             self.stepped.append(Moment.now())
 
     def epochs(self) -> list[Epoch]:
-        """All but the first and the last, whose end the next one's beginning would be."""
+        """All epochs but the first, a warm-up, and the last, because an epoch ends where the next one begins."""
         return [epoch_of(*moments) for moments in zip(self.began, self.stepped, self.began[1:], strict=False)][1:]
 
 
 class Minimal(L.LightningModule):
-    """The model in as little of Lightning as there can be."""
+    """The model in a minimal LightningModule."""
 
     def __init__(self, model: FusionClassifier) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Minimal(L.LightningModule):
 
 
 def encoded(encoders: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Features of images in the memory format of the shipped configurations."""
+    """Features, with images in the memory format of the shipped configurations."""
 
     def placed(x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
@@ -121,7 +121,7 @@ Run = Callable[[FusionClassifier, MultimodalData, Path], list[Epoch]]
 
 
 def bare(model: FusionClassifier, data: MultimodalData, folder: Path) -> list[Epoch]:
-    """The loop that one would write, with loss and accuracy of validation."""
+    """A bare training loop, with loss and accuracy on the validation split."""
     train, val = data.splits["train"], data.splits["val"]
     encoders, fusion, optimiser = model.encoders, model.fusion, sgd(model)
     epochs = []
@@ -157,7 +157,7 @@ def validate(model: FusionClassifier, split: Split, batch_size: int) -> tuple[fl
 
 
 def minimal(model: FusionClassifier, data: MultimodalData, folder: Path) -> list[Epoch]:
-    """Lightning's own share."""
+    """Lightning without the callbacks, loggers and checkpoints of `iprm fit`."""
     clock = Clock()
     runner = L.Trainer(callbacks=[clock], logger=False, enable_checkpointing=False, **quiet(folder, bar=False))
     runner.fit(Minimal(model), datamodule=data)
@@ -165,11 +165,11 @@ def minimal(model: FusionClassifier, data: MultimodalData, folder: Path) -> list
 
 
 def by_trainer(bar: bool) -> Run:
-    """As `iprm fit` does it."""
+    """The trainer as `iprm fit` configures it."""
 
     def run(model: FusionClassifier, data: MultimodalData, folder: Path) -> list[Epoch]:
         clock = Clock()
-        # to a terminal that nobody sees: the bar is drawn, and the terminal's own time is not counted
+        # the bar is drawn into /dev/null, so that the time of a terminal is not counted
         with Path(os.devnull).open("w") as nowhere:
             shown = [RunProgress(console_kwargs={"file": nowhere, "force_terminal": True})] if bar else []
             log = RunLog(folder)
@@ -181,7 +181,7 @@ def by_trainer(bar: bool) -> Run:
                 **quiet(folder, bar),
             )
             runner.fit(model, datamodule=data)
-            rich.reconfigure()  # Lightning's bar made that terminal everyone's
+            rich.reconfigure()  # Lightning's bar replaces rich's global console
         return clock.epochs()
 
     return run
@@ -224,7 +224,7 @@ def one_run(run: Run, data: MultimodalData, method: str) -> tuple[FusionClassifi
 
 
 def in_turn(runs: Mapping[str, tuple[Run, str]], data: MultimodalData, turns: int) -> dict[str, list[list[Epoch]]]:
-    """The epochs of every run of each version; each turn begins with another version."""
+    """The epochs of every run of each version. Each turn begins with another version."""
     names = list(runs)
     found: dict[str, list[list[Epoch]]] = {name: [] for name in names}
     for turn in range(turns):
@@ -234,8 +234,8 @@ def in_turn(runs: Mapping[str, tuple[Run, str]], data: MultimodalData, turns: in
 
 
 def figures(found: Mapping[str, list[list[Epoch]]], base: str) -> dict[str, dict[str, Any]]:
-    """By part of an epoch and version: median milliseconds; of the ratios to the base in the same turn the 20th percentile,
-    median and 80th; and the ratio of the fastest epochs, which a busy machine has lengthened least."""
+    """For each part of an epoch and each version: median milliseconds; 20th percentile, median and 80th percentile of the
+    ratio to the base in the same turn; and the ratio of the fastest epochs, on which a busy machine has least effect."""
 
     def turns(name: str, part: int) -> list[float]:
         return [statistics.median(epoch[part] for epoch in run) for run in found[name]]
@@ -256,7 +256,7 @@ def figures(found: Mapping[str, list[list[Epoch]]], base: str) -> dict[str, dict
 
 
 def said(kinds: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a part of an epoch."""
+    """One line per part of an epoch."""
 
     def one(name: str, figure: Mapping[str, Any]) -> str:
         low, median, high = figure["ratio"]

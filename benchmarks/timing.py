@@ -1,4 +1,4 @@
-"""Times versions of one computation side by side: interleaved in one process, so that a noisy machine is noisy for all."""
+"""Times versions of one computation side by side, interleaved in one process: noise of the machine reaches all of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Compare = Callable[..., None]  # the fixture of conftest.py
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-#: A version runs for so many seconds before its times count in a turn: OpenMP's threads spin for about one millisecond after
-#: their work beside whoever comes next, and caches hold what the last one left. Then BURST runs count.
+#: In each turn a version runs for SETTLE seconds before BURST runs are timed: the OpenMP threads of the previous version spin
+#: for about one millisecond after their work, and the caches hold its data.
 SETTLE, BURST = 0.002, 5
 
 
@@ -32,9 +32,9 @@ class Spread(NamedTuple):
 
 
 def side_by_side(versions: Mapping[str, Version], *, seconds: float = 4.0, most: int = 60, calls: int = 1) -> dict[str, Spread]:
-    """Runs bursts of all versions in turn for about `seconds`, at least 5 times each, after two turns that do not count.
+    """Runs bursts of all versions in turn for about `seconds`, at least 5 times each, after two turns of warm-up.
 
-    calls: computations that one run of a version makes; the times are of one.
+    calls: the number of computations in one run of a version; the times are those of one computation.
     """
     taken: dict[str, list[float]] = {name: [] for name in versions}
     last = 0.0
@@ -67,7 +67,7 @@ def _timed(run: Version) -> float:
 
 
 def wait() -> None:
-    """Until the device has done all that it was given."""
+    """Waits until the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -78,7 +78,7 @@ def _percentiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def by(backend: str, run: Version) -> Version:
-    """The same with the operators by one backend."""
+    """`run` with the operators of one backend."""
 
     def inside() -> object:
         with ik.use_backend(backend):
@@ -88,7 +88,7 @@ def by(backend: str, run: Version) -> Version:
 
 
 def ours(run: Version) -> dict[str, Version]:
-    """What is ours to time here: the default on the CPU; on a GPU all backends that have kernels for it, verified or not."""
+    """Our versions on this machine: the default on a CPU; on a GPU every backend that has kernels, verified or not."""
     if not torch.cuda.is_available():
         return {"ours": run}
     return {name: by(name, run) for name in ("triton", "cuda") if _serves(name, run)}
@@ -103,7 +103,7 @@ def _serves(backend: str, run: Version) -> bool:
 
 
 def graphed(run: Version, replays: int) -> Version:
-    """`run` as a CUDA graph, replayed so many times: what it costs the GPU, and nothing of what it costs Python."""
+    """`run` as a CUDA graph, replayed `replays` times, which excludes the time of Python."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -123,7 +123,7 @@ def graphed(run: Version, replays: int) -> Version:
 
 
 def gradients_of(function: Callable[..., Tensor], leaves: list[Tensor], *arguments: Any) -> Callable[[], list[Tensor]]:
-    """Forward and backward: the value and the gradients of the leaves."""
+    """A forward and backward pass that returns the value and the gradients of the leaves."""
 
     def run() -> list[Tensor]:
         value = function(*arguments)

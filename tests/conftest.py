@@ -9,6 +9,7 @@ import hypothesis
 import places
 import poison
 import pytest
+import tiers
 import torch
 from places import INTERPRETED, Place
 
@@ -29,7 +30,10 @@ hypothesis.settings.load_profile("repeatable")
 hypothesis.settings.register_profile("fuzz", hypothesis.settings.get_profile("repeatable"), max_examples=600)  # make fuzz
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if INTERPRETED:
+        tiers.thin_interpreted(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -11,24 +11,44 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from documents import PAGES, ROOT, blocks, execute
+from documents import PAGES, ROOT, Block, blocks, commands, execute
 
 EXECUTED = {"python", "console", "bash", "yaml"}  # a file of YAML is written, for the commands that follow
 SHOWN = {"text"}  # what a command prints
+DISTRIBUTED = "docs/distributed.md"
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_block_runs(page, tmp_path, monkeypatch):
+def parts() -> list[object]:
+    """The blocks that one test executes, in order and in one folder: those of a page.
+
+    Each command of docs/distributed.md is a test of its own. They start several processes each, they are independent of each
+    other, and test_distributed_fit.py runs the same strategies with assertions; so all but the first belong to the tier `slow`.
+    """
+    pages = [pytest.param(blocks(page), id=page) for page in PAGES if page != DISTRIBUTED]
+    pieces = [
+        block._replace(text=text)
+        for block in blocks(DISTRIBUTED)
+        for text in [f"$ {command}\n" for command in commands(block.text)] or [block.text]
+    ]
+    _, *others = (index for index, piece in enumerate(pieces) if piece.language != "python")
+    return pages + [
+        pytest.param([piece], id=f"{DISTRIBUTED}-{index}", marks=[pytest.mark.slow] if index in others else [])
+        for index, piece in enumerate(pieces)
+    ]
+
+
+@pytest.mark.parametrize("executed", parts())
+def test_every_block_runs(executed: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     y = np.arange(60) % 3  # what the README calls "your own features"
     rows = np.random.default_rng(0).normal(size=(60, 4)) + y[:, None]
     np.savez(tmp_path / "my_features.npz", x_audio=rows, x_text=-rows, y=y)
-    for block in blocks(page):
+    for block in executed:
         execute(block)
 
 
-def test_there_is_something_to_execute_and_nothing_is_left_out():
+def test_there_is_something_to_execute_and_nothing_is_left_out() -> None:
     languages = [block.language for page in PAGES for block in blocks(page)]
     assert set(languages) <= EXECUTED | SHOWN
     assert languages.count("python") >= 12
@@ -36,13 +56,13 @@ def test_there_is_something_to_execute_and_nothing_is_left_out():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere(page: str) -> None:
     text = PAGES[page].read_text(encoding="utf-8")
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (PAGES[page].parent / path).exists(), path
 
 
-def test_the_folders_and_targets_that_the_readme_names_exist():
+def test_the_folders_and_targets_that_the_readme_names_exist() -> None:
     text = PAGES["README.md"].read_text(encoding="utf-8")
     folders = re.findall(r"^\| `([\w/]+/)`", text, re.MULTILINE)
     assert len(folders) >= 5
@@ -51,7 +71,7 @@ def test_the_folders_and_targets_that_the_readme_names_exist():
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "mkdocs"), "build", "--quiet", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)

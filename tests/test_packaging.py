@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,12 @@ def files_of(folder: Path, *patterns: str) -> set[str]:
     return {path.relative_to(folder.parent).as_posix() for path in paths}
 
 
+def package_files(source: Path) -> set[str]:
+    """What a wheel holds beside its extension."""
+    operators = files_of(source / "iprm_kernels", "*.py", "py.typed")
+    return operators | files_of(source / "python" / "iprm", "*.py", "*.yaml", "*.jinja", "*.css", "py.typed")
+
+
 def quick_compiler(tmp_path: Path) -> str:
     """The compiler with the last word -O0, a third of the time: the package is what is tested here, not the code in it."""
     script = tmp_path / "compiler"
@@ -120,6 +127,7 @@ def quick_compiler(tmp_path: Path) -> str:
     return str(script)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_wheel_from_the_source_distribution_works_elsewhere(source: Path, build: Build, tmp_path: Path) -> None:
     archive = built(build("sdist", source), tmp_path, ".tar.gz")
@@ -136,9 +144,7 @@ def test_a_wheel_from_the_source_distribution_works_elsewhere(source: Path, buil
         (metadata,) = (zipped.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
     extension = {name for name in names if re.fullmatch(r"iprm_kernels/_C\..*\.(so|pyd)", name)}
     assert len(extension) == 1
-    operators = files_of(source / "iprm_kernels", "*.py", "py.typed")
-    packages = operators | files_of(source / "python" / "iprm", "*.py", "*.yaml", "*.jinja", "*.css", "py.typed")
-    assert {name for name in names if ".dist-info/" not in name} == packages | extension
+    assert {name for name in names if ".dist-info/" not in name} == package_files(source) | extension
     assert not wheel.stem.endswith("-any")
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==).*$", metadata, re.MULTILINE)
     assert sorted(required) == ["numpy", "torch", "triton"]
@@ -161,11 +167,18 @@ def check_stable_abi(library: Path) -> None:
     assert needed == ["libtorch_cpu"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
+def test_the_extension_here_uses_the_stable_abi_alone() -> None:
+    extension = pytest.importorskip("iprm_kernels._C", reason="the C++ extension is not built here")
+    check_stable_abi(Path(extension.__file__))
+
+
 def test_none_makes_a_pure_package_that_says_what_it_misses(source: Path, build: Build, tmp_path: Path) -> None:
     (source / "iprm_kernels" / "_C.left-by-an-earlier-build.so").touch()
     wheel = built(build("wheel", source, "none"), tmp_path, "py3-none-any.whl")
     target = install(wheel, tmp_path)
-    assert not list(target.rglob("*.so"))
+    with zipfile.ZipFile(wheel) as zipped:
+        assert {name for name in zipped.namelist() if ".dist-info/" not in name} == package_files(source)
     found = probe(target, tmp_path)
     assert found["extension"] == "none"
     assert "the C++ extension is not there" in found["refusal"]
@@ -246,26 +259,50 @@ def test_a_failed_compilation_is_an_error(source: Path, build: Build, choice: st
 
 
 @needs_make
-def test_make_builds_again_after_any_change_to_a_source(source: Path) -> None:
-    def is_current() -> bool:
-        return subprocess.run(["make", "-q", "install"], cwd=source).returncode == 0
+@pytest.mark.parametrize("target", ["demo", "install"])
+def test_make_builds_again_after_any_change_to_a_source(source: Path, target: str) -> None:
+    """Stamp files in .venv say what is installed; the last one of `demo` is .venv/installed."""
+    stamps = [source / ".venv" / name for name in ("torch", "extension", "packages", "installed", "tools")]
+    last = ".venv/installed" if target == "demo" else ".venv/tools"
 
-    stamp = source / ".venv" / "installed"
-    stamp.parent.mkdir()
-    stamp.touch()
-    now = stamp.stat().st_mtime
-    for path in (name for name in source.rglob("*") if name.is_file() and name != stamp):
+    def is_current() -> bool:
+        return subprocess.run(["make", "-q", last], cwd=source).returncode == 0
+
+    stamps[0].parent.mkdir()
+    now = time.time()
+    for path in [path for path in source.rglob("*") if path.is_file()]:
         os.utime(path, (now - 10, now - 10))
+    for age, stamp in zip((5, 4, 4, 3, 2), stamps, strict=True):
+        stamp.touch()
+        os.utime(stamp, (now - age, now - age))
     assert is_current()
     sources = [path for path in (source / "csrc").rglob("*") if path.is_file()]
-    for path in (*sources, source / "setup.py", source / "pyproject.toml"):
-        os.utime(path, (now + 10, now + 10))
+    for path in (*sources, source / "setup.py", source / "pyproject.toml", source / "constraints.txt"):
+        os.utime(path, (now, now))
         assert not is_current(), path
         os.utime(path, (now - 10, now - 10))
+    assert is_current()
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["demo", "test", "fuzz", "sanitize", "bench", "clean"])
+@pytest.mark.parametrize("failing", ["setup.py", "-e"])
+def test_a_failure_of_either_job_of_the_installation_fails_the_target(source: Path, tmp_path: Path, failing: str) -> None:
+    """The extension is compiled (setup.py) while pip downloads (-e); a Python and a pip that only record their calls."""
+    calls = tmp_path / "calls"
+    recorder = f'#!/bin/sh\necho "$@" >> {calls}\ncase "$*" in *{failing}*) exit 3;; esac\n'
+    for name in ("python", "pip"):
+        path = source / ".venv" / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(recorder)
+        path.chmod(0o755)
+    done = subprocess.run(["make", ".venv/installed", "PYTHON=true"], cwd=source, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"{failing} " in calls.read_text()
+    assert not (source / ".venv" / "installed").exists()
+
+
+@needs_make
+@pytest.mark.parametrize("target", ["demo", "test", "test-all", "fuzz", "sanitize", "bench", "clean"])
 def test_make_names_files_that_exist(source: Path, target: str) -> None:
     recipe = subprocess.check_output(["make", "-n", target], cwd=source, text=True)
     for name in re.findall(r"(?:^|\s)((?:tests|benchmarks)/\S+|\S+\.(?:py|txt))", recipe):

@@ -137,6 +137,7 @@ def test_any_order_of_threads_and_number_of_blocks_agree(
     torch.testing.assert_close(steps[3].outputs, steps[0].outputs)
 
 
+@pytest.mark.slow
 @needs_emulator
 def test_follows_the_algorithm_as_released_for_200_steps(on_host: cuda_on_host.Emulated) -> None:
     cpu = torch.device("cpu")
@@ -191,7 +192,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[pytest.mark.grid] if name != "90" else []) for name in ARCHITECTURES]
+)
 def test_compiles_without_spills(compiled: Callable[[str], str], architecture: str) -> None:
     found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled(architecture))
     assert len(found) == 3 * len(cases.DTYPES)

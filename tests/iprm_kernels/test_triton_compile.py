@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import default_parameters
 from triton_launches import TARGETS, Launch, empty, recording, spills
 
 from iprm_kernels import kernels
@@ -116,6 +117,16 @@ CASES: list[Case] = [
 ]
 
 
+#: One shape per type in the default tier: in float32 the longest whole rows of batch_kl, which need many registers, and common
+#: widths in the others. All other shapes are in the tier `grid`.
+EVERYDAY = ((F32, 4095), (BF16, 1024), (F16, 1024), (F64, 1023))
+
+
+def is_everyday(case: Case) -> bool:
+    op, x, needed = case
+    return op in STRENGTH_OPS or ((x.dtype, x.shape[1]) in EVERYDAY and x.is_contiguous() and not needed)
+
+
 def named(case: Case) -> str:
     op, x, needed = case
     words = [op.__name__, str(x.dtype).removeprefix("torch."), str(x.shape[1])]
@@ -124,8 +135,12 @@ def named(case: Case) -> str:
     return "-".join(words)
 
 
+def in_tiers(case: Case) -> object:
+    return pytest.param(case, id=named(case), marks=[] if is_everyday(case) else [pytest.mark.grid])
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize("case", [in_tiers(case) for case in CASES])
 def test_compiles_without_spills(case: Case, target: str, launches: list[Launch], tmp_path: Path) -> None:
     op, x, needed = case
     op(x, needed) if needed else op(x)
@@ -133,6 +148,16 @@ def test_compiles_without_spills(case: Case, target: str, launches: list[Launch]
     found = spills(launch.compile(TARGETS[target]), tmp_path)
     assert found
     assert not any(found.values()), found
+
+
+def test_the_default_tier_compiles_every_kernel_in_every_type_for_every_target() -> None:
+    chosen = default_parameters(__file__, "test_compiles_without_spills")
+    whole = {(op, x.dtype, target) for (op, x, _), target in product(CASES, TARGETS)}
+    default = {
+        (case[0], case[1].dtype, target) for case, target in product(CASES, TARGETS) if f"{named(case)}-{target}" in chosen
+    }
+    assert {op for op, _, _ in whole} == set(OPS)
+    assert default == whole
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -160,7 +185,10 @@ TRAFFIC = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("dtype", "width"), [(F32, 31), (BF16, 1024), (F32, 8192), (F64, 2048)])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(F32, 31), (BF16, 1024), *(pytest.param(*shape, marks=pytest.mark.grid) for shape in ((F32, 8192), (F64, 2048)))],
+)
 @pytest.mark.parametrize(("op", "reads", "writes"), TRAFFIC)
 def test_reads_each_matrix_once_and_writes_only_the_outputs(
     op: Callable[..., None], reads: int, writes: int, dtype: torch.dtype, width: int, launches: list[Launch]
@@ -180,8 +208,14 @@ def test_deterministic_without_atomics(op: Callable[..., None], launches: list[L
     assert "atomic" not in launch.compile(TARGETS["sm_90"]).asm["ttir"]
 
 
+PAIR_SHAPES = ((F32, 1000), (BF16, 31), (F64, 1023))
+PAIR_GRID = ((F32, 31), (F32, 4095), (F64, 31))
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("dtype", "width"), [(F32, 31), (F32, 1000), (F32, 4095), (BF16, 31), (F64, 31), (F64, 1023)])
+@pytest.mark.parametrize(
+    ("dtype", "width"), [*PAIR_SHAPES, *(pytest.param(*shape, marks=pytest.mark.grid) for shape in PAIR_GRID)], ids=str
+)
 def test_two_divergences_read_three_matrices_once(
     dtype: torch.dtype, width: int, target: str, launches: list[Launch], tmp_path: Path
 ) -> None:
@@ -195,3 +229,9 @@ def test_two_divergences_read_three_matrices_once(
     assert not any(spills(sums.compile(TARGETS[target]), tmp_path).values())
     assert len(re.findall(r"tt\.load .*tensor<\d+x\d+x!tt\.ptr", compiled.asm["ttir"])) == 3
     assert "atomic" not in compiled.asm["ttir"]
+
+
+def test_the_default_tier_compiles_two_divergences_in_every_type_for_every_target() -> None:
+    chosen = default_parameters(__file__, "test_two_divergences_read_three_matrices_once")
+    for dtype, target in product({dtype for dtype, _ in (*PAIR_SHAPES, *PAIR_GRID)}, TARGETS):
+        assert any(name.startswith(f"{dtype}-") and name.endswith(f"-{target}") for name in chosen), (dtype, target)

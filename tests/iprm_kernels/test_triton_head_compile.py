@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import default_parameters
 from triton_launches import TARGETS, Launch, empty, recording, spills
 
 from iprm_kernels import kernels
@@ -74,8 +75,16 @@ def by_name(launches: list[Launch]) -> dict[str, Launch]:
     return {launch.name.removeprefix("head_").removesuffix("_kernel"): launch for launch in launches}
 
 
+CASES = (*PRODUCTS, *LIBRARY, *THREE, *THREE_LIBRARY)
+#: In the default tier: for each type the products by the kernels, of the largest tiles, and the products by a library.
+EVERYDAY = ((F32, 65536, 1024, 31), (BF16, 65536, 1024, 31), (F16, 65536, 1024, 31),
+            (F32, 8192, 4096, 130), (BF16, 8192, 4096, 1000), (F16, 512, 512, 1000), (F64, 8192, 512, 31))  # fmt: skip
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [*PRODUCTS, *LIBRARY, *THREE, *THREE_LIBRARY], ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=[] if case in EVERYDAY else [pytest.mark.grid]) for case in CASES]
+)
 def test_compiles_without_spills(
     case: tuple, target: str, launches: list[Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,11 +92,29 @@ def test_compiles_without_spills(
     monkeypatch.setattr(torch.version, "hip", "7" if target == "gfx942" else None)
     backward(forward(*case))
     assert launches
+    seen = set()
     for launch in launches:
-        found = spills(launch.compile(TARGETS[target]), tmp_path)
+        compiled = launch.compile(TARGETS[target])
+        if compiled.hash in seen:
+            continue
+        seen.add(compiled.hash)
+        found = spills(compiled, tmp_path)
         assert found
         found.pop("sgpr_spill_count", None)
         assert not any(found.values()), (launch.name, found)
+
+
+def test_the_default_tier_compiles_every_kernel_in_every_type_for_every_target(launches: list[Launch]) -> None:
+    chosen = default_parameters(__file__, "test_compiles_without_spills")
+    whole, default = set(), set()
+    for case in CASES:
+        launches.clear()
+        backward(forward(*case))
+        compiled = {(launch.name, case[0], target) for launch in launches for target in TARGETS}
+        whole |= compiled
+        default |= {entry for entry in compiled if f"{case}-{entry[2]}" in chosen}
+    assert len({name for name, _, _ in whole}) == 8
+    assert default == whole
 
 
 @pytest.mark.parametrize("case", [*PRODUCTS, *THREE], ids=str)

@@ -81,14 +81,23 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = False) -> dict[str, Any]:
-    """The content of a file that is to have these parts, each a dict. `what` it is to be, messages say."""
+    """The content of a checkpoint file whose `parts` must each be a dict. `what` names the kind of file in error messages.
+
+    The checksum of every member of the archive is verified first, because torch's own reader ignores them: one flipped bit
+    would otherwise be one silently changed weight. The checksums of 100 MB take 32 ms where loading takes 47 (one core).
+    """
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such checkpoint")
-    content = None
-    # of broken archives and pickles the readers let any error through: BadZipFile, IndexError, AttributeError, AssertionError
+    content = damaged = None
+    # the readers raise many errors for broken archives and pickles: BadZipFile, IndexError, AttributeError, AssertionError
     with contextlib.suppress(Exception):
-        if zipfile.is_zipfile(path):  # of anything else torch's reader would try formats of long ago
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if zipfile.is_zipfile(path):  # for anything else torch's reader would try formats of long ago
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if not damaged:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if damaged:
+        raise InputError(f"{path}: damaged: the content of {damaged} does not match its checksum")
     if not (isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in parts)):
         raise InputError(f"{path}: not a {what}, or a part of one")
     return content

@@ -30,7 +30,10 @@ def predicted(model, shapes, rows: int) -> torch.Tensor:
         return model(inputs_of(shapes, rows)).logits
 
 
-@pytest.mark.parametrize(("shapes", "options"), MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [pytest.param(*model, id=name, marks=[pytest.mark.grid] if model[0] == THREE else []) for name, model in MODELS.items()],
+)
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_every_method_is_exported_as_plain_operators_that_predict_as_it_does_at_any_batch_size(
     tmp_path, method, shapes, options

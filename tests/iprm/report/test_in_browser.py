@@ -18,6 +18,8 @@ if not BROWSER:
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
+pytestmark = pytest.mark.slow
+
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",

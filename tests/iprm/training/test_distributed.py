@@ -22,7 +22,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+#: These differ in the method alone, or in the number of processes from another case.
+SLOW = ("three modalities on four", "linear mixup", "one pass", "a baseline")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES])
 def test_processes_find_what_one_finds_in_the_joined_batch(tmp_path, case):
     options = CASES[case]
     found, alone = run_processes(tmp_path, **options), train(**(options | {"processes": 1}))

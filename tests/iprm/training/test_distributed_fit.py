@@ -55,9 +55,14 @@ def check_alike(folder: Path) -> None:
     ("by", "strategy"),
     [
         pytest.param(IPRM, ["ddp"], id="launched"),
-        pytest.param(TORCHRUN, ["ddp"], id="torchrun"),
+        pytest.param(TORCHRUN, ["ddp"], id="torchrun", marks=pytest.mark.slow),
         pytest.param(IPRM, ["fsdp2"], id="sharded"),
-        pytest.param(IPRM, ["DDPStrategy", "--trainer.strategy.broadcast_buffers", "false"], id="buffers left where they are"),
+        pytest.param(
+            IPRM,
+            ["DDPStrategy", "--trainer.strategy.broadcast_buffers", "false"],
+            id="buffers left where they are",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_processes_log_what_one_logs_with_a_batch_as_large(folder, by, strategy):
@@ -67,7 +72,9 @@ def test_two_processes_log_what_one_logs_with_a_batch_as_large(folder, by, strat
     check_alike(folder)
 
 
-@pytest.mark.parametrize("method", ["ogm-ge", "mslr", "dgl", "ensemble"])
+@pytest.mark.parametrize(
+    "method", ["ogm-ge", *(pytest.param(method, marks=pytest.mark.slow) for method in ("mslr", "dgl", "ensemble"))]
+)
 def test_two_processes_train_by_a_rule_as_one_does(folder, method):
     settings = (*ALIKE, *SETTINGS, "--model.method", method)
     assert iprm(folder, "fit", *settings, "--data.batch_size", "16").code == 0
@@ -76,6 +83,7 @@ def test_two_processes_train_by_a_rule_as_one_does(folder, method):
     check_alike(folder)
 
 
+@pytest.mark.slow
 def test_pairs_at_random_are_learned_by_two_processes_that_look_for_heads_without_gradient(tmp_path):
     three = arrays(121)
     save(tmp_path, {**three, "x_image": three["x_audio"] + three["x_text"][:, :4]})
@@ -94,6 +102,7 @@ def test_sharded_batch_norm_is_validated_by_the_statistics_that_are_saved(folder
     check_alike(folder)
 
 
+@pytest.mark.slow
 def test_a_modality_that_the_method_does_not_read_has_no_encoder_to_wait_for(folder):
     done = run(folder, "fit", *ALIKE[:2], *SETTINGS, *TWO, "--trainer.strategy", "ddp", "--model.method", "unimodal-audio")
     assert done.returncode == 0, done.stderr
@@ -124,6 +133,7 @@ def test_a_split_is_tested_by_two_processes_as_by_one_and_predicted_in_order(fol
         assert list(zip(rows, targets, strict=True)) == [(row["row"], row["target"]) for row in csv.DictReader(other)]
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_and_they_resume_to_the_same_bits(folder):
     """Each has noise of its own on its batches."""
     places = [folder / "alone", folder / "stopped"]

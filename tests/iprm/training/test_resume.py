@@ -23,6 +23,8 @@ from run_contents import RUN, difference, left
 
 EPOCHS, STEPS = 5, 15  # 39 rows in batches of 13
 KILLED_AT = sorted(random.Random(4).sample(range(STEPS), 10))
+MORE_KILLED_AT = KILLED_AT[1::2]  # in the tier `slow`
+del KILLED_AT[1::2]
 TERMINATED_AT = (0, 4, 5, 6, 13)  # the fifth is an epoch's last
 INTERRUPTED_AT = (4, 5)
 AUGMENTED_KILLED_AT = (4, 7)
@@ -55,33 +57,38 @@ def resume(folder: Path, *more: str) -> tuple[Path, list[str]]:
     return folder, ["resume", str(RUN), "--data.signal_step", "-1", *more]
 
 
+Commands = list[tuple[tuple[Path, list[str]], int]]  # and the exit code that each is to end with
+
+
+def ended(folder: Path, *options: str, number: int, step: int, code: int, data: str = "NoisyFeatures") -> Commands:
+    """A run that a signal ends, and its continuation."""
+    return [(fit(folder, *options, data=data, signal_step=step, number=number), code), (resume(folder), 0)]
+
+
+def check_run(place: Path, commands: Commands) -> None:
+    assert run_forked(place, [command for command, _ in commands]) == [code for _, code in commands]
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
     """Runs left alone, and runs that were ended in many ways and resumed."""
     place = tmp_path_factory.mktemp("resume")
-    commands, expected = [fit(place / "alone"), fit(place / "accumulating", *ACCUMULATING)], [0, 0]
-
-    def ended(name: str, *options: str, number: int, step: int, code: int, data: str = "NoisyFeatures") -> None:
-        commands.extend([fit(place / name, *options, data=data, signal_step=step, number=number), resume(place / name)])
-        expected.extend([code, 0])
-
-    commands.append(fit(place / "by steps", *BY_STEPS))
-    expected.append(0)
+    kill, terminate = {"number": signal.SIGKILL, "code": -signal.SIGKILL}, {"number": signal.SIGTERM, "code": 143}
+    interrupt = {"number": signal.SIGINT, "code": 130}
+    commands = [(fit(place / "alone"), 0), (fit(place / "accumulating", *ACCUMULATING), 0)]
+    commands += [(fit(place / "by steps", *BY_STEPS), 0), (fit(place / "augmented", data="AugmentedFeatures"), 0)]
     for step in KILLED_AT_BY_STEPS:
-        ended(f"by steps{step}", *BY_STEPS, number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
+        commands += ended(place / f"by steps{step}", *BY_STEPS, step=step, **kill)
     for step in KILLED_AT:
-        ended(f"killed{step}", number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
+        commands += ended(place / f"killed{step}", step=step, **kill)
     for step in TERMINATED_AT:
-        ended(f"terminated{step}", *RARELY, number=signal.SIGTERM, step=step, code=143)
+        commands += ended(place / f"terminated{step}", *RARELY, step=step, **terminate)
     for step in INTERRUPTED_AT:
-        ended(f"interrupted{step}", number=signal.SIGINT, step=step, code=130)
-        ended(f"accumulating{step}", *ACCUMULATING, number=signal.SIGTERM, step=step, code=143)
-    commands.append(fit(place / "augmented", data="AugmentedFeatures"))
-    expected.append(0)
+        commands += ended(place / f"interrupted{step}", step=step, **interrupt)
+        commands += ended(place / f"accumulating{step}", *ACCUMULATING, step=step, **terminate)
     for step in AUGMENTED_KILLED_AT:
-        name = f"augmented{step}"
-        ended(name, data="AugmentedFeatures", number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
-    assert run_forked(place, commands) == expected
+        commands += ended(place / f"augmented{step}", data="AugmentedFeatures", step=step, **kill)
+    check_run(place, commands)
     return place
 
 
@@ -91,6 +98,14 @@ def test_a_killed_run_resumes_to_the_same_bits(ran, step):
     assert len(expected) > 100
     assert any(name.startswith("best-") for name in expected)
     assert difference(left(ran / f"killed{step}"), expected) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", MORE_KILLED_AT)
+def test_a_run_killed_at_another_step_resumes_to_the_same_bits(tmp_path, step):
+    killed = ended(tmp_path / "killed", number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
+    check_run(tmp_path, [(fit(tmp_path / "alone"), 0), *killed])
+    assert difference(left(tmp_path / "killed"), left(tmp_path / "alone")) == []
 
 
 @pytest.mark.parametrize("step", AUGMENTED_KILLED_AT)
