@@ -18,7 +18,8 @@ FLOORS = (
     {"fusion", "data"},
     {"methods"},
     {"training"},
-    {"inference", "compare", "report", "profile"},
+    {"inference", "compare", "profile"},
+    {"report"},
     {"cli"},
     {"__main__"},
 )
