@@ -191,7 +191,7 @@ def fit_settings(arguments: Sequence[str]) -> dict[str, Any]:
         InputError: a configuration, setting or dataset does not exist or cannot be used.
     """
     parsed = _make(_Parsed, _resolve(arguments), run=False)
-    settings = yaml.safe_load(parsed.parser.dump(parsed.config, skip_none=False))
+    settings = yaml.safe_load(parsed.parser.dump(parsed.config, skip_unset=False))
     settings.pop("config", None)
     return settings
 

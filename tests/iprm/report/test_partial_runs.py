@@ -57,7 +57,7 @@ WANTING = {
     "another number of classes": (recorded_otherwise(num_classes=2), "diagnostics.json cannot be read: ValueError: confusion"),
     "angles without bins": (
         recorded_otherwise(angles=[{"pair": ["a", "b"], "counts": [], "mean": 1, "undirected": 0}]),
-        "diagnostics.json cannot be read: ValueError: angles: expected some bins, got 0",
+        "diagnostics.json cannot be read: ValueError: angles: expected one number of bins from 1 up, got [0]",
     ),
     "unknown weights": (recorded_otherwise(weights={}), "diagnostics.json cannot be read: KeyError: 'from'"),
     "other diagnostics": (rewritten("diagnostics.json", "[]"), "diagnostics.json cannot be read: TypeError"),
