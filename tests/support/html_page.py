@@ -64,7 +64,7 @@ def said(content: str) -> tuple[str, str]:
 
 def rows(content: str) -> list[list[str]]:
     """The cells of the rows of all tables."""
-    found = re.findall(r"<tr>(.*?)</tr>", content, re.DOTALL)
+    found = re.findall(r"<tr[^>]*>(.*?)</tr>", content, re.DOTALL)
     return [[html.unescape(re.sub(r"<.*?>", "", cell)) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in found]
 
 

@@ -32,11 +32,12 @@ MOST_LINES = 12
 MOST_CELLS = 60  # classes: above it a cell of the matrix would be smaller than 5 units
 MOST_NUMBERED = 12  # classes: up to it a cell has room for its count
 MOST_BARS = 48
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 336, 44, 8, 10, 36  # units of an SVG, which a card shows at 1 to 1.2 pixels each
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 336, 44, 8, 10, 40  # units of an SVG, which a card shows at 1 to 1.2 pixels each
 RC = {
     **{"svg.hashsalt": "iprm", "svg.fonttype": "none", "text.parse_math": False, "font.size": 11.5, "axes.grid": True},
     **{"axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.edgecolor": SOFT},
     **{"axes.axisbelow": True, "axes.labelcolor": SOFT, "grid.color": GRID, "grid.linewidth": 1, "text.color": SOFT},
+    **{"xtick.major.pad": 7, "axes.labelpad": 3},  # 0° and 0 % meet in a corner
     **{f"{axis}tick.{name}": value for axis in "xy" for name, value in (("major.size", 0), ("color", SOFT))},
 }
 

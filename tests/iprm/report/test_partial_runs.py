@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from html_page import Tags, card, figures, hovers, report
-from iprm.report.runs import read_runs
+from html_page import Tags, card, figures, pictures, report, said
+from iprm.compare.runs import label, read_runs
 from run_folders import course, write_metrics, write_run
 
 
@@ -91,22 +91,23 @@ def test_a_run_that_has_only_begun_gives_a_report(tmp_path):
 
 def test_one_epoch_is_drawn_as_dots(tmp_path):
     content = card(report(tmp_path, write_run(tmp_path / "version_0", epochs=1)), "Accuracy")
-    assert len(re.findall("<circle", content)) == 8, "four heads, in validation and in training"
-    assert len(hovers(content)) == 1
+    (picture,) = pictures(content)
+    assert len(list(picture.iter("use"))) == 8, "four heads, in validation and in training"
 
 
-def test_three_modalities_without_diagnostics_have_pairs_by_number(tmp_path):
+def test_pairs_have_their_names_without_diagnostics_and_in_whatever_order_the_columns_are(tmp_path):
     run = write_run(tmp_path / "version_0", modalities=("video", "audio", "text"))
     (run / "diagnostics.json").unlink()
-    assert [pair.name for pair in read_runs([run])[0].pairs] == [f"pair {n} first × pair {n} second" for n in range(3)], (
-        "metrics.csv orders its columns by name, so the order of the modalities is lost"
-    )
+    (read,) = read_runs([run])
+    names = [label(measure, read.heads) for measure in read.measures]
+    assert names[:3] == ["ω audio (audio × text)", "ω text (audio × text)", "ω audio (video × audio)"]
+    assert names[-3:] == ["λ audio × text", "λ video × audio", "λ video × text"]
 
 
 def test_an_epoch_that_is_not_validated_yet_is_drawn_of_training_alone(tmp_path):
     run = write_run(tmp_path / "version_0")
     write_metrics(run / "metrics.csv", [{"epoch": 0, "train_loss": 1.5}])
-    assert hovers(card(report(tmp_path, run), "Loss")) == ["epoch 0\nloss: training 1.500"]
+    assert said(card(report(tmp_path, run), "Loss")) == ("Loss", "loss: 1.500 in epoch 0")
 
 
 def test_a_run_that_iprm_fit_did_not_start_is_known_by_what_a_logger_writes(tmp_path):
