@@ -66,8 +66,14 @@ def parser() -> Parser:
     p.add_argument("--epochs", type=at_least_one, metavar="N", help="default: as in the dataset's shipped configuration")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/compare-<dataset>-<time>")
     p.add_argument("--jobs", type=at_least_one, metavar="N", help="processes at a time (default: one per core; 1 with a GPU)")
-    settings = {"type": key_value, "action": "append", "default": [], "metavar": "KEY=VALUE"}
-    p.add_argument("--model", help="a setting of the model; may be repeated: feature_dim=32 means --model.feature_dim 32", **settings)
+    p.add_argument(
+        "--model",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the model; may be repeated: feature_dim=32 means --model.feature_dim 32",
+    )
     p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto, a GPU if there is one")
     return p
 
@@ -76,7 +82,7 @@ def compare_command(arguments: Sequence[str]) -> int:
     """Runs `iprm compare` and returns the exit code."""
     own, settings = _divided(arguments)
     given = parser().parse_args(own)
-    config = fit_settings([*_as_settings(given), *settings])
+    config = fit_settings(_settings(given, settings))
     asked = [name.strip() for name in given.methods.split(",") if name.strip()] if given.methods is not None else None
     folder = given.output or Path("runs") / f"compare-{given.data}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     methods, jobs = make_jobs(config, asked, range(given.seeds), folder)
@@ -110,24 +116,22 @@ def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     for argument in arguments:
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0]
-            if name in OWN:
-                raise InputError(f"{name}: a comparison gives every run its own; choose them by {OWN[name]}")
             chosen = settings if "." in name or name in ("optimizer", "lr_scheduler") else own
         chosen.append(argument)
     return own, settings
 
 
-def _as_settings(given: Any) -> list[str]:
-    """What the options of this command mean as settings of `iprm fit`."""
-    found = ["--config" if given.data in shipped() else "--data", given.data, "--trainer.devices", "1"]
-    found += ["--trainer.accelerator", given.accelerator]
-    found += [] if given.epochs is None else ["--trainer.max_epochs", str(given.epochs)]
-    found += [] if given.path is None else ["--data.path", given.path]
-    pairs = [(f"data.{key}", value) for key, value in given.set] + [(f"model.{key}", value) for key, value in given.model]
-    for name, value in pairs:
+def _settings(given: Any, settings: Sequence[str]) -> list[str]:
+    """The arguments of `iprm fit` that this command's options mean, and then `settings`."""
+    found = ["--config" if given.data in shipped() else "--data", given.data, "--trainer.devices=1"]
+    found += [f"--trainer.accelerator={given.accelerator}"]
+    found += [] if given.epochs is None else [f"--trainer.max_epochs={given.epochs}"]
+    found += [] if given.path is None else [f"--data.path={given.path}"]
+    found += [f"--data.{key}={value}" for key, value in given.set] + [f"--model.{key}={value}" for key, value in given.model]
+    for argument in (found := [*found, *settings]):
+        name = argument.partition("=")[0].removeprefix("--")
         if name in OWN:
             raise InputError(f"{name}: a comparison gives every run its own; choose them by {OWN[name]}")
-        found.append(f"--{name}={value}")
     return found
 
 

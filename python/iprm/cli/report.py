@@ -28,7 +28,13 @@ examples:
 def parser() -> Parser:
     """The arguments of `iprm report`."""
     p = Parser("iprm report", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, .../fit/version_N, or one above runs, such as that of a comparison")
+    p.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="the folder of a run, .../fit/version_N, or one above runs, such as that of a comparison",
+    )
     p.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     return p
 

@@ -37,13 +37,12 @@ class Job(NamedTuple):
 def make_jobs(
     config: Mapping[str, Any], methods: Sequence[str] | None, seeds: Sequence[int], folder: Path
 ) -> tuple[list[str], list[Job]]:
-    """The methods, those of `DEFAULT_COMPARISON` for None, and the runs, one seed after the other. A seed decides splits, initial
-    weights and the order of batches.
+    """The methods, those of `DEFAULT_COMPARISON` for None, and the runs, one seed after the other.
 
     Reads the data of the first seed and builds every model, so that what is wrong is told before any training.
 
     Raises:
-        InputError: the dataset, a method or an option does not exist or cannot be used, or the folder has a run of other settings.
+        InputError: the dataset, a method or an option cannot be used, or the folder has a run of other settings.
     """
     data = _data(config["data"], seeds[0])
     unimodal = [f"unimodal-{modality}" for modality in data.modalities]
@@ -95,7 +94,7 @@ def read_once(cls: type[MultimodalData], *args: Any, **options: Any) -> Multimod
 
 
 class Clock(L.Callback):
-    """Times the training steps of each epoch, validation apart, and calls `advance` with the number of epochs that have ended."""
+    """Times the training steps of each epoch, without validation; tells `advance` how many epochs have ended."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self.advance = advance

@@ -1,4 +1,4 @@
-"""Reads the folder of a run: settings, metrics by epoch, test metrics, diagnostics, and what of these is missing. Needs no torch."""
+"""Reads the folder of a run, without torch: settings, metrics of each epoch, test metrics, diagnostics, and what is missing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,8 +119,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     found = {path.resolve(): path for folder in folders for path in _runs_at(folder)}
     runs = [read_run(folder) for folder in found.values()]
     titles = [f"{run.method} · seed {run.seed}" for run in runs]
+    common = Path(os.path.commonpath(found)) if len(found) > 1 else next(iter(found)).parent
     for run, place, title in zip(runs, found, titles, strict=True):
-        run.name = _shortest(place, list(found))
+        run.name = place.relative_to(common).as_posix()
         run.label = title if titles.count(title) == 1 else f"{title} · {run.name}"
     return runs
 
@@ -150,15 +152,6 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _runs_below(folder: Path) -> Iterator[Path]:
     for pattern in ("*", "*/*", "*/*/*"):
         yield from (path for path in folder.glob(pattern) if is_run(path))
-
-
-def _shortest(folder: Path, among: Sequence[Path]) -> str:
-    """The end of the path that no other of `among` ends in."""
-    for depth in range(1, len(folder.parts)):
-        end = folder.parts[-depth:]
-        if sum(other.parts[-depth:] == end for other in among) == 1:
-            return "/".join(end)
-    return str(folder)
 
 
 def read_run(folder: Path) -> Run:

@@ -44,7 +44,7 @@ def sweep(jobs: Sequence[Job], train: Train, processes: int) -> None:
     Args:
         train: called with a job and with what counts epochs; pickled by name where there are several processes.
     """
-    with _progress(sum(_epochs_of(job) for job in jobs)) as advance:
+    with _progress(sum(max(0, job.config["trainer"]["max_epochs"] or 0) for job in jobs)) as advance:
         if processes == 1:
             for job in jobs:
                 _attempt(train, job, advance)
@@ -53,27 +53,15 @@ def sweep(jobs: Sequence[Job], train: Train, processes: int) -> None:
 
 
 def _attempt(train: Train, job: Job, advance: Advance) -> None:
-    ended = 0
-
-    def count(epochs: int) -> None:
-        nonlocal ended
-        ended += epochs
-        advance(epochs)
-
     (job.folder / FAILED).unlink(missing_ok=True)
     try:
-        train(job, count)
+        train(job, advance)
     except Exception as error:
         job.folder.mkdir(parents=True, exist_ok=True)
         if not (job.folder / CONFIG).is_file():  # it failed before its first step
             (job.folder / CONFIG).write_text(yaml.safe_dump(job.config, sort_keys=False), encoding="utf-8")
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         (job.folder / FAILED).write_text(f"{reason}\n\n{traceback.format_exc()}", encoding="utf-8")
-    advance(_epochs_of(job) - ended)
-
-
-def _epochs_of(job: Job) -> int:
-    return max(0, job.config["trainer"]["max_epochs"] or 0)
 
 
 @contextmanager

@@ -26,8 +26,8 @@ class Table(NamedTuple):
 class Comparison:
     """Runs of several methods and seeds.
 
-    by_method: method -> its runs; finished: those with test metrics; tables: test metrics by method, mean and standard deviation
-    over seeds, accuracies in percent; and, where methods measured anything but one λ and its ω, those measures at the last epoch.
+    by_method: method -> its runs; finished: those with test metrics; tables: test metrics by method as mean and deviation over
+    seeds, accuracies in percent; and where methods measured more than one λ and its ω, those measures at the last epoch.
     """
 
     def __init__(self, folder: Path, runs: Sequence[Run]) -> None:
@@ -68,7 +68,9 @@ class Comparison:
         return Table(self.title, ["method", *names, *(["λ"] if weighs else []), SECONDS], rows, best)
 
     def _measures(self) -> list[Table]:
-        names = dict.fromkeys(n for run in self.finished for n in run.measures if n != "weight" and not n.startswith("strength"))
+        names = dict.fromkeys(
+            n for run in self.finished for n in run.measures if n != "weight" and not n.startswith("strength")
+        )
         methods = [m for m, runs in self.by_method.items() if any(r.test and r.courses.keys() & names.keys() for r in runs)]
         rows = [
             [label(name, self.modalities), *(_cell(self.values(m, lambda r, n=name: r.last(n)), 2) for m in methods)]  # type: ignore[misc]
@@ -100,7 +102,7 @@ def _cell(values: Sequence[float], digits: int) -> str:
 
 
 def text(table: Table, width: int | None) -> Iterator[tuple[str, bool]]:
-    """The lines of the table, and whether one is bold. Columns that do not fit into `width` follow below, in further blocks that
+    """The lines of the table, and whether one is bold. Columns beyond `width` follow below, in further blocks that
     repeat the first column; None puts all of them into one block."""
     heads = [name.rpartition(" ") for name in table.head]
     lines = [[above for above, _, _ in heads], [below for *_, below in heads], *table.rows]

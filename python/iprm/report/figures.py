@@ -18,14 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from iprm.compare.record import Angles, Record, Strength
-from iprm.compare.runs import label
+from iprm.compare.runs import SYMBOLS, Course, label
 from iprm.compare.table import Comparison
 
 #: As in style.css, whose names take their place in a page: there they follow the reader's colour scheme.
 PALETTE = ("#0072b2", "#d55e00", "#05a960", "#3a16b8", "#7b828a", "#1b1f24")
 SOFT, GRID, ON = "#57606a", "#e6e9ed", "#ffffff"
 VARIABLES = {colour: f"var(--c{place})" for place, colour in enumerate(PALETTE)} | {SOFT: "var(--soft)", GRID: "var(--grid)"}
-OUTSIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
 DASHES = ("-", (0, (4, 2)), (0, (1, 2)))
 #: Lines of a figure: beyond, those that are highest and lowest at the end stand for all.
 MOST_LINES = 12
@@ -33,13 +32,17 @@ MOST_CELLS = 60  # classes: above it a cell of the matrix would be smaller than 
 MOST_NUMBERED = 12  # classes: up to it a cell has room for its count
 MOST_BARS = 48
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 336, 44, 8, 10, 40  # units of an SVG, which a card shows at 1 to 1.2 pixels each
-RC = {
-    **{"svg.hashsalt": "iprm", "svg.fonttype": "none", "text.parse_math": False, "font.size": 11.5, "axes.grid": True},
-    **{"axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.edgecolor": SOFT},
-    **{"axes.axisbelow": True, "axes.labelcolor": SOFT, "grid.color": GRID, "grid.linewidth": 1, "text.color": SOFT},
-    **{"xtick.major.pad": 7, "axes.labelpad": 3},  # 0° and 0 % meet in a corner
-    **{f"{axis}tick.{name}": value for axis in "xy" for name, value in (("major.size", 0), ("color", SOFT))},
+RC: dict[Any, Any] = dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top", "text.parse_math"), False)
+RC |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), SOFT)
+RC |= {
+    "grid.color": GRID,
+    "grid.linewidth": 1,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "font.size": 11.5,
+    "axes.labelpad": 3,
 }
+RC |= {"xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "svg.hashsalt": "iprm", "svg.fonttype": "none"}
 
 
 class Line(NamedTuple):
@@ -98,7 +101,7 @@ def lines(
     for place, line in enumerate(reversed(series)):
         for course, options in ((line.training, {"linewidth": 1.1, "alpha": 0.55}), (line.course, {"linewidth": 2})):
             epochs = sorted(course)
-            dots = [k for k, epoch in enumerate(epochs) if course is line.course and epoch == line.marked or len(epochs) == 1]
+            dots = [k for k, epoch in enumerate(epochs) if len(epochs) == 1 or (course is line.course and epoch == line.marked)]
             look = style(line.colour) | {"zorder": 3 + place / 1000, **options}
             if dots:
                 look |= {"marker": "o", "markersize": 7, "markevery": dots}
@@ -128,11 +131,8 @@ def fewer(series: Sequence[Line]) -> list[Line]:
     if len(series) <= MOST_LINES:
         return list(series)
     ranked = sorted((line for line in series if line.course), key=lambda line: -line.course[max(line.course)])
-    return [mean([line.course for line in ranked], f"mean of {len(ranked)}", 4), *_recoloured([*ranked[:3], *ranked[-3:]])]
-
-
-def _recoloured(series: Sequence[Line]) -> list[Line]:
-    return [line._replace(colour=place + (place > 3)) for place, line in enumerate(series)]
+    few = [mean([line.course for line in ranked], f"mean of {len(ranked)}", 0), *ranked[:3], *ranked[-3:]]
+    return [line._replace(colour=place) for place, line in enumerate(few)]
 
 
 def mean(courses: Sequence[Mapping[int, float]], name: str, colour: int, training: Sequence[Mapping[int, float]] = ()) -> Line:
@@ -221,13 +221,21 @@ def short(name: str) -> str:
 
 
 def measured(comparison: Comparison) -> list[Line]:
-    """λ, ω and the other measures of every method, as means over the seeds with their range."""
-    found = []
-    for method, runs in comparison.by_method.items():
-        for name in dict.fromkeys(name for run in runs if run.test for name in run.measures):
-            courses = [run.measures[name] for run in runs if run.test and name in run.measures]
-            found.append(mean(courses, f"{method}: {label(name, comparison.modalities)}", len(found)))
-    return found
+    """λ, ω and the other measures of every method, as means over the seeds with their range. Of more than `MOST_LINES` those
+    other than ω; of still more, one line for each method and kind, over all pairs and seeds."""
+    found: dict[tuple[str, str], list[Course]] = {}
+    for run in comparison.finished:
+        for name, course in run.measures.items():
+            found.setdefault((run.method, name), []).append(course)
+    if len(found) > MOST_LINES:
+        found = {key: courses for key, courses in found.items() if not key[1].startswith("strength")}
+    names = {key: label(key[1], comparison.modalities) for key in found}
+    if len(found) > MOST_LINES:
+        every, found = found, {}
+        for (method, name), courses in every.items():
+            found.setdefault((method, name.partition("_")[0]), []).extend(courses)
+        names = {key: f"{SYMBOLS.get(key[1], key[1])}, mean and range" for key in found}
+    return [mean(courses, f"{key[0]}: {names[key]}", place) for place, (key, courses) in enumerate(found.items())]
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
@@ -237,12 +245,13 @@ def comparison_figure(comparison: Comparison) -> Figure:
         figure.suptitle(comparison.title)
         left, right = figure.subplots(1, 2)
         accuracies(left, comparison)
-        series = fewer(measured(comparison))
+        series = measured(comparison)
         within = all(0 <= value <= 1 for line in series for value in line.course.values())
         lines(right, series, bounds=(0, 1) if within else None)
-        right.set_ylabel("measures: λ at the end of the epoch, ω its mean")
+        right.set_ylabel("λ at the end of an epoch, mean ω of an epoch")
         if series:
-            right.legend(*(reversed(found) for found in right.get_legend_handles_labels()), fontsize=8, frameon=False, **OUTSIDE)
+            handles, names = right.get_legend_handles_labels()
+            right.legend(handles[::-1], names[::-1], fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         else:
             right.text(0.5, 0.5, "none of these methods measures weights", ha="center", transform=right.transAxes)
         figure.draw_without_rendering()

@@ -160,7 +160,9 @@ def _courses_of_several(groups: Sequence[Group]) -> list[Card]:
     measures = {name: [_of(group, place, name) for place, group in enumerate(groups)] for name in names}
     chosen = sorted(measures, key=lambda name: _range(measures[name]))[-MOST_MEASURES:]
     for name in (name for name in measures if name in chosen):
-        most = f"One of {len(chosen)} of {len(measures)} measures, those with the widest range." if len(chosen) < len(names) else ""
+        most = (
+            f"One of {len(chosen)} of {len(names)} measures, those with the widest range." if len(chosen) < len(names) else ""
+        )
         note = f"{most} {_without(measures[name])}"
         cards.append(_lines(label(name, heads), measures[name], note, legend=False, **_bounds(name)))
     return cards
@@ -190,8 +192,8 @@ def _measured(run: Run) -> list[Card]:
 
 def _confusion(run: Run, record: Record) -> list[Card]:
     if record.classes > figures.MOST_CELLS:
-        worst = Table("", ["true", "predicted as", "samples", "of"], tables.most_confused(run, 20))
-        return [Card("Most confused classes", Markup(), table=worst)]
+        confused = Table("", ["true", "predicted as", "samples", "of"], tables.most_confused(run, 20))
+        return [Card("Most confused classes", Markup(), table=confused)]
     title, worst = "Confusion matrix", [f"{t} as {p} ({n} of {of})" for t, p, n, of in tables.most_confused(run, 3)]
     note = f"Most often taken for another: {', '.join(worst)}." if worst else "No sample is taken for another class."
     return [Card(title, figures.svg(partial(figures.confusion, record=record), title, note, 330), note=note)]
@@ -211,7 +213,9 @@ def _angles(record: Record) -> list[Card]:
 
 def _strengths(record: Record) -> list[Card]:
     some = f" The {figures.MOST_BARS // 2} classes at either end." if record.classes > figures.MOST_BARS else ""
-    chosen, note = _furthest(record.strength, lambda pair: max((abs(w - 0.5) for w in pair.omega[0] if w is not None), default=-1))
+    chosen, note = _furthest(
+        record.strength, lambda pair: max((abs(w - 0.5) for w in pair.omega[0] if w is not None), default=0)
+    )
     cards = []
     for strength in chosen:
         first, second = strength.pair

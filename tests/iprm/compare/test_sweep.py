@@ -41,7 +41,7 @@ def compare(folder: Path, *arguments: str, jobs: int = 1, methods: str = "sum,ip
 
 
 def comparison(folder: Path, *arguments: str, **options) -> Path:
-    """  -> the folder of a comparison without a fault"""
+    """-> the folder of a comparison without a fault"""
     save(folder, arrays())
     code, out, err = compare(folder, *arguments, **options)
     assert (code, err) == (0, "")
@@ -248,7 +248,9 @@ def test_a_comparison_that_was_ended_continues_to_the_bit(report, tmp_path, monk
     assert compare(tmp_path).code == 0
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     for run in RUNS:  # SIGTERM saves a state of its own, in the middle of the epoch
-        found, whole = (contents(folder / run, "none" if end is terminated else "*") for folder in (tmp_path / "report", report))
+        found, whole = (
+            contents(folder / run, "none" if end is terminated else "*") for folder in (tmp_path / "report", report)
+        )
         assert difference(found, whole) == []
         assert metrics_of(tmp_path / "report" / run) == metrics_of(report / run)
     assert compare(tmp_path).code == 0, "with nothing left to run"
@@ -348,9 +350,18 @@ BAD = {
     "an unknown option": ((*ARGUMENTS, "--epoches", "3"), "unknown option --epoches: did you mean --epochs?"),
     "an unknown method": ((*ARGUMENTS, "--methods", "sum,conct"), "got 'conct'; did you mean 'concat'?"),
     "no method": ((*ARGUMENTS, "--methods", ","), "no methods were named"),
-    "an unknown dataset option": ((*ARGUMENTS, "--set", "batchsize=3"), "unknown setting 'data.batchsize': did you mean 'data.batch_size'?"),
-    "an unknown model option": ((*ARGUMENTS, "--model", "learning_rte=1"), "unknown setting 'model.learning_rte': did you mean 'model.learning_rate'?"),
-    "a word for a number": ((*ARGUMENTS, "--model", "learning_rate=fast"), "model.learning_rate: Expected a float. Got value: fast"),
+    "an unknown dataset option": (
+        (*ARGUMENTS, "--set", "batchsize=3"),
+        "unknown setting 'data.batchsize': did you mean 'data.batch_size'?",
+    ),
+    "an unknown model option": (
+        (*ARGUMENTS, "--model", "learning_rte=1"),
+        "unknown setting 'model.learning_rte': did you mean 'model.learning_rate'?",
+    ),
+    "a word for a number": (
+        (*ARGUMENTS, "--model", "learning_rate=fast"),
+        "model.learning_rate: Expected a float. Got value: fast",
+    ),
     "a broken mapping": ((*ARGUMENTS, "--model", "encoders={a"), "model.encoders: expected "),
     "a number out of range": ((*ARGUMENTS, "--model", "momentum=2"), "momentum: expected a number from 0 to 1, got 2"),
     "an option without value": ((*ARGUMENTS, "--set", "batch_size"), "expected KEY=VALUE, got 'batch_size'"),
@@ -359,7 +370,10 @@ BAD = {
         "batch_size: expected at least 2 to train encoders that normalise",
     ),
     "a seed": ((*ARGUMENTS, "--set", "seed=3"), "data.seed: a comparison gives every run its own; choose them by --seeds"),
-    "a method": ((*ARGUMENTS, "--model.method", "sum"), "model.method: a comparison gives every run its own; choose them by --methods"),
+    "a method": (
+        (*ARGUMENTS, "--model.method", "sum"),
+        "model.method: a comparison gives every run its own; choose them by --methods",
+    ),
     "no seeds": ((*ARGUMENTS, "--seeds", "0"), "argument --seeds: expected a whole number from 1 up, got 0"),
     "no epochs": ((*ARGUMENTS, "--epochs", "few"), "argument --epochs: invalid whole number value: 'few'"),
     "no path": (("compare", "--data", "features"), "a setting is missing: add --data.path VALUE"),

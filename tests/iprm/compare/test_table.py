@@ -120,7 +120,9 @@ def test_no_table_loses_a_name_or_a_digit(tmp_path, count, width):
     methods = [*(f"unimodal-{modality}" for modality in modalities), "concat", "iprm", "iprm-one-pass"]
     found = comparison(write_comparison(tmp_path / "c", methods, modalities=modalities))
     for table in found.tables:
-        blocks = [list(lines) for blank, lines in itertools.groupby(text(table, width), lambda line: line[0] == "") if not blank]
+        blocks = [
+            list(lines) for blank, lines in itertools.groupby(text(table, width), lambda line: line[0] == "") if not blank
+        ]
         assert width is not None or len(blocks) == 1
         for place, row in enumerate(table.rows):
             shown = [line for block in blocks for line, _ in block[-len(table.rows) :][place : place + 1]]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from command import iprm
-from iprm.errors import InputError
 from iprm.compare.runs import read_runs
+from iprm.errors import InputError
 from run_folders import write_comparison, write_run
 
 
@@ -52,7 +52,9 @@ def test_a_folder_above_runs_means_all_of_them_in_their_order(tmp_path):
 
 def test_a_folder_without_runs_is_refused(tmp_path):
     (tmp_path / "runs/empty").mkdir(parents=True)
-    assert refused(tmp_path, "runs") == "runs: not a run of iprm fit: none of metrics.csv, config.yaml, diagnostics.json is in it"
+    assert (
+        refused(tmp_path, "runs") == "runs: not a run of iprm fit: none of metrics.csv, config.yaml, diagnostics.json is in it"
+    )
 
 
 def test_where_there_is_no_run_none_is_suggested(tmp_path):

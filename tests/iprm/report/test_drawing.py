@@ -168,8 +168,16 @@ def test_the_plot_of_twelve_modalities_has_a_short_legend(tmp_path):
     modalities = [f"m{k}" for k in range(12)]
     _, measured = figures.comparison_figure(comparison(tmp_path / "c", "iprm", modalities=modalities, seeds=[0])).axes
     names = [text.get_text() for text in measured.get_legend().get_texts()]
-    assert len(names) == 7
-    assert names[0] == "mean of 198"
+    assert names == ["iprm: λ, mean and range"]
+    (line,) = [line for line in measured.lines if line.get_label() in names]
+    omega = course(modalities, 5, mixes=True)[1::2]
+    assert line.get_ydata()[-1] == pytest.approx(np.mean([v for name, v in omega[-1].items() if name.startswith("weight")]))
+
+
+def test_the_plot_of_many_methods_leaves_out_omega(tmp_path):
+    methods = [f"iprm-{k}" for k in range(5)]
+    _, measured = figures.comparison_figure(comparison(tmp_path / "c", *methods, seeds=[0])).axes
+    assert [text.get_text() for text in measured.get_legend().get_texts()] == [f"{method}: λ" for method in methods]
 
 
 def test_the_same_figure_is_the_same_bytes_and_is_titled():

@@ -62,7 +62,13 @@ def _runs(folder: Path, name: str) -> list[Path]:
         word = "<script>console.error('run')</script><img src=x onerror=console.error('run')>" + "wide" * 40
         return [write_run(place / f"version_{k}", method=f"iprm{word}", data=word, seed=k) for k in range(2)]
     if name == "comparison":
-        methods = ["unimodal-video", "unimodal-a_rather_long_name_of_a_modality", "concat", "joint", *(f"iprm-{k}" for k in range(15))]
+        methods = [
+            "unimodal-video",
+            "unimodal-a_rather_long_name_of_a_modality",
+            "concat",
+            "joint",
+            *(f"iprm-{k}" for k in range(15)),
+        ]
         return [write_comparison(place, methods)]
     several = [write_run(place / f"version_{k}", seed=k, classes=31, epochs=40) for k in range(8)]
     other = write_run(place / "concat", method="concat", modalities=("image", "strip"), data="iprm.data.datasets.digits.Digits")
