@@ -85,6 +85,8 @@ def _confusion(cells: Mapping[str, Any], class_counts: list[int], classes: int) 
             raise ValueError(f"confusion: expected classes below {classes}, got {target} and {prediction}")
         confusion[int(target), int(prediction)] = int(count)
         sums[int(target)] += int(count)
+    if min([*class_counts, *confusion.values()], default=0) < 0:
+        raise ValueError("confusion: expected counts from 0 up")
     if sums != class_counts:
         raise ValueError("confusion: its rows are expected to sum to class_counts")
     return confusion

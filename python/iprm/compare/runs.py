@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,8 @@ FILES = (METRICS, CONFIG, DIAGNOSTICS)
 SYMBOLS = {"weight": "λ", "strength": "ω"}
 #: Columns of metrics.csv that are no measure of the method.
 NO_MEASURE = ("train_", "val_", "test_", "lr-")
+
+LARGEST = 1e30
 
 Course = dict[int, float]  # epoch -> value
 
@@ -256,8 +257,9 @@ def _courses(text: str, missing: list[str]) -> dict[str, Course]:
 
 
 def _number(text: Any) -> float | None:
+    """None for what is no finite number, or one that no metric reaches and no axis can show."""
     try:
         value = float(text)
     except (TypeError, ValueError, OverflowError):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) < LARGEST else None

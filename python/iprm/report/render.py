@@ -191,6 +191,8 @@ def _measured(run: Run) -> list[Card]:
 
 
 def _confusion(run: Run, record: Record) -> list[Card]:
+    if not record.rows:
+        return []
     if record.classes > figures.MOST_CELLS:
         confused = Table("", ["true", "predicted as", "samples", "of"], tables.most_confused(run, 20))
         return [Card("Most confused classes", Markup(), table=confused)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from html_page import Tags, card, figures, pictures, report, said
 from iprm.compare.runs import label, read_runs
-from run_folders import course, write_metrics, write_run
+from run_folders import course, write_comparison, write_metrics, write_run, write_test
 
 
 def without(name: str):
@@ -52,6 +52,10 @@ WANTING = {
     "counts that do not add up": (
         recorded_otherwise(class_counts=[6, 6, 6, 7]),
         "diagnostics.json cannot be read: ValueError: confusion: its rows are expected to sum to class_counts",
+    ),
+    "counts below 0": (
+        recorded_otherwise(class_counts=[6, 0, 0, 0], confusion={"target": [0, 0], "prediction": [0, 1], "count": [12, -6]}),
+        "diagnostics.json cannot be read: ValueError: confusion: expected counts from 0 up",
     ),
     "another number of classes": (recorded_otherwise(num_classes=2), "diagnostics.json cannot be read: ValueError: confusion"),
     "angles without bins": (
@@ -123,6 +127,32 @@ def test_of_a_continued_run_the_epochs_before_it_count(tmp_path):
     write_metrics(run / "metrics.csv", course(("video", "audio"), 5, mixes=True)[6:])
     assert figures(report(tmp_path, run))["epochs"] == "5"
     assert read_runs([run])[0].missing == []
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 9.9e29, 5e-324, -3])
+@pytest.mark.parametrize("column", ["epoch", "val_accuracy", "train_loss", "weight", "k"])
+def test_a_number_however_large_or_small_makes_a_page(tmp_path, column, value):
+    run = write_run(tmp_path / "version_0")
+    row = {"val_accuracy": 0.5, "train_loss": 1.0, "weight": 0.5, "k": 0.0}
+    write_metrics(run / "metrics.csv", [{"epoch": 0, **row}, {"epoch": 1} | row | {column: value}])
+    write_test(run, accuracy=value)
+    assert "Over the epochs" in report(tmp_path, run, write_run(tmp_path / "version_1"))
+
+
+HOSTILE = {
+    "settings.json": '{"methods": [[1], {"a": 1}], "seeds": [null], "data": ["x"]}',
+    "iprm/seed=0/test.json": '{"metrics": {"accuracy": 1e308, "map": {"a": 1}, "macro_f1": "x"}, "seconds_per_epoch": {}}',
+    "iprm/seed=1/test.json": "[1]",
+    "iprm/seed=0/failed.txt": "",
+    "iprm/seed=1/config.yaml": "model: {method: [1, '$\\\\frac{']}\nseed_everything: {a: 1}\n",
+}
+
+
+@pytest.mark.parametrize("file", HOSTILE)
+def test_a_comparison_with_a_file_that_holds_anything_makes_a_page(tmp_path, file):
+    folder = write_comparison(tmp_path / "c")
+    (folder / file).write_text(HOSTILE[file])
+    assert "Over the epochs" in report(tmp_path, folder)
 
 
 def test_a_value_that_is_not_finite_is_left_out_and_a_later_row_of_an_epoch_is_the_one_that_counts(tmp_path):

@@ -200,7 +200,7 @@ def test_a_comparison_and_a_run_beside_it_share_a_report(tmp_path):
     folder = write_comparison(tmp_path / "c")
     single = write_run(tmp_path / "fit/version_0", settings={"learning_rate": 0.5})
     page = report(tmp_path, folder, single)
-    assert [row["run"] for row in summary(page)][-1] == "version_0"
+    assert [row["run"] for row in summary(page)][-1] == "fit/version_0"
     assert "Test accuracy by method" in titles(page)
     assert "Test accuracy by method" not in titles(report(tmp_path, folder / "iprm/seed=0")), "of one run"
 
