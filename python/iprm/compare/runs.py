@@ -247,7 +247,7 @@ def _courses(text: str, missing: list[str]) -> dict[str, Course]:
     courses: dict[str, Course] = {}
     for row in csv.DictReader(whole.splitlines()):
         epoch = _number(row.get("epoch"))
-        for name, cell in row.items() if epoch is not None else ():
+        for name, cell in row.items() if epoch is not None and abs(epoch) < 2**31 else ():
             value = _number(cell)
             if isinstance(name, str) and name not in ("epoch", "step") and value is not None:
                 courses.setdefault(name, {})[int(epoch)] = value  # type: ignore[arg-type]
