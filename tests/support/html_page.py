@@ -50,15 +50,21 @@ def titles(page: str) -> list[str]:
     return [title for title, _ in cards(page)]
 
 
-def hovers(content: str) -> list[str]:
-    """What is said of each place of a chart when it is pointed at."""
-    svg = re.search(r"<svg viewBox.*?</svg>", content, re.DOTALL)[0]
-    return [element.text for element in ElementTree.fromstring(svg).iter("title")]
+def pictures(content: str) -> list[ElementTree.Element]:
+    """The SVG figures of a card or a page, parsed."""
+    svgs = re.findall(r"<svg viewBox[^>]*role.*?</svg>", content, re.DOTALL)
+    return [ElementTree.fromstring(svg.replace("xlink:href", "href")) for svg in svgs]
+
+
+def said(content: str) -> tuple[str, str]:
+    """Title and description of the figure of a card."""
+    (picture,) = pictures(content)
+    return picture.findtext("title"), picture.findtext("desc")
 
 
 def rows(content: str) -> list[list[str]]:
     """The cells of the rows of all tables."""
-    found = re.findall(r"<tr>(.*?)</tr>", content, re.DOTALL)
+    found = re.findall(r"<tr[^>]*>(.*?)</tr>", content, re.DOTALL)
     return [[html.unescape(re.sub(r"<.*?>", "", cell)) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in found]
 
 

@@ -1,44 +1,58 @@
-"""The command `iprm compare`: arguments to settings, runs, a report."""
+"""The command `iprm compare`: methods x seeds on one dataset, each an ordinary run of `iprm fit`."""
 
 from __future__ import annotations
 
 import datetime
+import functools
+import json
+import platform
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
+from rich.text import Text
 
-from iprm.compare.run import Result, Settings
-from iprm.compare.sweep import check, compare, default_jobs, ended_by_sigterm, in_order
-from iprm.compare.table import rich_table, write_report
-from iprm.configs import load_config, shipped
-from iprm.data import DATASETS, options_of
+import iprm_kernels as ik
+from iprm.compare.run import DEFAULT_COMPARISON, Clock, Job, make_jobs, read_once
+from iprm.compare.runs import COMPARISON, TEST, read_runs, settings_of_comparison
+from iprm.compare.sweep import Advance, default_jobs, ended_by_sigterm, sweep
+from iprm.compare.table import Comparison, text, write
+from iprm.configs import shipped
+from iprm.data import DATASETS
+from iprm.data.module import MultimodalData
+from iprm.environment import versions
 from iprm.errors import InputError
 from iprm.methods import METHODS
-from iprm.training.classifier import FusionClassifier
+from iprm.training.callbacks.best_checkpoint import best_checkpoint
 
-from .options import dataset_options, typed
+from .fit import STOPPED, FusionCLI, fit_settings, run_fit
 from .parser import Parser, add_dataset_options, at_least_one, key_value
 
 DESCRIPTION = """\
 Trains several methods with several seeds on one dataset. A seed decides splits, initial weights and the order of batches, and
-is shared by all methods. The model best on validation is tested once. Prints a table of mean ± standard deviation over seeds
-and writes a folder with summary.md, runs.csv, history.csv, plot.png and settings.json; if it is ended early, of the runs
-that are finished.
+is shared by all methods. Every run has a folder OUTPUT/METHOD/seed=K, as iprm fit writes it, and test.json: the test metrics of
+its checkpoint best on validation. Prints a table of mean ± standard deviation over seeds, and writes it to OUTPUT with
+summary.md, runs.csv, history.csv, plot.png and settings.json. The same command with the same --output continues a comparison
+that was ended: finished runs are kept, interrupted ones resume, missing and failed ones start. Exit code 1 if a run failed.
 """
 
 EXAMPLES = """\
+any setting of iprm fit can be given by its full name: --model.feature_dim 32 --trainer.max_epochs 5 --data.batch_size 32
+
 examples:
   iprm compare --data digits
   iprm compare --data digits --methods concat,iprm --seeds 5 --epochs 30
   iprm compare --data av-digits --path recordings/ --output runs/spoken
-  iprm compare --data features --path features.npz --model learning_rate=0.05
+  iprm compare --data features --path features.npz --model.feature_dim 32
 """
 
 METHOD_NAMES = ", ".join([*(name for name in METHODS if name != "unimodal"), "unimodal-<modality>"])
+#: Settings of `iprm fit` that each run has of its own, or that are this command's options.
+OWN = {"model.method": "--methods", "data.seed": "--seeds", "data.init_args.seed": "--seeds"}
 
 
 def parser() -> Parser:
@@ -46,74 +60,132 @@ def parser() -> Parser:
     p = Parser("iprm compare", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, metavar="NAME", help=f"dataset: {', '.join(DATASETS)}")
     add_dataset_options(p)
-    p.add_argument(
-        "--methods", metavar="A,B,...", help=f"{METHOD_NAMES} (default: each modality alone, the baselines, and iprm)"
-    )
+    names = f"each modality alone, {', '.join(DEFAULT_COMPARISON)}"
+    p.add_argument("--methods", metavar="A,B,...", help=f"{METHOD_NAMES} (default: {names})")
     p.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="how many seeds: 0, 1, ... N-1 (default: 3)")
     p.add_argument("--epochs", type=at_least_one, metavar="N", help="default: as in the dataset's shipped configuration")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/compare-<dataset>-<time>")
-    p.add_argument("--jobs", type=at_least_one, metavar="N", help="processes at a time (default: one a core; 1 with a GPU)")
+    p.add_argument("--jobs", type=at_least_one, metavar="N", help="processes at a time (default: one per core; 1 with a GPU)")
     p.add_argument(
         "--model",
         type=key_value,
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"an option of the model; may be repeated: {', '.join(_model_options())}",
+        help="a setting of the model; may be repeated: feature_dim=32 means --model.feature_dim 32",
     )
     p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto, a GPU if there is one")
     return p
 
 
-def settings_from(
-    data: str, path: str | None, epochs: int | None, options: Iterable[tuple[str, str]], model: Iterable[tuple[str, str]]
-) -> Settings:
-    """What the shipped configuration of the dataset says, changed by what the command line says.
-
-    Raises:
-        InputError: no such dataset, or option of it or of the model, or a value of a wrong type.
-    """
-    given = dict(options) | ({} if path is None else {"path": path})
-    if "seed" in given:
-        raise InputError("seed: a comparison gives every run its own; choose their number by --seeds")
-    data_options = dataset_options(data, given)
-    data_options.pop("seed", None)
-    config = load_config(data) if data in shipped() else {}
-    model_options = {name: value for name, value in config.get("model", {}).items() if name != "method"}
-    model_options |= typed("the model", FusionClassifier, _model_options(), dict(model))
-    return Settings(data, data_options, model_options, epochs or config.get("trainer", {}).get("max_epochs", 20))
-
-
-def _model_options() -> list[str]:
-    return [name for name in options_of(FusionClassifier) if name not in ("inputs", "num_classes", "method")]
-
-
 def compare_command(arguments: Sequence[str]) -> int:
     """Runs `iprm compare` and returns the exit code."""
-    given = parser().parse_args(arguments)
-    settings = settings_from(given.data, given.path, given.epochs, given.set, given.model)
-    settings = replace(settings, accelerator=given.accelerator)
+    own, settings = _divided(arguments)
+    given = parser().parse_args(own)
+    config = fit_settings(_settings(given, settings))
     asked = [name.strip() for name in given.methods.split(",") if name.strip()] if given.methods is not None else None
-    methods, modalities, splits = check(settings, asked, range(given.seeds))
-    jobs = given.jobs or default_jobs(len(methods) * given.seeds)
     folder = given.output or Path("runs") / f"compare-{given.data}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    folder.mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after the work
-    title = f"{given.data}: {given.seeds} seeds, {settings.epochs} epochs"
-    record = {**asdict(settings), "methods": methods, "seeds": list(range(given.seeds)), "jobs": jobs, "splits": splits}
-
-    results: list[Result] = []
+    methods, jobs = make_jobs(config, asked, range(given.seeds), folder)
+    _write_settings(folder, {"data": given.data, "methods": methods, "seeds": list(range(given.seeds)), "settings": config})
+    pending = [job for job in jobs if not (job.folder / TEST).is_file()]
     try:
         with ended_by_sigterm():
-            for result in compare(settings, methods, range(given.seeds), jobs):
-                results.append(result)
+            sweep(pending, _train, given.jobs or default_jobs(len(pending)))
     except BaseException:
-        if results:
-            finished = f"{len(results)} of {len(methods) * given.seeds} runs"
-            write_report(folder, in_order(results, methods), modalities, record, f"{title}; {finished}")
-            print(f"iprm: {finished} are finished; a report of these: {folder}", file=sys.stderr)
+        if any((job.folder / TEST).is_file() for job in jobs):
+            done = f"{len(_report(folder).finished)} of {len(jobs)} runs are finished; a report of these: {folder}"
+            print(f"iprm: {done}; the same command with --output {folder} continues", file=sys.stderr)
         raise
-    summary = write_report(folder, in_order(results, methods), modalities, record, title)
+    comparison = _report(folder)
     console = Console()
-    console.print(rich_table(summary, title))
-    console.print(f"report: {folder}", highlight=False, soft_wrap=True)
-    return 0
+    for table in comparison.tables:
+        console.print(f"{table.title}\n", highlight=False, soft_wrap=True, markup=False)
+        for line, bold in text(table, console.width if console.is_terminal else None):
+            console.print(Text(line, "bold" if bold else ""), soft_wrap=True)
+    for failure in comparison.failed:
+        console.print(f"failed: {failure}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"report: {folder}", highlight=False, soft_wrap=True, markup=False)
+    return 1 if comparison.failed else 0
+
+
+def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """This command's own arguments, and settings of `iprm fit`: --GROUP.NAME VALUE."""
+    own: list[str] = []
+    settings: list[str] = []
+    chosen = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0]
+            chosen = settings if "." in name or name in ("optimizer", "lr_scheduler") else own
+        chosen.append(argument)
+    return own, settings
+
+
+def _settings(given: Any, settings: Sequence[str]) -> list[str]:
+    """The arguments of `iprm fit` that this command's options mean, and then `settings`."""
+    found = ["--config" if given.data in shipped() else "--data", given.data, "--trainer.devices=1"]
+    found += [f"--trainer.accelerator={given.accelerator}"]
+    found += [] if given.epochs is None else [f"--trainer.max_epochs={given.epochs}"]
+    found += [] if given.path is None else [f"--data.path={given.path}"]
+    found += [f"--data.{key}={value}" for key, value in given.set] + [f"--model.{key}={value}" for key, value in given.model]
+    for argument in (found := [*found, *settings]):
+        name = argument.partition("=")[0].removeprefix("--")
+        if name in OWN:
+            raise InputError(f"{name}: a comparison gives every run its own; choose them by {OWN[name]}")
+    return found
+
+
+def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """settings.json: what was asked for, with the methods and seeds that the folder had before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = settings_of_comparison(folder)
+    for name in ("methods", "seeds"):
+        settings[name] = list(dict.fromkeys([*before.get(name, []), *settings[name]]))
+    backends = {name: str(status) for name, status in ik.backends().items()}
+    record = {**settings, "versions": versions(), "platform": platform.platform(), "backends": backends}
+    (folder / COMPARISON).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _report(folder: Path) -> Comparison:
+    """Writes what the folder of a comparison has beside its runs."""
+    from iprm.report.figures import comparison_figure
+
+    comparison = Comparison(folder, read_runs([folder]))
+    write(comparison)
+    comparison_figure(comparison).savefig(folder / "plot.png", dpi=150)
+    return comparison
+
+
+class _ComparedRun(FusionCLI):
+    """`iprm fit` without its words, and then the test of the checkpoint best on validation."""
+
+    def __init__(self, *args: Any, advance: Advance, **options: Any) -> None:
+        self.clock = Clock(advance)
+        super().__init__(*args, **options)
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        self.parser.add_instantiator(read_once, MultimodalData, subclasses=True)
+
+    def instantiate_trainer(self, **options: Any) -> Any:
+        trainer = self._get(self.config_init, "trainer")
+        trainer.enable_progress_bar = False  # here and not in config.yaml, which is that of any run
+        given = trainer.callbacks or []
+        callbacks = [*(given if isinstance(given, list) else [given]), self.clock]
+        return super().instantiate_trainer(callbacks=callbacks, **options)
+
+    def fit(self, **options: Any) -> None:
+        try:
+            self.trainer.fit(**options)
+        except SIGTERMException as end:
+            raise SystemExit(STOPPED) from end
+        best = best_checkpoint(self.trainer)
+        assert self.folder is not None
+        self.trainer.loggers = []  # metrics.csv is of training and validation
+        path = best.best_model_path if best else ""
+        (metrics,) = self.trainer.test(self.model, self.datamodule, path or None, verbose=False, weights_only=True)
+        self.clock.record(self.folder, metrics, self.datamodule)
+
+
+def _train(job: Job, advance: Advance) -> None:
+    run_fit(job.config, job.folder, functools.partial(_ComparedRun, advance=advance))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -29,7 +30,7 @@ from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.callbacks.diagnostics import Diagnostics
 from iprm.training.callbacks.progress import RunProgress
 from iprm.training.callbacks.run_state import RunState
-from iprm.training.checkpoint import AtomicCheckpointIO, logged_steps, read_checkpoint
+from iprm.training.checkpoint import AtomicCheckpointIO, logged_steps, read_checkpoint, saved_states, state_to_resume
 from iprm.training.classifier import FusionClassifier
 from iprm.training.finite import NonFiniteError
 from iprm.training.lightning_warnings import quiet_lightning
@@ -181,9 +182,45 @@ def lightning_command(
         InputError: a configuration, setting, dataset or method does not exist or cannot be used.
         NonFiniteError: training met a number that is not finite.
     """
+    _make(cli, [command, *_resolve(arguments)], folder=folder)
+    return 0
+
+
+def run_fit(config: Mapping[str, Any], folder: Path, cli: Callable[..., FusionCLI] = FusionCLI) -> None:
+    """Runs `iprm fit` in this folder from settings as `fit_settings` returns them; raises what `lightning_command` does.
+
+    A run that the folder already holds continues from its last state.
+    """
+    state = str(state_to_resume(folder)) if saved_states(folder) else None
+    _make(cli, {"subcommand": "fit", "fit": {**config, "ckpt_path": state}}, folder=folder)
+
+
+def fit_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """All settings that `iprm fit ARGUMENTS` would run with, as its config.yaml has them.
+
+    Raises:
+        InputError: a configuration, setting or dataset does not exist or cannot be used.
+    """
+    parsed = _make(_Parsed, _resolve(arguments), run=False)
+    settings = yaml.safe_load(parsed.parser.dump(parsed.config, skip_unset=False))
+    settings.pop("config", None)
+    return settings
+
+
+class _Parsed(FusionCLI):
+    """Parses settings and instantiates nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+def _make(cli: Callable[..., FusionCLI], args: list[str] | dict[str, Any], **options: Any) -> FusionCLI:
     with quiet_lightning():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        cli(
+        return cli(
             FusionClassifier,
             MultimodalData,
             subclass_mode_data=True,
@@ -193,10 +230,9 @@ def lightning_command(
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"max_epochs": 20, "enable_model_summary": False, "log_every_n_steps": 1},
             parser_class=Parser,
-            folder=folder,
-            args=[command, *_resolve(arguments)],
+            args=args,
+            **options,
         )
-    return 0
 
 
 def _resolve(arguments: Sequence[str]) -> list[str]:

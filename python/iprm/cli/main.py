@@ -20,7 +20,7 @@ commands:
   resume    go on with a run of fit that was killed or stopped
   test      evaluate a checkpoint on the test split
   predict   write a checkpoint's predictions as CSV, of a dataset's split or of new samples
-  report    an HTML page about one or several runs of fit
+  report    an HTML page about runs of fit, or about a comparison
   profile   say where an epoch's time goes, stage by stage
   check     read a dataset through and say what is wrong with it
   export    write a checkpoint's model for use where torch alone is installed

@@ -12,22 +12,29 @@ from iprm.errors import InputError
 from .parser import Parser
 
 DESCRIPTION = """\
-Writes one HTML file about one or several runs of iprm fit: accuracy of every head, losses, λ and ω over the epochs; confusion
-matrix, angles between the modalities and strength by class on validation; settings and versions. It opens in any browser,
-without a network. A run that goes on, or was stopped, is reported as far as it came.
+Writes one HTML file about runs of iprm fit and comparisons of iprm compare: test metrics by method; accuracy of every head,
+losses, λ and ω over the epochs; confusion matrix, angles between the modalities and strength by class on validation; settings
+and versions. It opens in any browser, without a network. An unfinished run is reported as far as it has got.
 """
 
 EXAMPLES = """\
 examples:
   iprm report runs/digits/fit/version_0
   iprm report runs/digits/fit/version_* --output digits.html
+  iprm report runs/compare-digits-20261129-120000
 """
 
 
 def parser() -> Parser:
     """The arguments of `iprm report`."""
     p = Parser("iprm report", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that iprm fit has written: .../fit/version_N")
+    p.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="the folder of a run, .../fit/version_N, or one above runs, such as that of a comparison",
+    )
     p.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     return p
 
@@ -40,8 +47,8 @@ def report_command(arguments: Sequence[str]) -> int:
     """
     given = parser().parse_args(arguments)
     try:
+        from iprm.compare.runs import read_runs
         from iprm.report.render import render
-        from iprm.report.runs import read_runs
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("iprm"):
             raise

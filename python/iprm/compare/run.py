@@ -1,121 +1,131 @@
-"""One run of a comparison: a method, a seed, a dataset; trained, selected on validation, tested once."""
+"""The runs of a comparison: one configuration of `iprm fit` for each method and seed, and what such a run has besides."""
 
 from __future__ import annotations
 
+import copy
+import importlib
+import itertools
+import json
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 
-from iprm.data import make_data
+from iprm.data.module import MultimodalData
+from iprm.errors import InputError
 from iprm.training.classifier import FusionClassifier
-from iprm.training.finite import NonFiniteError
-from iprm.training.lightning_warnings import quiet_lightning
+
+from .runs import CONFIG, TEST, flattened, read_settings
+
+#: What a method takes part in a comparison as, where none are named: after each modality alone.
+DEFAULT_COMPARISON = ("concat", "sum", "weight", "joint", "iprm")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all runs of a comparison share. Plain values, so that it can be sent to a process and written as JSON."""
-
-    data: str
-    data_options: dict[str, Any] = field(default_factory=dict)
-    model_options: dict[str, Any] = field(default_factory=dict)
-    epochs: int = 20
-    accelerator: str = "auto"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one run gave: test metrics of the model best on validation, and the course of its training, a dict an epoch."""
+class Job(NamedTuple):
+    """One run. config: the settings of `iprm fit`, as its config.yaml has them."""
 
     method: str
     seed: int
-    test: dict[str, float]
-    best_epoch: int
-    seconds_per_epoch: float
-    history: list[dict[str, float]]
+    folder: Path
+    config: dict[str, Any]
 
 
-class _Course(Logger):
-    """Keeps what is logged, an epoch a dict."""
+def make_jobs(
+    config: Mapping[str, Any], methods: Sequence[str] | None, seeds: Sequence[int], folder: Path
+) -> tuple[list[str], list[Job]]:
+    """The methods, those of `DEFAULT_COMPARISON` for None, and the runs, one seed after the other.
 
-    name, version = "course", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.epochs: dict[int, dict[str, float]] = {}
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        epoch = self.epochs.setdefault(int(metrics["epoch"]), {})
-        epoch.update(metrics)
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The report's settings.json holds them."""
-
-
-class _Clock(L.Callback):
-    """Times the training steps of each epoch, validation apart, and tells when one is over."""
-
-    def __init__(self, advance: Callable[[], None]) -> None:
-        self.advance = advance
-        self.seconds: list[float] = []
-        self._began = 0.0
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._began = time.perf_counter()
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        self.seconds.append(time.perf_counter() - self._began)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.advance()
-
-
-def run(settings: Settings, method: str, seed: int, advance: Callable[[], None] = lambda: None) -> Result:
-    """Trains and tests one method.
-
-    Args:
-        settings: shared by all runs.
-        method: its name, "unimodal-<modality>" included.
-        seed: decides the splits, the initial weights and the order of batches.
-        advance: called once an epoch.
+    Reads the data of the first seed and builds every model, so that what is wrong is told before any training.
 
     Raises:
-        InputError: the dataset, the method or an option does not exist or cannot be used.
-        NonFiniteError: the run met a number that is not finite.
+        InputError: the dataset, a method or an option cannot be used, or the folder has a run of other settings.
     """
-    data = make_data(settings.data, **settings.data_options, seed=seed)
-    L.seed_everything(seed, verbose=False)
-    model = FusionClassifier(data.inputs, data.num_classes, method, **settings.model_options)
-    course, clock = _Course(), _Clock(advance)
-    with tempfile.TemporaryDirectory(prefix="iprm-") as folder, quiet_lightning():
-        best = ModelCheckpoint(folder, monitor="val_accuracy", mode="max", save_weights_only=True)
-        trainer = L.Trainer(
-            accelerator=settings.accelerator,
-            devices=1,
-            max_epochs=settings.epochs,
-            callbacks=[best, clock],
-            logger=course,
-            log_every_n_steps=1,
-            num_sanity_val_steps=0,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        try:
-            trainer.fit(model, datamodule=data)
-            history = [course.epochs[epoch] for epoch in sorted(course.epochs)]
-            (test,) = trainer.test(model, datamodule=data, ckpt_path="best", verbose=False, weights_only=True)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error} (method {method!r}, seed {seed})") from error
-    best_epoch = max(range(len(history)), key=lambda epoch: history[epoch]["val_accuracy"])
-    metrics = {name.removeprefix("test_"): value for name, value in test.items()}
-    return Result(method, seed, metrics, best_epoch, statistics.median(clock.seconds), history)
+    data = _data(config["data"], seeds[0])
+    unimodal = [f"unimodal-{modality}" for modality in data.modalities]
+    names = [*unimodal, *DEFAULT_COMPARISON] if methods is None else list(dict.fromkeys(methods))
+    if not names:
+        raise InputError("no methods were named")
+    for name in names:
+        learned = {key: config[key] for key in ("optimizer", "lr_scheduler")}
+        model = FusionClassifier(data.inputs, data.num_classes, **{**config["model"], **learned, "method": name})
+        model.check_training(data.batch_size)
+    jobs = [_job(config, method, seed, folder) for seed, method in itertools.product(seeds, names)]
+    for job in jobs:
+        _refuse_other_settings(job)
+    return names, jobs
+
+
+def _job(config: Mapping[str, Any], method: str, seed: int, folder: Path) -> Job:
+    settings = copy.deepcopy(dict(config)) | {"seed_everything": seed}
+    settings["model"]["method"], settings["data"]["init_args"]["seed"] = method, seed
+    return Job(method, seed, folder / method / f"seed={seed}", settings)
+
+
+def _refuse_other_settings(job: Job) -> None:
+    if not (job.folder / CONFIG).is_file():
+        return
+    there, here = read_settings(job.folder / CONFIG, []), dict(flattened(job.config))
+    for name in dict.fromkeys((*here, *there)):
+        if name.partition(".")[0] in job.config and there.get(name) != here.get(name):
+            was, asked = there.get(name), here.get(name)
+            raise InputError(f"{job.folder}: its {name} is {was!r}, {asked!r} was asked for; expected another --output")
+
+
+def _data(config: Mapping[str, Any], seed: int) -> MultimodalData:
+    module, _, name = config["class_path"].rpartition(".")
+    return read_once(getattr(importlib.import_module(module), name), **(config["init_args"] | {"seed": seed}))
+
+
+_last_read: dict[str, MultimodalData] = {}  # one entry: memory holds the data of one seed
+
+
+def read_once(cls: type[MultimodalData], *args: Any, **options: Any) -> MultimodalData:
+    """The dataset, with the splits of the last one that this process has made if class and options are the same."""
+    data, key = cls(*args, **options), f"{cls.__module__}.{cls.__qualname__} {args} {sorted(options.items())}"
+    if key in _last_read:
+        data.splits = _last_read[key].splits
+    else:
+        _last_read.clear()
+        _last_read[key] = data
+    return data
+
+
+class Clock(L.Callback):
+    """Times the training steps of each epoch, without validation; tells `advance` how many epochs have ended."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance = advance
+        self.seconds: list[float] = []
+        self._began: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.advance(trainer.current_epoch)  # those of a run that is resumed
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._began = time.perf_counter() if self._began is None else self._began
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._began is not None:  # else it is the check before training
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            self.seconds.append(time.perf_counter() - self._began)
+            self._began = None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.advance(1)
+
+    def record(self, job_folder: Path, metrics: Mapping[str, float], data: MultimodalData) -> None:
+        """Writes test.json, with which the run is finished: whole or not at all."""
+        content = {
+            "metrics": {name.removeprefix("test_"): value for name, value in metrics.items()},
+            "seconds_per_epoch": statistics.median(self.seconds) if self.seconds else None,
+            "splits": data.describe(),
+        }
+        part = job_folder / f"{TEST}.part"
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        part.replace(job_folder / TEST)

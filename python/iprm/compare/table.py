@@ -1,131 +1,157 @@
-"""The report of a comparison: a table, the same as CSV and Markdown, a plot, and the settings it came from."""
+"""The tables of a comparison, computed from the folders of its runs; as text, Markdown and CSV."""
 
 from __future__ import annotations
 
 import csv
-import json
-import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich import box
-from rich.table import Table
-
-import iprm_kernels as ik
-from iprm.environment import versions
-
-from .run import Result
+from .runs import Run, label, settings_of_comparison
 
 ABSENT = "–"
-ACCURACY = "accuracy"
 SECONDS = "s/epoch"
 
 
-class Summary:
-    """Mean and standard deviation over seeds, by method.
+class Table(NamedTuple):
+    """A title, the names of the columns, rows of cells of which the first names the row, and the rows to set in bold."""
 
-    columns: title -> method -> values, a value a seed; accuracies in percent. A method without a quantity has no values.
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    bold: frozenset[int] = frozenset()
+
+
+class Comparison:
+    """Runs of several methods and seeds.
+
+    by_method: method -> its runs; finished: those with test metrics; tables: test metrics by method as mean and deviation over
+    seeds, accuracies in percent; and where methods measured more than one λ and its ω, those measures at the last epoch.
     """
 
-    def __init__(self, results: Sequence[Result], modalities: Sequence[str]) -> None:
-        self.methods = list(dict.fromkeys(result.method for result in results))
-        by_method = {m: [r for r in results if r.method == m] for m in self.methods}
+    def __init__(self, folder: Path, runs: Sequence[Run]) -> None:
+        settings = settings_of_comparison(folder)
+        self.folder, self.runs = folder, list(runs)
+        self.by_method = {run.method: [r for r in runs if r.method == run.method] for run in runs}
+        self.finished = [run for run in runs if run.test]
+        self.failed = [f"{run.method}, seed {run.seed}: {run.failure}" for run in runs if run.failure]
+        seeds = len({run.seed for run in runs})
+        epochs = max((run.max_epochs or len(run.epochs) for run in runs), default=0)
+        self.title = f"{settings.get('data', folder.name)}: {seeds} seeds, {epochs} epochs"
+        expected = max(len(runs), len(settings.get("methods", [])) * len(settings.get("seeds", [])))
+        if len(self.finished) < expected:
+            self.title += f"; {len(self.finished)} of {expected} runs"
+        self.modalities = max((_modalities(run) for run in runs), key=len, default=[])
+        self.tables = [self._accuracies(), *self._measures()]
 
-        def column(values: Any) -> dict[str, list[float]]:
-            return {m: [v for r in by_method[m] if (v := values(r)) is not None] for m in self.methods}
+    def values(self, method: str, value: Callable[[Run], float | None]) -> list[float]:
+        """One for each finished run of the method that has it."""
+        return [v for run in self.by_method[method] if run.test and (v := value(run)) is not None]
 
-        def percent(name: str) -> dict[str, list[float]]:
-            return column(lambda r: None if name not in r.test else 100 * r.test[name])
+    def accuracies(self, method: str, name: str = "accuracy") -> list[float]:
+        """In percent, on the test split."""
+        return [100 * v for v in self.values(method, lambda run: run.test.get(name))]
 
-        self.columns = {ACCURACY: percent("accuracy"), "mAP": percent("map"), "macro-F1": percent("macro_f1")}
-        for modality in modalities:
-            self.columns[f"{modality} head"] = percent(f"accuracy_{modality}")
-        for name in weights_in(results):
-            self.columns["λ" if name == "weight" else f"λ {name.removeprefix('weight_')}"] = column(
-                lambda r, name=name: r.history[-1].get(name)
-            )
-        self.columns[SECONDS] = column(lambda r: r.seconds_per_epoch)
+    def _accuracies(self) -> Table:
+        names = {"accuracy": "accuracy", "mAP": "map", "macro-F1": "macro_f1"}
+        names |= {f"{modality} head": f"accuracy_{modality}" for modality in self.modalities}
+        weighs = any("weight" in run.courses for run in self.finished)
+        rows = []
+        for method in self.by_method:
+            cells = [_cell(self.accuracies(method, name), 1) for name in names.values()]
+            cells += [_cell(self.values(method, lambda run: run.last("weight")), 2)] if weighs else []
+            seconds = self.values(method, lambda run: run.seconds)
+            rows.append([method, *cells, _cell(seconds and [statistics.fmean(seconds)], 2)])
+        means = [statistics.fmean(values) if (values := self.accuracies(method)) else -1.0 for method in self.by_method]
+        best = frozenset(place for place, mean in enumerate(means) if mean == max(means) >= 0 and len(means) > 1)
+        return Table(self.title, ["method", *names, *(["λ"] if weighs else []), SECONDS], rows, best)
 
-    def cells(self, method: str) -> list[str]:
-        """One row of the table: ``mean ±std`` a column."""
-        return [_cell(title, column[method]) for title, column in self.columns.items()]
+    def _measures(self) -> list[Table]:
+        names = dict.fromkeys(
+            n for run in self.finished for n in run.measures if n != "weight" and not n.startswith("strength")
+        )
+        methods = [m for m, runs in self.by_method.items() if any(r.test and r.courses.keys() & names.keys() for r in runs)]
+        rows = [
+            [label(name, self.modalities), *(_cell(self.values(m, lambda r, n=name: r.last(n)), 2) for m in methods)]  # type: ignore[misc]
+            for name in names
+        ]
+        return [Table("At the last epoch", ["measure", *methods], rows)] if rows else []
 
 
-def weights_in(results: Sequence[Result]) -> list[str]:
-    """The names under which λ was logged: "weight", or one a pair."""
-    return sorted({name for r in results for name in r.history[-1] if name == "weight" or name.startswith("weight_")})
+def _modalities(run: Run) -> list[str]:
+    return [] if run.method.startswith("unimodal") else [head for head in run.heads if head != "mix"]
 
 
-def _cell(title: str, values: Sequence[float]) -> str:
+def comparisons(runs: Sequence[Run]) -> list[Comparison]:
+    """Of runs whose folders are <comparison>/<method>/seed=<k>."""
+    folders = dict.fromkeys(run.folder.parent.parent for run in runs)
+    return [
+        Comparison(folder, [run for run in runs if run.folder.parent.parent == folder])
+        for folder in folders
+        if settings_of_comparison(folder)
+    ]
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    """mean ±standard deviation."""
     if not values:
         return ABSENT
-    digits = 2 if title == SECONDS or title.startswith("λ") else 1
     mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 and title != SECONDS else mean
+    return f"{mean} ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def rich_table(summary: Summary, title: str) -> Table:
-    """The table for the terminal, 80 columns wide for two modalities, the best accuracy in bold."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
-    table.add_column("method", overflow="fold", min_width=max(len(word) for m in summary.methods for word in m.split("-")) + 1)
-    for name in summary.columns:
-        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    accuracy = {m: statistics.fmean(values) for m, values in summary.columns[ACCURACY].items()}
-    for method in summary.methods:
-        table.add_row(method, *summary.cells(method), style="bold" if accuracy[method] == max(accuracy.values()) else None)
-    return table
+def text(table: Table, width: int | None) -> Iterator[tuple[str, bool]]:
+    """The lines of the table, and whether one is bold. Columns beyond `width` follow below, in further blocks that
+    repeat the first column; None puts all of them into one block."""
+    heads = [name.rpartition(" ") for name in table.head]
+    lines = [[above for above, _, _ in heads], [below for *_, below in heads], *table.rows]
+    columns = list(zip(*([cell.replace(" ±", "±") for cell in line] for line in lines), strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    start = 1
+    while start < len(columns):
+        end = start + 1
+        while end < len(columns) and (width is None or sum(w + 1 for w in (widths[0], *widths[start : end + 1])) <= width + 1):
+            end += 1
+        for k, line in enumerate(zip(*(columns[0], *columns[start:end]), strict=True)):
+            cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[start:end], strict=True))]
+            yield " ".join(cells).rstrip(), k - 2 in table.bold
+            if k == 1:
+                yield "─".join("─" * w for w in (widths[0], *widths[start:end])), False
+        yield "", False
+        start = end
 
 
-def write_report(
-    folder: Path, results: Sequence[Result], modalities: Sequence[str], settings: Mapping[str, Any], title: str
-) -> Summary:
-    """Writes summary.md, runs.csv, history.csv, plot.png and settings.json into `folder`, and returns the summary.
-
-    Args:
-        folder: created if it is not there; files of an earlier report are replaced.
-        results: all runs.
-        modalities: of the dataset.
-        settings: whatever else is to be kept in settings.json, beside versions and backends.
-        title: of the table and the plot.
-    """
-    from .figures import plot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = Summary(results, modalities)
-    (folder / "summary.md").write_text(_markdown(summary, title), encoding="utf-8")
-    _write_csv(folder / "runs.csv", [_run_row(result) for result in results])
-    _write_csv(folder / "history.csv", [_epoch_row(result, epoch) for result in results for epoch in result.history])
-    record = {**settings, "versions": versions(), "platform": platform.platform(), "backends": _backends()}
-    (folder / "settings.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    plot(folder / "plot.png", summary, results, title)
-    return summary
+def markdown(table: Table) -> str:
+    lines = [table.head, ["---", *("---:" for _ in table.head[1:])], *table.rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"
 
 
-def _backends() -> dict[str, str]:
-    return {name: str(status) for name, status in ik.backends().items()}
+def write(comparison: Comparison) -> None:
+    """Writes summary.md, runs.csv and history.csv into the folder of the comparison; replaces those of before."""
+    first, *others = comparison.tables
+    parts = [f"# {comparison.title}\n\n{markdown(first)}", *(f"## {t.title}\n\n{markdown(t)}" for t in others)]
+    parts += ["## Failed\n\n" + "".join(f"- {run}\n" for run in comparison.failed)] if comparison.failed else []
+    (comparison.folder / "summary.md").write_text("\n".join(parts), encoding="utf-8")
+    _write_csv(comparison.folder / "runs.csv", [_run_row(run) for run in comparison.finished])
+    _write_csv(comparison.folder / "history.csv", [row for run in comparison.finished for row in _epoch_rows(run)])
 
 
-def _markdown(summary: Summary, title: str) -> str:
-    head = ["method", *summary.columns]
-    rows = [head, ["---", *("---:" for _ in summary.columns)], *([m, *summary.cells(m)] for m in summary.methods)]
-    return f"# {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+def _run_row(run: Run) -> dict[str, Any]:
+    test = {f"test_{name}": value for name, value in run.test.items()}
+    last = {name: run.last(name) for name in run.measures if name.startswith("weight")}
+    place = {"method": run.method, "seed": run.seed}
+    return place | test | last | {"best_epoch": run.best_epoch, "seconds_per_epoch": run.seconds}
 
 
-def _run_row(result: Result) -> dict[str, Any]:
-    row = {"method": result.method, "seed": result.seed, **{f"test_{name}": value for name, value in result.test.items()}}
-    last = {name: value for name, value in result.history[-1].items() if name in weights_in([result])}
-    return row | last | {"best_epoch": result.best_epoch, "seconds_per_epoch": result.seconds_per_epoch}
-
-
-def _epoch_row(result: Result, epoch: Mapping[str, float]) -> dict[str, Any]:
-    return {"method": result.method, "seed": result.seed, "epoch": int(epoch["epoch"]), **epoch}
+def _epoch_rows(run: Run) -> Iterator[dict[str, Any]]:
+    for epoch in run.epochs:
+        metrics = {name: course[epoch] for name, course in run.courses.items() if epoch in course}
+        yield {"method": run.method, "seed": run.seed, "epoch": epoch, **metrics}
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    fields = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields)
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

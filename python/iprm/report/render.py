@@ -1,35 +1,54 @@
-"""The report: runs to cards, cards to one HTML file that needs nothing beside it."""
+"""The page of a report: runs to cards, cards to one HTML file that needs nothing beside it."""
 
 from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import charts, tables
-from .charts import Series
-from .runs import Run
+from iprm.compare.record import Record
+from iprm.compare.runs import SYMBOLS, Run, label
+from iprm.compare.table import Comparison, Table, comparisons
+
+from . import figures, tables
+from .figures import Line, percent
+
+#: Pairs of one run that have a figure of their own, and measures of several runs.
+MOST_PAIRS, MOST_MEASURES = 6, 12
+BOTH = "Thick: validation. Thin: training."
 
 
 class Key(NamedTuple):
-    """An entry of a legend."""
+    """An entry of a legend: its text, and its place in the palette."""
 
     name: str
-    style: str
+    place: int
 
 
 class Card(NamedTuple):
-    """A chart with its title, its legend, and a line that says how to read it."""
+    """A figure or a table with its title, its legend, and a line that says how to read it."""
 
     title: str
     chart: Markup
     keys: Sequence[Key] = ()
     note: str = ""
+    table: Table | None = None
+
+
+class Group(NamedTuple):
+    """Runs that differ in their seed alone: one line in a figure."""
+
+    label: str
+    runs: list[Run]
+
+    def courses(self, metric: str) -> list[dict[int, float]]:
+        return [run.courses[metric] for run in self.runs if metric in run.courses]
 
 
 def render(runs: Sequence[Run], version: str) -> str:
@@ -39,128 +58,179 @@ def render(runs: Sequence[Run], version: str) -> str:
         runs: one or more, with labels that differ.
         version: of this package, for the foot.
     """
-    environment = Environment(
-        loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    columns = tables.summary(runs)
-    return environment.get_template("report.html.jinja").render(
-        title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs",
+    loader = PackageLoader(__package__, "")
+    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    groups, compared = grouped(runs), comparisons(runs) if len(runs) > 1 else []
+    titles = ", ".join(comparison.title for comparison in compared) or f"{len(runs)} runs"
+    return page.get_template("report.html.jinja").render(
+        title=runs[0].label if len(runs) == 1 else titles,
         subtitle=runs[0].folder if len(runs) == 1 else ", ".join(dict.fromkeys(f"{run.method} on {run.data}" for run in runs)),
         css=Markup(resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")),
         runs=runs,
-        keys=[Key(run.label, charts.colour_class(place)) for place, run in enumerate(runs)],
-        columns=columns,
-        courses=_courses_of_one(runs[0]) if len(runs) == 1 else _courses_of_several(runs),
-        measured=[_measured(run) for run in runs],
-        confused=[_most_confused(run) for run in runs],
-        settings=tables.compared([run.settings for run in runs]),
-        environment=tables.environment(runs),
+        places=[place for run in runs for place, group in enumerate(groups) if run in group.runs],
+        keys=[Key(group.label, place) for place, group in enumerate(groups)],
+        comparisons=[(comparison, _compared(comparison)) for comparison in compared],
+        summary=tables.summary(runs),
+        courses=_courses_of_one(runs[0]) if len(runs) == 1 else _courses_of_several(groups),
+        shown=[(group.runs[0], _measured(group.runs[0])) for group in groups],
+        hidden=len(runs) - len(groups),
+        folded=tables.folded(runs),
         version=version,
         made=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
     )
 
 
-BOTH = "Thick: validation. Thin: training."
-WEIGHTS: dict[str, Any] = {"bounds": (0, 1), "reference": 0.5}  # of charts of λ and ω
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Seeds of the same settings together."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        others = {name: str(value) for name, value in run.settings.items() if not name.endswith(("seed", "seed_everything"))}
+        found.setdefault(str(sorted(others.items())) if others else str(run.folder), []).append(run)
+    methods = [group[0].method for group in found.values()]
+
+    def name(group: list[Run]) -> str:
+        return group[0].label if len(group) == 1 or methods.count(group[0].method) > 1 else group[0].method
+
+    return [Group(name(group), group) for group in found.values()]
+
+
+def _compared(comparison: Comparison) -> list[Card]:
+    if not comparison.finished:
+        return []
+    title, rows = "Test accuracy by method", len(comparison.by_method)
+    left = 16 + 6.6 * max(len(figures.short(method)) for method in comparison.by_method)
+    said = "; ".join(f"{row[0]}: {row[1]} %" for row in comparison.tables[0].rows)
+    height = figures.TOP + figures.BOTTOM + 22 * max(4, rows)
+    chart = figures.svg(partial(figures.accuracies, comparison=comparison), title, said, height, left)
+    return [Card(title, chart, note="Dot: mean. Bar: standard deviation. Tick: one seed.")]
+
+
+def _lines(title: str, series: Sequence[Line], note: str = "", *, legend: bool = True, **options: Any) -> Card:
+    shown = [line for line in series if line.course or line.training]
+    if not shown:
+        return Card(title, Markup('<p class="empty">No epoch yet.</p>'))
+    said = figures.ends(shown, options.get("unit") or "{:.3f}".format)
+    chart = figures.svg(partial(figures.lines, series=shown, **options), title, said)
+    return Card(title, chart, [Key(line.name, line.colour) for line in shown] if legend else (), note.strip())
+
+
+def _bounds(measure: str) -> dict[str, Any]:
+    return {"bounds": (0, 1)} if measure.partition("_")[0] in SYMBOLS else {}
 
 
 def _courses_of_one(run: Run) -> list[Card]:
-    """Accuracy, the loss, and λ and ω: heads and modalities are told apart by colour."""
-    names = {"": "fusion"} | {f"_{head}": _head(head) for head in run.heads}
-    lines = [_both(run, f"accuracy{suffix}", name, place) for place, (suffix, name) in enumerate(names.items())]
-    note = "" if run.best_epoch is None else f" Dots: the best epoch, {run.best_epoch}."
-    cards = [_card("Accuracy", lines, BOTH + note, unit=charts.percent)]
-    cards.append(Card("Loss", charts.lines("Loss", [_both(run, "loss", "loss", 0)]), note=BOTH + note))
-    for pair in run.pairs:
-        title = "λ and ω" if len(run.pairs) == 1 else f"λ and ω: {pair.name}"
-        first, second = pair.strengths
-        lines = [
-            Series(f"ω {pair.first}", first, 0),
-            Series(f"ω {pair.second}", second, 1),
-            Series("λ", pair.weight, charts.COLOURS - 1),
-        ]
-        cards.append(_card(title, lines, f"λ weighs {pair.first} in the probe, and follows its strength ω.", **WEIGHTS))
+    """Accuracy, the loss, and the measures by their kind: heads, modalities and pairs are told apart by colour."""
+
+    def both(metric: str, name: str, place: int = 0) -> Line:
+        return Line(name, run.courses.get(f"val_{metric}", {}), place, run.courses.get(f"train_{metric}", {}), run.best_epoch)
+
+    names = {"": "fusion"} | {f"_{head}": tables.head_name(head) for head in run.heads}
+    note = BOTH if run.best_epoch is None else f"{BOTH} Dots: the best epoch, {run.best_epoch}."
+    series = [both(f"accuracy{suffix}", name, place) for place, (suffix, name) in enumerate(names.items())]
+    cards = [_lines("Accuracy", series, note, unit=percent), _lines("Loss", [both("loss", "loss")], note, legend=False)]
+    kinds: dict[str, list[str]] = {}
+    for measure in run.measures:
+        kinds.setdefault(measure.partition("_")[0], []).append(measure)
+    if "weight" in run.measures:  # of two modalities
+        kinds = {"λ and ω": [*kinds.pop("strength", []), *kinds.pop("weight")]} | kinds
+    for kind, measures in kinds.items():
+        series = [Line(label(name, run.heads), run.measures[name], place) for place, name in enumerate(measures)]
+        few = figures.fewer(series)
+        note = "λ weighs the first modality in the probe, and follows its strength ω. " if kind in ("λ and ω", "weight") else ""
+        note += "" if len(few) == len(series) else f"Of {len(series)} the three highest and lowest at the end; mean and range."
+        cards.append(_lines(SYMBOLS.get(kind, kind), few, note, **_bounds(measures[0])))
     return cards
 
 
-def _courses_of_several(runs: Sequence[Run]) -> list[Card]:
-    """The same, a card a quantity: runs are told apart by colour."""
-    cards = [_by_run("Accuracy of the fusion", runs, "accuracy", unit=charts.percent)]
-    for head in tables.heads_of(runs):
-        cards.append(_by_run(f"Accuracy of the {_head(head)}", runs, f"accuracy_{head}", unit=charts.percent))
-    cards.append(_by_run("Loss", runs, "loss"))
-    for name in dict.fromkeys(pair.name for run in runs for pair in run.pairs):
-        found = [(place, run, pair) for place, run in enumerate(runs) for pair in run.pairs if pair.name == name]
-        against = f"of {found[0][2].first}, against {found[0][2].second}"
-        weights = [Series(run.label, pair.weight, place) for place, run, pair in found]
-        strengths = [Series(run.label, pair.strengths[0], place) for place, run, pair in found]
-        for title, lines in ((f"λ {against}", weights), (f"ω {against}", strengths)):
-            cards.append(Card(title, charts.lines(title, lines, **WEIGHTS), note=_without(runs, lines)))
+def _courses_of_several(groups: Sequence[Group]) -> list[Card]:
+    """The same, a card for each quantity: groups are told apart by colour."""
+    runs = [run for group in groups for run in group.runs]
+    single = len(groups) == len(runs)
+    heads = tables.heads_of(runs)
+    metrics = {"Accuracy of the fusion": "accuracy"}
+    metrics |= {f"Accuracy of the {tables.head_name(head)}": f"accuracy_{head}" for head in heads} | {"Loss": "loss"}
+    cards = []
+    for title, metric in metrics.items():
+        series = [_of(group, place, f"val_{metric}", f"train_{metric}") for place, group in enumerate(groups)]
+        if single:
+            series = [line._replace(marked=group.runs[0].best_epoch) for line, group in zip(series, groups, strict=True)]
+        note = f"{BOTH} {'Dots: the best epochs.' if single else 'Mean and range over the seeds.'} {_without(series)}"
+        cards.append(_lines(title, series, note, legend=False, **({} if metric == "loss" else {"unit": percent})))
+    names = dict.fromkeys(name for run in runs for name in run.measures)
+    measures = {name: [_of(group, place, name) for place, group in enumerate(groups)] for name in names}
+    chosen = sorted(measures, key=lambda name: _range(measures[name]))[-MOST_MEASURES:]
+    for name in (name for name in measures if name in chosen):
+        most = (
+            f"One of {len(chosen)} of {len(names)} measures, those with the widest range." if len(chosen) < len(names) else ""
+        )
+        note = f"{most} {_without(measures[name])}"
+        cards.append(_lines(label(name, heads), measures[name], note, legend=False, **_bounds(name)))
     return cards
 
 
-def _head(name: str) -> str:
-    return "mixture" if name == "mix" else f"{name} head"
+def _of(group: Group, place: int, metric: str, training: str = "") -> Line:
+    return figures.mean(group.courses(metric), group.label, place, group.courses(training))
 
 
-def _both(run: Run, metric: str, name: str, place: int) -> Series:
-    """The course on validation and in training."""
-    validation, training = (run.courses.get(f"{split}_{metric}", {}) for split in ("val", "train"))
-    return Series(name, validation, place, training, run.best_epoch)
+def _range(series: Sequence[Line]) -> float:
+    values = [value for line in series for value in line.course.values()]
+    return max(values) - min(values)
 
 
-def _by_run(title: str, runs: Sequence[Run], metric: str, **options: Any) -> Card:
-    series = [_both(run, metric, run.label, place) for place, run in enumerate(runs)]
-    note = f"{BOTH} Dots: the best epochs. {_without(runs, series)}"
-    return Card(title, charts.lines(title, series, **options), note=note.rstrip())
-
-
-def _without(runs: Sequence[Run], series: Sequence[Series]) -> str:
-    """The runs that a chart does not show."""
-    shown = {line.name for line in series if line.course or line.training}
-    absent = [run.label for run in runs if run.label not in shown]
-    if not absent or len(absent) == len(runs):
+def _without(series: Sequence[Line]) -> str:
+    """The runs that a figure does not show."""
+    absent = [line.name for line in series if not line.course and not line.training]
+    if not absent or len(absent) == len(series):
         return ""
-    return f"Not in: {', '.join(absent)}." if len(absent) <= 2 else f"Not in {len(absent)} of the runs."
-
-
-def _card(title: str, series: Sequence[Series], note: str = "", **options: Any) -> Card:
-    keys = [Key(line.name, charts.colour_class(line.colour)) for line in series if line.course or line.training]
-    return Card(title, charts.lines(title, series, **options), keys, note)
+    return f"Not in: {', '.join(absent)}." if len(absent) <= 2 else f"Not in {len(absent)} of them."
 
 
 def _measured(run: Run) -> list[Card]:
     """Confusion, angles and strength by class, of what the run has recorded."""
-    record = run.record
-    if record is None:
+    return [*_confusion(run, run.record), *_angles(run.record), *_strengths(run.record)] if run.record else []
+
+
+def _confusion(run: Run, record: Record) -> list[Card]:
+    if not record.rows:
         return []
+    if record.classes > figures.MOST_CELLS:
+        confused = Table("", ["true", "predicted as", "samples", "of"], tables.most_confused(run, 20))
+        return [Card("Most confused classes", Markup(), table=confused)]
+    title, worst = "Confusion matrix", [f"{t} as {p} ({n} of {of})" for t, p, n, of in tables.most_confused(run, 3)]
+    note = f"Most often taken for another: {', '.join(worst)}." if worst else "No sample is taken for another class."
+    return [Card(title, figures.svg(partial(figures.confusion, record=record), title, note, 330), note=note)]
+
+
+def _angles(record: Record) -> list[Card]:
+    chosen, note = _furthest(record.angles, lambda pair: -1.0 if pair.mean is None else abs(pair.mean - math.pi / 2))
+    if not chosen:
+        return []
+    means = ", ".join(f"{math.degrees(pair.mean):.1f}°" for pair in chosen if pair.mean is not None)
+    undirected = sum(pair.undirected for pair in record.angles)
+    note = (f"Mean {means} (dashed)." if means else "") + note
+    note += f" {undirected} of the angles are none: a feature vector is zero." if undirected else ""
+    title, keys = "Angle between the modalities", [Key(" × ".join(pair.pair), place) for place, pair in enumerate(chosen)]
+    return [Card(title, figures.svg(partial(figures.angles, histograms=chosen), title, note, 188), keys, note.strip())]
+
+
+def _strengths(record: Record) -> list[Card]:
+    some = f" The {figures.MOST_BARS // 2} classes at either end." if record.classes > figures.MOST_BARS else ""
+    chosen, note = _furthest(
+        record.strength, lambda pair: max((abs(w - 0.5) for w in pair.omega[0] if w is not None), default=0)
+    )
     cards = []
-    if record.classes <= charts.MOST_CELLS and record.rows:
-        cards.append(Card("Confusion matrix", charts.confusion(record), note=_worst(run)))
-    if record.angles:
-        keys = [Key(" × ".join(a.pair), charts.colour_class(place)) for place, a in enumerate(record.angles)]
-        means = [f"{math.degrees(a.mean):.1f}°" for a in record.angles if a.mean is not None]
-        undirected = sum(a.undirected for a in record.angles)
-        note = f"Mean {', '.join(means)} (dashed)." if means else ""
-        note += f" {undirected} of the angles are none: a feature vector is zero." if undirected else ""
-        cards.append(Card("Angle between the modalities", charts.angles(record.angles), keys, note))
-    for strength in record.strength:
+    for strength in chosen:
         first, second = strength.pair
-        keys = [Key(f"{first} stronger", "c0"), Key(f"{second} stronger", "c1")]
-        some = f" The {charts.MOST_BARS // 2} classes at either end." if record.classes > charts.MOST_BARS else ""
-        note = f"1: all weight on {first}. 0: on {second}.{some}"
-        cards.append(
-            Card(f"ω by class: {first} × {second}", charts.strength_by_class(strength, record.class_counts), keys, note)
-        )
+        title, keys = f"ω by class: {first} × {second}", [Key(f"{first} stronger", 0), Key(f"{second} stronger", 1)]
+        said = f"1: all weight on {first}. 0: on {second}.{some}{note}"
+        chart = figures.svg(partial(figures.strength_by_class, strength=strength), title, said, 188)
+        cards.append(Card(title, chart, keys, said))
     return cards
 
 
-def _worst(run: Run) -> str:
-    confused = [f"{target} as {prediction} ({n} of {of})" for target, prediction, n, of in tables.most_confused(run, 3)]
-    return f"Most often taken for another: {', '.join(confused)}." if confused else "No sample is taken for another class."
-
-
-def _most_confused(run: Run) -> list[tuple[int, int, int, int]]:
-    """In place of a matrix too large to be seen."""
-    large = run.record is not None and run.record.classes > charts.MOST_CELLS
-    return tables.most_confused(run, 20) if large else []
+def _furthest(pairs: Sequence[Any], distance: Callable[[Any], float]) -> tuple[list[Any], str]:
+    """The pairs, or the few of many that are furthest from even, and a note that says so."""
+    if len(pairs) <= MOST_PAIRS:
+        return list(pairs), ""
+    chosen = sorted(range(len(pairs)), key=lambda place: distance(pairs[place]))[-MOST_PAIRS:]
+    return [pairs[place] for place in sorted(chosen)], f" {MOST_PAIRS} of {len(pairs)} pairs, those furthest from even."

@@ -3,47 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from .charts import percent
-from .runs import Run, flattened
+from iprm.compare.runs import Run, flattened, label
+from iprm.compare.table import ABSENT, Table
 
-ABSENT = "–"
+from .figures import percent
 
-
-class Column(NamedTuple):
-    """A column of the summary: its title, and a cell a run. `best` is the cell to set in bold, in all rows that have it."""
-
-    title: str
-    cells: list[str]
-    numeric: bool = True
-    best: str | None = None
+#: Measures beyond these have no column: the page has their figures.
+MOST_MEASURES = 4
 
 
-def summary(runs: Sequence[Run]) -> list[Column]:
-    """Method, seed, best epoch, accuracies on validation at that epoch, and the last λ and ω."""
-    accuracy = [_at_best(run, "val_accuracy") for run in runs]
-    known = [value for value in accuracy if value is not None]
-    # of different data the accuracies are not to be compared
-    comparable = len(known) > 1 and len({run.data for run in runs}) == 1
-    best = percent(max(known)) if comparable else None
-    columns = [
-        Column("method", [run.method for run in runs], numeric=False),
-        Column("seed", [run.seed for run in runs]),
-        Column("best epoch", [ABSENT if run.best_epoch is None else str(run.best_epoch) for run in runs]),
-        Column("val accuracy", [_cell(value, percent) for value in accuracy], best=best),
-    ]
-    for head in heads_of(runs):
-        cells = [_cell(_at_best(run, f"val_accuracy_{head}"), percent) for run in runs]
-        columns.append(Column("mixture" if head == "mix" else f"{head} head", cells))
-    for name in dict.fromkeys(pair.name for run in runs for pair in run.pairs):
-        found = [next((pair for pair in run.pairs if pair.name == name), None) for run in runs]
-        columns.append(Column(f"λ {name}", [_cell(_last(pair.weight) if pair else None, "{:.3f}".format) for pair in found]))
-        omegas = [[_cell(_last(course), "{:.3f}".format) for course in pair.strengths] if pair else [ABSENT] for pair in found]
-        columns.append(Column(f"last ω {name}", [" / ".join(omega) for omega in omegas]))
-    columns.append(Column("epochs", [_epochs(run) for run in runs]))
-    columns.append(Column("data", [run.data for run in runs], numeric=False))
-    return columns
+def summary(runs: Sequence[Run]) -> Table:
+    """Method, seed, best epoch, accuracies on validation at that epoch, last measures, test accuracy. In bold the runs with the
+    best accuracy on validation, where they are of the same data."""
+
+    def column(value: Callable[[Run], float | None], unit: Callable[[float], str]) -> list[str]:
+        return [ABSENT if (v := value(run)) is None else unit(v) for run in runs]
+
+    def at_best(metric: str) -> Callable[[Run], float | None]:
+        return lambda run: None if run.best_epoch is None else run.courses.get(metric, {}).get(run.best_epoch)
+
+    accuracy = column(at_best("val_accuracy"), percent)
+    columns = {
+        "run": [run.name for run in runs],
+        "method": [run.method for run in runs],
+        "seed": [run.seed for run in runs],
+        "best epoch": column(lambda run: run.best_epoch, str),
+        "val accuracy": accuracy,
+    }
+    columns |= {head_name(head): column(at_best(f"val_accuracy_{head}"), percent) for head in heads_of(runs)}
+    measures = dict.fromkeys(name for run in runs for name in run.measures)
+    for name in measures if len(measures) <= MOST_MEASURES else ():
+        columns[f"last {label(name, heads_of(runs))}"] = column(lambda run, name=name: run.last(name), "{:.3f}".format)  # type: ignore[misc]
+    if any(run.test for run in runs):
+        columns["test accuracy"] = column(lambda run: run.test.get("accuracy"), percent)
+    columns |= {"epochs": [_epochs(run) for run in runs], "data": [run.data for run in runs]}
+    known = {value for run in runs if (value := at_best("val_accuracy")(run)) is not None}
+    best = percent(max(known)) if len(known) > 1 and len({run.data for run in runs}) == 1 else None
+    bold = frozenset(place for place, cell in enumerate(accuracy) if cell == best)
+    return Table("", list(columns), [list(row) for row in zip(*columns.values(), strict=True)], bold)
 
 
 def heads_of(runs: Sequence[Run]) -> list[str]:
@@ -52,53 +51,39 @@ def heads_of(runs: Sequence[Run]) -> list[str]:
     return sorted(found, key=lambda head: head == "mix")
 
 
+def head_name(head: str) -> str:
+    return "mixture" if head == "mix" else f"{head} head"
+
+
 def _epochs(run: Run) -> str:
-    """How far it came: of a continued run metrics.csv has the last part alone."""
     done = max(run.epochs, default=-1) + 1
     return f"{done} of {run.max_epochs}" if run.max_epochs and run.max_epochs != done else str(done)
 
 
-def _at_best(run: Run, metric: str) -> float | None:
-    return None if run.best_epoch is None else run.courses.get(metric, {}).get(run.best_epoch)
-
-
-def _last(course: Mapping[int, float]) -> float | None:
-    return course[max(course)] if course else None
-
-
-def _cell(value: float | None, unit: Callable[[float], str]) -> str:
-    return ABSENT if value is None else unit(value)
-
-
-class Comparison(NamedTuple):
-    """Named values of several runs: those that differ, a value a run, and those that all share."""
-
-    differing: list[tuple[str, list[str]]]
-    shared: list[tuple[str, str]]
-
-
-def compared(values: Sequence[Mapping[str, Any]]) -> Comparison:
-    """What differs between the runs of which anything is known, and what does not, in the order of its appearance."""
+def compared(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Named values of each run: those that differ between the runs of which any are known, and those that all of them share."""
     differing, shared = [], []
     for name in dict.fromkeys(name for run in values for name in run):
         row = [str(run.get(name, ABSENT)) for run in values]
         known = {cell for cell, run in zip(row, values, strict=True) if run}
         if len(known) > 1:
-            differing.append((name, row))
+            differing.append([name, *row])
         else:
-            shared.append((name, known.pop()))
-    return Comparison(differing, shared)
+            shared.append([name, known.pop()])
+    several = "The same in all that have it" if len(runs) > 1 else ""
+    found = [Table("Differs between the runs", ["", *(run.label for run in runs)], differing), Table(several, [], shared)]
+    return [table for table in found if table.rows]
 
 
-def environment(runs: Sequence[Run]) -> Comparison:
-    """Versions, platform, device and backends, as far as the runs have recorded them."""
-    return compared([dict(flattened(run.record.environment)) if run.record else {} for run in runs])
+def folded(runs: Sequence[Run]) -> list[tuple[str, list[Table]]]:
+    """Settings; and versions, platform, device and backends, as far as the runs have recorded them."""
+    environment = [dict(flattened(run.record.environment)) if run.record else {} for run in runs]
+    return [("Settings", compared(runs, [run.settings for run in runs])), ("Environment", compared(runs, environment))]
 
 
-def most_confused(run: Run, count: int) -> list[tuple[int, int, int, int]]:
+def most_confused(run: Run, count: int) -> list[list[str]]:
     """The pairs of classes that are most often taken for one another: true, predicted, how often, of how many."""
-    if run.record is None:
-        return []
-    wrong = [(target, prediction, n) for (target, prediction), n in run.record.confusion.items() if target != prediction]
+    record = run.record
+    wrong = [(t, p, n) for (t, p), n in (record.confusion if record else {}).items() if t != p]
     wrong.sort(key=lambda cell: (-cell[2], cell[:2]))
-    return [(target, prediction, n, run.record.class_counts[target]) for target, prediction, n in wrong[:count]]
+    return [[str(t), str(p), str(n), str(record.class_counts[t])] for t, p, n in wrong[:count]] if record else []

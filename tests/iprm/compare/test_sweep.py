@@ -1,4 +1,4 @@
-"""The command `iprm compare`: the report of a small comparison, that its runs repeat, and how models are selected."""
+"""The command `iprm compare`: its runs are those of `iprm fit`, it resumes, and it outlives the failure of a run."""
 
 from __future__ import annotations
 
@@ -13,32 +13,38 @@ import signal
 import statistics
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
-from command import iprm
+import torch
+from command import Outcome, iprm, table
 from feature_files import arrays, save, without
-from iprm.compare import run as experiment
-from iprm.compare import sweep as compare
-from iprm.compare.run import Settings, run
+from iprm.cli import compare as command
+from iprm.compare import run as compared
+from iprm.compare import sweep
+from iprm.data.datasets.digits import Digits
 from iprm.data.datasets.features import Features
 from iprm.training.finite import NonFiniteError
-from iprm.training.lightning_warnings import quiet_lightning
-from training import classifier, fit
+from run_contents import difference, leaves
 
-FILES = ("summary.md", "runs.csv", "history.csv", "plot.png", "settings.json")
+FILES = {"summary.md", "runs.csv", "history.csv", "plot.png", "settings.json"}
 METHODS = ("sum", "iprm")
 SEEDS = (0, 1)
-EPOCHS = (0, 1)
+RUNS = [f"{method}/seed={seed}" for method in METHODS for seed in SEEDS]
 ARGUMENTS = ("compare", "--data", "features", "--path", "features.npz", "--set", "batch_size=10", "--model", "feature_dim=8")
 
 
-def comparison(folder: Path, jobs: int) -> Path:
-    """Two methods, two seeds, two epochs.  -> the report"""
+def compare(folder: Path, *arguments: str, jobs: int = 1, methods: str = "sum,iprm", epochs: int = 2) -> Outcome:
+    """Two seeds, into the folder report."""
+    size = ("--methods", methods, "--seeds", "2", "--epochs", str(epochs), "--jobs", str(jobs), "--output", "report")
+    return iprm(folder, *ARGUMENTS, *size, *arguments)
+
+
+def comparison(folder: Path, *arguments: str, **options) -> Path:
+    """-> the folder of a comparison without a fault"""
     save(folder, arrays())
-    size = ("--methods", "sum,iprm", "--seeds", "2", "--epochs", "2", "--jobs", str(jobs))
-    code, out, err = iprm(folder, *ARGUMENTS, *size, "--model", "learning_rate=5e-2", "--output", "report")
+    code, out, err = compare(folder, *arguments, **options)
     assert (code, err) == (0, "")
-    assert "features: 2 seeds, 2 epochs" in out
     assert out.splitlines()[-1] == "report: report"
     return folder / "report"
 
@@ -48,156 +54,176 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def without_seconds(runs: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{name: value for name, value in row.items() if name != "seconds_per_epoch"} for row in runs]
+def contents(run: Path, states: str = "*") -> dict[str, object]:
+    """What two runs of the same settings have in common, bit by bit; of their states, those of such names."""
+    found: dict[str, object] = {"metrics": (run / "metrics.csv").read_text(), "config": (run / "config.yaml").read_text()}
+    for path in sorted([*run.glob(f"states/{states}.ckpt"), *run.glob("checkpoints/*.ckpt")]):
+        found |= {
+            f"{path.name}{name}": leaf
+            for name, leaf in leaves(torch.load(path, weights_only=True)).items()
+            if "dirpath" not in name
+        }
+    return found
+
+
+def metrics_of(run: Path) -> dict[str, float]:
+    return json.loads((run / "test.json").read_text())["metrics"]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    return comparison(tmp_path_factory.mktemp("compare"), jobs=1)
+    return comparison(tmp_path_factory.mktemp("compare"))
 
 
-# the report
+# what a comparison leaves
 
 
-def test_the_report_is_five_files(report):
-    assert sorted(file.name for file in report.iterdir()) == sorted(FILES)
-
-
-def test_runs_are_a_row_a_method_and_seed_with_test_metrics(report):
-    runs = rows(report / "runs.csv")
-    assert [(row["method"], int(row["seed"])) for row in runs] == [(method, seed) for method in METHODS for seed in SEEDS]
-    for row in runs:
-        assert all(0 <= float(row[f"test_{name}"]) <= 1 for name in ("accuracy", "map", "macro_f1", "accuracy_audio"))
-        assert float(row["seconds_per_epoch"]) > 0
-        assert (row["weight"] != "") == (row["method"] == "iprm")
-
-
-def test_the_summary_is_the_mean_and_deviation_of_the_runs(report):
-    runs = rows(report / "runs.csv")
-    title, _, head, _, *lines = (report / "summary.md").read_text(encoding="utf-8").splitlines()
-    assert title == "# features: 2 seeds, 2 epochs"
-    names = ["method", "accuracy", "mAP", "macro-F1", "audio head", "text head", "λ", "s/epoch"]
-    assert [cell.strip() for cell in head.strip("|").split("|")] == names
-    for line, method in zip(lines, METHODS, strict=True):
-        cells = dict(zip(names, (cell.strip() for cell in line.strip("|").split("|")), strict=True))
-        assert cells["method"] == method
-        for name, column in (("accuracy", "test_accuracy"), ("mAP", "test_map"), ("text head", "test_accuracy_text")):
-            values = [100 * float(row[column]) for row in runs if row["method"] == method]
-            assert cells[name] == f"{statistics.fmean(values):.1f} ±{statistics.stdev(values):.1f}"
-
-
-def test_the_history_is_a_row_an_epoch_and_holds_no_test_metric(report):
-    history = rows(report / "history.csv")
-    places = [(row["method"], int(row["seed"]), int(row["epoch"])) for row in history]
-    assert places == [(method, seed, epoch) for method in METHODS for seed in SEEDS for epoch in EPOCHS]
-    assert not [name for name in history[0] if name.startswith("test")]
-    assert all(float(row["train_loss"]) > 0 and float(row["val_loss"]) > 0 for row in history)
-    strength = [float(row["strength_audio"]) + float(row["strength_text"]) for row in history if row["method"] == "iprm"]
-    assert strength == pytest.approx([1] * len(strength))
-
-
-def test_the_run_reported_best_is_best_on_validation(report):
-    history = rows(report / "history.csv")
-    for row in rows(report / "runs.csv"):
-        course = [float(e["val_accuracy"]) for e in history if (e["method"], e["seed"]) == (row["method"], row["seed"])]
-        assert int(row["best_epoch"]) == course.index(max(course))
-
-
-def test_the_settings_are_enough_to_run_it_again(report):
-    settings = json.loads((report / "settings.json").read_text(encoding="utf-8"))
-    assert settings["data_options"] == {"path": "features.npz", "batch_size": 10}
-    assert settings["model_options"] == {"learning_rate": 0.05, "feature_dim": 8}
-    assert (settings["methods"], settings["seeds"], settings["epochs"]) == (list(METHODS), list(SEEDS), len(EPOCHS))
-    data = Features(str(report.parent / "features.npz"), seed=1)
-    assert settings["splits"]["1"] == data.describe()
-    assert settings["versions"].keys() >= {"python", "torch", "iprm-kernels"}
-    assert settings["backends"]["reference"].startswith("reference: serves any")
-
-
-def test_the_plot_is_a_picture(report):
+def test_a_comparison_is_tables_a_plot_and_a_folder_for_each_run(report):
+    assert {file.name for file in report.iterdir()} == {*FILES, *METHODS}
     picture = (report / "plot.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert int.from_bytes(picture[16:20], "big") == 11 * 150, "pixels wide"
 
 
-def test_two_processes_find_what_one_finds(tmp_path):
-    reports = []
-    for jobs in (1, 2):
-        (tmp_path / str(jobs)).mkdir()
-        reports.append(comparison(tmp_path / str(jobs), jobs))
-    one, two = ([without_seconds(rows(report / name)) for name in ("runs.csv", "history.csv")] for report in reports)
-    assert one == two
-    assert sorted(file.name for file in reports[1].iterdir()) == sorted(FILES)
+def test_a_run_is_one_of_iprm_fit_to_the_bit_and_has_its_test_metrics(report, tmp_path):
+    data = ("--data.path", str(report.parent / "features.npz"), "--data.batch_size", "10", "--data.seed", "1")
+    size = ("--model.feature_dim", "8", "--trainer.max_epochs", "2", "--trainer.devices", "1", "--seed_everything", "1")
+    assert iprm(tmp_path, "fit", "--config", "features", *data, *size).code == 0
+    fit = tmp_path / "runs/features/fit/version_0"
+    (tmp_path / "config").write_text((fit / "config.yaml").read_text().replace(f"{report.parent}/", ""))
+    (tmp_path / "config").replace(fit / "config.yaml")
+    ours = report / "iprm/seed=1"
+    assert difference(contents(fit), contents(ours)) == []
+    events = re.compile(r"events\.out\.tfevents.*")
+    names = [{events.sub("events", str(path.relative_to(run))) for path in run.rglob("*")} for run in (fit, ours)]
+    assert names[1] == names[0] | {"test.json"}
+    (best,) = fit.absolute().glob("checkpoints/*.ckpt")
+    out = iprm(report.parent, "test", "--config", str(ours / "config.yaml"), "--ckpt_path", str(best)).out
+    assert table(out) == pytest.approx({f"test_{name}": value for name, value in metrics_of(ours).items()}, rel=1e-6)
 
 
-# a run
+def test_the_summary_is_the_mean_and_deviation_of_the_runs(report):
+    runs = rows(report / "runs.csv")
+    assert [(row["method"], row["seed"]) for row in runs] == [tuple(run.split("/seed=")) for run in RUNS]
+    title, _, _, _, *lines = (report / "summary.md").read_text(encoding="utf-8").splitlines()
+    assert title == "# features: 2 seeds, 2 epochs"
+    for line, method in zip(lines, METHODS, strict=True):
+        values = [100 * metrics_of(report / f"{method}/seed={seed}")["accuracy"] for seed in SEEDS]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:2] == [method, f"{statistics.fmean(values):.1f} ±{statistics.stdev(values):.1f}"]
+        assert float(cells[-1]) > 0, "seconds"
 
 
-def settings_for(path: str, epochs: int = 2, **model) -> Settings:
-    return Settings("features", {"path": path, "batch_size": 10}, {"feature_dim": 8, "decay": 1.0} | model, epochs, "cpu")
+def test_metrics_hold_no_test_metric(report):
+    assert not [name for row in rows(report / "history.csv") for name in row if name.startswith("test")]
+    assert not [name for run in RUNS for name in rows(report / run / "metrics.csv")[0] if name.startswith("test")]
 
 
-def outcome(result):
-    return result.test, result.history, result.best_epoch
+def test_the_settings_are_enough_to_run_it_again(report):
+    settings = json.loads((report / "settings.json").read_text(encoding="utf-8"))
+    assert settings["settings"]["data"]["init_args"]["batch_size"] == 10
+    assert settings["settings"]["model"]["feature_dim"] == 8
+    assert (settings["methods"], settings["seeds"]) == (list(METHODS), list(SEEDS))
+    data = Features(str(report.parent / "features.npz"), seed=1)
+    assert json.loads((report / "sum/seed=1/test.json").read_text())["splits"] == data.describe()
+    assert settings["versions"].keys() >= {"python", "torch", "iprm-kernels"}
+    assert settings["backends"]["reference"].startswith("reference: serves any")
 
 
-def test_a_seed_gives_the_same_run_again_and_another_seed_another(features):
-    one, same, other = (outcome(run(settings_for(features), "iprm", seed)) for seed in (1, 1, 2))
-    assert one == same
-    assert one[1] != other[1]
+def test_two_processes_find_what_one_finds(report, tmp_path):
+    two = comparison(tmp_path, jobs=2)
+    assert [difference(contents(two / run), contents(report / run)) for run in RUNS] == [[]] * len(RUNS)
+    assert [metrics_of(two / run) for run in RUNS] == [metrics_of(report / run) for run in RUNS]
 
 
-def test_the_model_tested_is_the_one_that_was_best_on_validation(tmp_path, features):
-    result = run(settings_for(features, epochs=6, learning_rate=0.3), "sum", 0)
-    assert result.best_epoch < 5, "so that the last is another"
-    data = Features(features, batch_size=10)
-    model = classifier(data, "sum", learning_rate=0.3, decay=1.0)
-    runner = fit(tmp_path, data, model, epochs=result.best_epoch + 1)
-    with quiet_lightning():
-        (expected,) = runner.test(model, datamodule=data, verbose=False)
-    assert {f"test_{name}": value for name, value in result.test.items()} == expected
+def test_a_setting_of_fit_by_its_full_name_means_the_same_as_the_options(report, tmp_path):
+    save(tmp_path, arrays())
+    data = ("compare", "--data", "features", "--data.path", "features.npz", "--data.batch_size=10")
+    size = ("--model.feature_dim", "8", "--trainer.max_epochs", "2", "--methods", "sum", "--seeds", "1", "--output", "report")
+    assert iprm(tmp_path, *data, *size).code == 0
+    assert difference(contents(tmp_path / "report/sum/seed=0"), contents(report / "sum/seed=0")) == []
 
 
-def test_the_test_split_is_read_once_and_decides_nothing(features, tmp_path, monkeypatch):
-    asked = []
-    loader = Features.test_dataloader
-    monkeypatch.setattr(Features, "test_dataloader", lambda self: asked.append(1) or loader(self))
+def test_the_report_of_a_comparison_shows_its_table_and_every_run(report):
+    assert iprm(report.parent, "report", "report").out == "report: report.html\n"
+    page = (report.parent / "report.html").read_text(encoding="utf-8")
+    assert "<h1>features: 2 seeds, 2 epochs</h1>" in page
+    assert "Test accuracy by method" in page
+    assert all(run in page for run in RUNS)
+
+
+# data and selection
+
+
+@pytest.mark.parametrize("dataset", [Features, Digits])
+def test_the_data_of_a_seed_are_read_once(tmp_path, monkeypatch, dataset):
+    read = []
+    reader = dataset.read
+    monkeypatch.setattr(dataset, "read", lambda self: read.append(self.seed) or reader(self))
+    monkeypatch.setattr(compared, "_last_read", {})
+    if dataset is Features:
+        comparison(tmp_path, epochs=1)
+    else:
+        size = ("--methods", "sum,unimodal-strip", "--seeds", "2", "--epochs", "1", "--jobs", "1")
+        assert iprm(tmp_path, "compare", "--data", "digits", *size).code == 0
+    assert read == [0, 1]
+
+
+def test_a_dataset_of_other_options_is_read_anew(tmp_path):
+    path = save(tmp_path, arrays())
+    one = compared.read_once(Features, path=path, seed=0)
+    assert compared.read_once(Features, path=path, seed=0).splits is one.splits
+    assert compared.read_once(Features, path=path, seed=1).splits is not one.splits
+
+
+def test_the_test_split_decides_nothing(tmp_path):
     split = np.array(["train", "val", "test"])[np.minimum(np.arange(60) // 20, 2)]
     original = arrays() | {"split": split}
     relabelled = original | {"y": np.where(split == "test", (original["y"] + 1) % 3, original["y"])}
-    found = [run(settings_for(save(tmp_path, content), learning_rate=0.1), "iprm", 0) for content in (original, relabelled)]
-    assert len(asked) == len(found)
-    assert found[0].history == found[1].history
-    assert found[0].best_epoch == found[1].best_epoch
-    assert found[0].test["accuracy"] != found[1].test["accuracy"]
+    found = []
+    for name, content in (("original", original), ("relabelled", relabelled)):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name, content)
+        assert compare(tmp_path / name, methods="iprm").code == 0
+        found.append(tmp_path / name / "report/iprm/seed=0")
+    one, other = ({n: v for n, v in contents(run).items() if "digest" not in n} for run in found)
+    assert difference(one, other) == []
+    assert metrics_of(found[0])["accuracy"] != metrics_of(found[1])["accuracy"]
 
 
-def test_every_epoch_is_told_of_and_timed(features):
-    told = []
-    result = run(settings_for(features, epochs=3), "sum", 0, lambda: told.append(1))
-    assert len(told) == len(result.history) == 3
-    assert result.seconds_per_epoch > 0
+def test_every_epoch_is_counted_and_timed():
+    ended: list[int] = []
+    clock = compared.Clock(ended.append)
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    module = L.LightningModule()
+    clock.on_validation_start(trainer, module)  # the check before training
+    clock.on_train_start(trainer, module)
+    for _ in range(2):
+        clock.on_train_batch_start(trainer, module, None, 0)
+        clock.on_train_batch_start(trainer, module, None, 1)
+        clock.on_validation_start(trainer, module)
+        clock.on_validation_end(trainer, module)
+    assert (ended, len(clock.seconds)) == ([0, 1, 1], 2)
 
 
-def test_all_methods_share_the_data_of_a_seed(features, monkeypatch):
-    digests = []
-    make = experiment.make_data
-    monkeypatch.setattr(experiment, "make_data", lambda *a, **k: digests.append((data := make(*a, **k)).describe()) or data)
-    list(compare.compare(settings_for(features, epochs=1), METHODS, SEEDS, jobs=1))
-    first, second = digests[:2], digests[2:]
-    assert first[0] == first[1] != second[0] == second[1]
+# a comparison that is ended early, and continued
 
 
-def test_a_run_that_meets_nan_is_named_and_ends_the_comparison(tmp_path, features):
-    code, out, err = iprm(tmp_path, *ARGUMENTS, "--methods", "sum", "--jobs", "1", "--model", "learning_rate=1e30")
-    assert code == 1
-    assert err.startswith("iprm: stopped at training step ")
-    assert err.endswith("(method 'sum', seed 0)\n")
-    assert "report" not in out
+class Ended:
+    """Calls `end` when the second run of iprm has begun its second epoch, once."""
 
+    def __init__(self, monkeypatch, end) -> None:
+        began = compared.Clock.on_train_batch_start
+        self.end = end
 
-# a comparison that is ended early
+        def begin(clock, trainer, module, batch, place):
+            if (trainer.current_epoch, place, Path(trainer.log_dir).name) == (1, 1, "seed=1") and "iprm" in trainer.log_dir:
+                end, self.end = self.end, None
+                if end:
+                    end()
+            began(clock, trainer, module, batch, place)
+
+        monkeypatch.setattr(compared.Clock, "on_train_batch_start", begin)
 
 
 def interrupted() -> None:
@@ -208,53 +234,114 @@ def terminated() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def failed() -> None:
-    raise NonFiniteError("training step 3")
-
-
-@pytest.mark.parametrize(
-    ("end", "code", "message"),
-    [(failed, 1, "iprm: stopped at training step 3\n"), (interrupted, 130, "iprm: interrupted\n"), (terminated, 143, "")],
-)
-def test_the_runs_that_are_finished_are_reported(tmp_path, features, monkeypatch, end, code, message):
-    monkeypatch.setattr(compare, "run", lambda *given: run(*given) if given[1:3] != ("iprm", 1) else end())
+@pytest.mark.parametrize(("end", "code", "message"), [(interrupted, 130, "iprm: interrupted\n"), (terminated, 143, "")])
+def test_a_comparison_that_was_ended_continues_to_the_bit(report, tmp_path, monkeypatch, end, code, message):
+    save(tmp_path, arrays())
     before = signal.getsignal(signal.SIGTERM)
-    size = ("--methods", "iprm,sum", "--seeds", "2", "--epochs", "1", "--jobs", "1", "--output", "report")
-    found = iprm(tmp_path, *ARGUMENTS, *size)
-    assert (found.code, found.err) == (code, f"iprm: 2 of 4 runs are finished; a report of these: report\n{message}")
-    assert [(row["method"], row["seed"]) for row in rows(tmp_path / "report/runs.csv")] == [("iprm", "0"), ("sum", "0")]
-    title = (tmp_path / "report/summary.md").read_text(encoding="utf-8").splitlines()[0]
-    assert title == "# features: 2 seeds, 1 epochs; 2 of 4 runs"
-    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == sorted(FILES)
+    Ended(monkeypatch, end)
+    found = compare(tmp_path)
+    done = "iprm: 3 of 4 runs are finished; a report of these: report; the same command with --output report continues\n"
+    assert (found.code, found.err) == (code, done + message)
     assert signal.getsignal(signal.SIGTERM) == before
+    assert "2 seeds, 2 epochs; 3 of 4 runs" in (tmp_path / "report/summary.md").read_text()
+    finished = {path: path.stat().st_mtime_ns for run in RUNS[:3] for path in (tmp_path / "report" / run).rglob("*")}
+    assert compare(tmp_path).code == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    for run in RUNS:  # SIGTERM saves a state of its own, in the middle of the epoch
+        found, whole = (
+            contents(folder / run, "none" if end is terminated else "*") for folder in (tmp_path / "report", report)
+        )
+        assert difference(found, whole) == []
+        assert metrics_of(tmp_path / "report" / run) == metrics_of(report / run)
+    assert compare(tmp_path).code == 0, "with nothing left to run"
 
 
-def test_sigterm_ends_the_processes_of_a_comparison_and_the_runs_that_are_finished_are_reported(
-    tmp_path, features, monkeypatch
-):
+def test_sigterm_ends_the_processes_of_a_comparison_which_continues(tmp_path, features, monkeypatch):
     """In the third of three runs, two at a time, or late in the second."""
     epochs = itertools.count(1)
 
     @contextlib.contextmanager
     def progress(_):
-        yield lambda: terminated() if next(epochs) == 80 else None
+        yield lambda ended: terminated() if next(epochs) == 82 else None
 
-    monkeypatch.setattr(compare, "_progress", progress)
-    size = ("--methods", "sum", "--seeds", "3", "--epochs", "30", "--jobs", "2", "--output", "report")
-    code, _, err = iprm(tmp_path, *ARGUMENTS, *size)
+    size = (*ARGUMENTS, "--methods", "sum", "--seeds", "3", "--epochs", "30", "--jobs", "2", "--output", "report")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "_progress", progress)
+        code, _, err = iprm(tmp_path, *size)
     assert code == 143
     assert multiprocessing.active_children() == []
-    (finished,) = re.fullmatch(r"iprm: ([12]) of 3 runs are finished; a report of these: report\n", err).groups()
+    (finished,) = re.match(r"iprm: ([12]) of 3 runs are finished", err).groups()
     assert len(rows(tmp_path / "report/runs.csv")) == int(finished)
+    assert iprm(tmp_path, *size).code == 0
+    assert [row["epoch"] for row in rows(tmp_path / "report/sum/seed=2/metrics.csv")] == [str(k) for k in range(30)]
+
+
+def test_more_seeds_and_methods_join_a_comparison(tmp_path):
+    folder = comparison(tmp_path, methods="sum", epochs=1)
+    size = ("--methods", "concat", "--seeds", "1", "--epochs", "1", "--jobs", "1", "--output", "report")
+    assert iprm(tmp_path, *ARGUMENTS, *size).code == 0
+    assert [(row["method"], row["seed"]) for row in rows(folder / "runs.csv")] == [("sum", "0"), ("sum", "1"), ("concat", "0")]
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (("--model.feature_dim", "16"), "its model.feature_dim is 8, 16 was asked for"),
+        (("--epochs", "3"), "its trainer.max_epochs is 2, 3 was asked for"),
+        (("--model.encoders", "{audio: linear}"), "its model.encoders.audio is None, 'linear' was asked for"),
+    ],
+)
+def test_other_settings_than_those_of_the_folder_are_refused_by_name_and_nothing_is_touched(report, other, named):
+    before = {path: path.stat().st_mtime_ns for path in report.rglob("*")}
+    code, out, err = compare(report.parent, *other)
+    assert (code, out) == (2, "")
+    assert err == f"iprm: report/sum/seed=0: {named}; expected another --output\n"
+    assert {path: path.stat().st_mtime_ns for path in report.rglob("*")} == before
+
+
+# a run that fails
+
+
+def test_a_run_that_meets_nan_fails_and_is_listed_with_its_reason(tmp_path, features):
+    code, out, err = compare(tmp_path, "--model", "learning_rate=1e30", methods="sum")
+    assert (code, err) == (1, "")
+    assert re.search(r"^failed: sum, seed 0: NonFiniteError: .*training step \d+", out, re.MULTILINE)
+    failure = (tmp_path / "report/sum/seed=1/failed.txt").read_text()
+    assert failure.startswith("NonFiniteError: ")
+    assert "Traceback" in failure
+
+
+def test_the_others_go_on_and_the_one_that_failed_starts_again(report, tmp_path, monkeypatch):
+    save(tmp_path, arrays())
+    run_fit = command.run_fit
+
+    def failing(config, folder, *given):
+        if folder.parts[-2:] == ("sum", "seed=1"):
+            raise NonFiniteError("training step 3: <b>\nand more")
+        run_fit(config, folder, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "run_fit", failing)
+        found = compare(tmp_path)
+    assert (found.code, found.err) == (1, "")
+    assert found.out.splitlines()[-2] == "failed: sum, seed 1: NonFiniteError: training step 3: <b> and more"
+    assert "features: 2 seeds, 2 epochs; 3 of 4 runs\n" in found.out
+    assert "- sum, seed 1: NonFiniteError" in (tmp_path / "report/summary.md").read_text()
+    assert iprm(tmp_path, "report", "report").code == 0
+    assert "Failed: sum, seed 1: NonFiniteError: training step 3: &lt;b&gt; and more" in (tmp_path / "report.html").read_text()
+    assert compare(tmp_path).code == 0
+    assert difference(contents(tmp_path / "report/sum/seed=1"), contents(report / "sum/seed=1")) == []
+    assert not (tmp_path / "report/sum/seed=1/failed.txt").exists()
 
 
 # before any training
 
 
-def test_the_methods_compared_are_each_modality_alone_the_baselines_and_iprm(features):
-    methods, modalities, _ = compare.check(settings_for(features), None, [0])
+def test_the_methods_compared_are_each_modality_alone_the_baselines_and_iprm(features, tmp_path):
+    config = command.fit_settings(["--config", "features", "--data.path", features])
+    methods, jobs = compared.make_jobs(config, None, [0, 1], tmp_path)
     assert methods == ["unimodal-audio", "unimodal-text", "concat", "sum", "weight", "joint", "iprm"]
-    assert modalities == ("audio", "text")
+    assert [(job.seed, job.method) for job in jobs] == [(seed, method) for seed in (0, 1) for method in methods]
 
 
 BAD = {
@@ -263,20 +350,33 @@ BAD = {
     "an unknown option": ((*ARGUMENTS, "--epoches", "3"), "unknown option --epoches: did you mean --epochs?"),
     "an unknown method": ((*ARGUMENTS, "--methods", "sum,conct"), "got 'conct'; did you mean 'concat'?"),
     "no method": ((*ARGUMENTS, "--methods", ","), "no methods were named"),
-    "an unknown dataset option": ((*ARGUMENTS, "--set", "batchsize=3"), "'batchsize': did you mean 'batch_size'?"),
-    "an unknown model option": ((*ARGUMENTS, "--model", "learning_rte=1"), "'learning_rte': did you mean 'learning_rate'?"),
-    "a word for a number": ((*ARGUMENTS, "--model", "learning_rate=fast"), "learning_rate: expected float, got 'fast'"),
-    "a broken mapping": ((*ARGUMENTS, "--model", "encoders={a"), "encoders: expected "),
+    "an unknown dataset option": (
+        (*ARGUMENTS, "--set", "batchsize=3"),
+        "unknown setting 'data.batchsize': did you mean 'data.batch_size'?",
+    ),
+    "an unknown model option": (
+        (*ARGUMENTS, "--model", "learning_rte=1"),
+        "unknown setting 'model.learning_rte': did you mean 'model.learning_rate'?",
+    ),
+    "a word for a number": (
+        (*ARGUMENTS, "--model", "learning_rate=fast"),
+        "model.learning_rate: Expected a float. Got value: fast",
+    ),
+    "a broken mapping": ((*ARGUMENTS, "--model", "encoders={a"), "model.encoders: expected "),
     "a number out of range": ((*ARGUMENTS, "--model", "momentum=2"), "momentum: expected a number from 0 to 1, got 2"),
     "an option without value": ((*ARGUMENTS, "--set", "batch_size"), "expected KEY=VALUE, got 'batch_size'"),
     "a batch of one row": (
         (*ARGUMENTS, "--set", "batch_size=1"),
         "batch_size: expected at least 2 to train encoders that normalise",
     ),
-    "a seed": ((*ARGUMENTS, "--set", "seed=3"), "seed: a comparison gives every run its own; choose their number by --seeds"),
+    "a seed": ((*ARGUMENTS, "--set", "seed=3"), "data.seed: a comparison gives every run its own; choose them by --seeds"),
+    "a method": (
+        (*ARGUMENTS, "--model.method", "sum"),
+        "model.method: a comparison gives every run its own; choose them by --methods",
+    ),
     "no seeds": ((*ARGUMENTS, "--seeds", "0"), "argument --seeds: expected a whole number from 1 up, got 0"),
     "no epochs": ((*ARGUMENTS, "--epochs", "few"), "argument --epochs: invalid whole number value: 'few'"),
-    "no path": (("compare", "--data", "features"), "dataset 'features' needs the option 'path'"),
+    "no path": (("compare", "--data", "features"), "a setting is missing: add --data.path VALUE"),
     "no file": (("compare", "--data", "features", "--path", "no.npz"), "no.npz: there is no such file"),
     "no labels": (("compare", "--data", "features", "--path", "unlabelled/features.npz"), "there is no array 'y' of labels"),
     "a report in place of a file": ((*ARGUMENTS, "--output", "features.npz"), "File exists: 'features.npz'"),
@@ -287,7 +387,7 @@ BAD = {
 def test_bad_input_is_told_before_any_training(tmp_path, features, monkeypatch, arguments, message):
     (tmp_path / "unlabelled").mkdir()
     save(tmp_path / "unlabelled", without("y"))
-    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr(command, "run_fit", lambda *_: pytest.fail("a run began"))
     code, out, err = iprm(tmp_path, *arguments, *(() if "--jobs" in arguments else ("--jobs", "1")))
     assert (code, out) == (2, "")
     assert err.startswith("iprm: ")

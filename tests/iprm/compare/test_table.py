@@ -1,149 +1,187 @@
-"""The report of a comparison from results made by hand."""
+"""The tables of a comparison, from folders made by hand."""
 
 from __future__ import annotations
 
 import csv
+import itertools
+from pathlib import Path
 
 import pytest
-from iprm.compare.figures import plot
-from iprm.compare.run import Result
-from iprm.compare.table import ABSENT, Summary, rich_table, write_report
-from matplotlib.figure import Figure
-from rich.console import Console
+from iprm.compare.runs import read_runs
+from iprm.compare.table import ABSENT, Comparison, Table, comparisons, markdown, text, write
+from run_folders import course, write_comparison, write_metrics, write_run, write_test
 
 
-def result(method: str, seed: int, accuracy: float, seconds: float = 0.5, **last) -> Result:
-    """One run of two epochs; what was logged in the second is `last`, in the first half of it."""
-    test = {"accuracy": accuracy, "map": accuracy / 2, "macro_f1": accuracy / 4, "accuracy_x": 0.25}
-    if not method.startswith("unimodal"):
-        test["accuracy_y"] = 0.5
-    history = [{"epoch": epoch} | {name: value / (2 - epoch) for name, value in last.items()} for epoch in (0, 1)]
-    return Result(method, seed, test, 1, seconds, history)
+def comparison(folder: Path) -> Comparison:
+    return Comparison(folder, read_runs([folder]))
 
 
-RESULTS = [
-    result("unimodal-x", 0, 0.5),
-    result("unimodal-x", 1, 0.7, seconds=0.7),
-    result("iprm", 0, 0.8, weight=0.25, strength_x=0.3, strength_y=0.7),
-    result("iprm", 1, 0.9, weight=0.35, strength_x=0.4, strength_y=0.6),
-]
+def cells(folder: Path, method: str) -> dict[str, str]:
+    table = comparison(folder).tables[0]
+    (row,) = [row for row in table.rows if row[0] == method]
+    return dict(zip(table.head, row, strict=True))
 
 
-def summary(results=RESULTS) -> Summary:
-    return Summary(results, ("x", "y"))
-
-
-def cells(method: str, results=RESULTS) -> dict[str, str]:
-    table = summary(results)
-    return dict(zip(table.columns, table.cells(method), strict=True))
-
-
-def test_a_cell_is_the_mean_and_the_sample_deviation_over_seeds():
-    assert cells("iprm") == {
+def test_a_cell_is_the_mean_and_the_sample_deviation_over_seeds(tmp_path):
+    folder = write_comparison(tmp_path / "c")
+    for seed, seconds in ((0, 0.5), (1, 0.7)):
+        write_test(folder / f"iprm/seed={seed}", seconds, accuracy=0.8 + seed / 10, map=0.4, macro_f1=0.2, accuracy_audio=0.25)
+    weight = course(("video", "audio"), 5, mixes=True)[-1]["weight"]
+    assert cells(folder, "iprm") == {
+        "method": "iprm",
         "accuracy": "85.0 ±7.1",  # 100 · 0.1 / √2
-        "mAP": "42.5 ±3.5",
-        "macro-F1": "21.2 ±1.8",
-        "x head": "25.0 ±0.0",
-        "y head": "50.0 ±0.0",
-        "λ": "0.30 ±0.07",
-        "s/epoch": "0.50",
+        "mAP": "40.0 ±0.0",
+        "macro-F1": "20.0 ±0.0",
+        "video head": ABSENT,
+        "audio head": "25.0 ±0.0",
+        "λ": f"{weight:.2f} ±0.00",
+        "s/epoch": "0.60",
     }
 
 
-def test_what_a_method_does_not_have_is_a_dash():
-    row = cells("unimodal-x")
-    assert (row["y head"], row["λ"]) == (ABSENT, ABSENT)
-    assert row["s/epoch"] == "0.60"
+def test_what_a_method_does_not_have_is_a_dash(tmp_path):
+    folder = write_comparison(tmp_path / "c", ("unimodal-audio", "iprm"))
+    row = cells(folder, "unimodal-audio")
+    assert (row["video head"], row["λ"]) == (ABSENT, ABSENT)
+    write_test(folder / "iprm/seed=0", None, accuracy=0.5)
+    write_test(folder / "iprm/seed=1", None, accuracy=0.5)
+    assert cells(folder, "iprm")["s/epoch"] == ABSENT, "it was resumed when all epochs had ended"
 
 
-def test_a_single_seed_has_no_deviation():
-    assert cells("iprm", RESULTS[2:3])["accuracy"] == "80.0"
-    assert cells("iprm", RESULTS[2:3])["λ"] == "0.25"
+def test_a_single_seed_has_no_deviation(tmp_path):
+    assert cells(write_comparison(tmp_path / "c", seeds=[0]), "iprm")["accuracy"] == "60.0"
 
 
-def test_lambda_of_several_pairs_has_a_column_each():
-    pairs = [result("iprm", 0, 0.8, weight_0=0.1, weight_1=0.2, weight_2=0.3)]
-    assert [name for name in summary(pairs).columns if name.startswith("λ")] == ["λ 0", "λ 1", "λ 2"]
-    assert cells("iprm", pairs)["λ 2"] == "0.30"
+def test_methods_keep_the_order_of_the_comparison_and_the_best_is_bold(tmp_path):
+    table = comparison(write_comparison(tmp_path / "c", ("sum", "iprm", "concat"))).tables[0]
+    assert [row[0] for row in table.rows] == ["sum", "iprm", "concat"]
+    assert table.bold == {2}
 
 
-def test_without_a_method_that_weighs_there_is_no_column_of_lambda():
-    assert "λ" not in summary(RESULTS[:2]).columns
+def test_without_a_method_that_weighs_there_is_no_lambda(tmp_path):
+    (table,) = comparison(write_comparison(tmp_path / "c", ("concat", "sum"))).tables
+    assert "λ" not in table.head
 
 
-def test_methods_keep_their_order_and_the_best_is_bold():
-    table = rich_table(summary(), "title")
-    assert [row.style for row in table.rows] == [None, "bold"]
-    console = Console(width=100, record=True)
-    console.print(table)
-    text = console.export_text()
-    assert text.index("unimodal-x") < text.index("iprm")
-    assert "85.0 ±7.1" in text
+def test_lambda_of_several_pairs_has_a_table_of_its_own_by_the_names_of_the_pairs(tmp_path):
+    modalities = ("video", "audio", "text_a")  # a name with what divides the names of a column
+    accuracies, measures = comparison(write_comparison(tmp_path / "c", modalities=modalities)).tables
+    assert "λ" not in "".join(accuracies.head)
+    assert measures.head == ["measure", "iprm"]
+    assert [row[0] for row in measures.rows] == ["λ audio × text_a", "λ video × audio", "λ video × text_a"]
+    last = course(modalities, 5, mixes=True)[-1]
+    assert measures.rows[2][1] == f"{last['weight_video_text_a']:.2f} ±0.00"
 
 
-@pytest.fixture
-def report(tmp_path):
-    write_report(tmp_path / "deep/report", RESULTS, ("x", "y"), {"data": "none"}, "title")
-    return tmp_path / "deep/report"
+def test_a_measure_of_a_method_of_its_own_is_carried_by_its_name(tmp_path):
+    folder = write_comparison(tmp_path / "c", ("concat", "ogm"))
+    for run in (folder / "ogm").iterdir():
+        write_metrics(run / "metrics.csv", [{"epoch": 0, "train_loss": 1, "lr-SGD": 0.1, "k_audio": 0.25, "val_accuracy": 0.5}])
+    assert comparison(folder).tables[1].rows == [["k_audio", "0.25 ±0.00"]]
 
 
-def test_the_markdown_is_a_table_under_its_title(report):
-    assert (report / "summary.md").read_text(encoding="utf-8").splitlines() == [
-        "# title",
-        "",
-        "| method | accuracy | mAP | macro-F1 | x head | y head | λ | s/epoch |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| unimodal-x | 60.0 ±14.1 | 30.0 ±7.1 | 15.0 ±3.5 | 25.0 ±0.0 | – | – | 0.60 |",
-        "| iprm | 85.0 ±7.1 | 42.5 ±3.5 | 21.2 ±1.8 | 25.0 ±0.0 | 50.0 ±0.0 | 0.30 ±0.07 | 0.50 |",
+def test_runs_that_are_not_finished_or_failed_are_no_part_of_a_mean_and_are_counted(tmp_path):
+    folder = write_comparison(tmp_path / "c", ("sum", "concat", "iprm"))
+    (folder / "sum/seed=1/test.json").unlink()
+    for seed in (0, 1):
+        (folder / f"iprm/seed={seed}/test.json").unlink()
+    (folder / "iprm/seed=1/failed.txt").write_text("NonFiniteError: training step 3\n\nTraceback ...")
+    found = comparison(folder)
+    assert found.title == "features: 2 seeds, 5 epochs; 3 of 6 runs"
+    assert [row[:2] for row in found.tables[0].rows] == [["sum", "50.0"], ["concat", "60.5 ±0.7"], ["iprm", ABSENT]]
+    assert found.failed == ["iprm, seed 1: NonFiniteError: training step 3"]
+    write(found)
+    assert "## Failed\n\n- iprm, seed 1: NonFiniteError: training step 3\n" in (folder / "summary.md").read_text()
+
+
+def test_a_comparison_of_which_no_run_has_ended_has_a_table_of_dashes(tmp_path):
+    folder = write_comparison(tmp_path / "c")
+    for path in folder.glob("*/*/test.json"):
+        path.unlink()
+    assert comparison(folder).tables[0].rows == [[m, *[ABSENT] * 6] for m in ("concat", "iprm")]
+
+
+def test_comparisons_and_single_runs_are_told_apart(tmp_path):
+    for name in ("a", "b"):
+        write_comparison(tmp_path / name)
+    write_run(tmp_path / "digits/fit/version_0")
+    assert [c.folder.name for c in comparisons(read_runs([tmp_path]))] == ["a", "b"]
+
+
+# as text
+
+MODALITIES = ("audio", "video", "text", "lidar", "touch", "spectrogram")
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("width", [60, 80, 140, None])
+def test_no_table_loses_a_name_or_a_digit(tmp_path, count, width):
+    modalities = MODALITIES[:count]
+    methods = [*(f"unimodal-{modality}" for modality in modalities), "concat", "iprm", "iprm-one-pass"]
+    found = comparison(write_comparison(tmp_path / "c", methods, modalities=modalities))
+    for table in found.tables:
+        blocks = [
+            list(lines) for blank, lines in itertools.groupby(text(table, width), lambda line: line[0] == "") if not blank
+        ]
+        assert width is not None or len(blocks) == 1
+        for place, row in enumerate(table.rows):
+            shown = [line for block in blocks for line, _ in block[-len(table.rows) :][place : place + 1]]
+            assert all(line.startswith(row[0] + " ") for line in shown), "the first column is in every block"
+            assert " ".join(line.removeprefix(row[0]) for line in shown).split() == [c.replace(" ±", "±") for c in row[1:]]
+        assert width is None or max(len(line) for block in blocks for line, _ in block) <= width
+        heads = " ".join(line for block in blocks for line, _ in block[: -len(table.rows)])
+        assert set(" ".join(table.head).split()) <= set(heads.split())
+
+
+def test_two_modalities_fit_into_80_columns_side_by_side(tmp_path):
+    methods = ("unimodal-image", "unimodal-strip", "iprm")
+    table = comparison(write_comparison(tmp_path / "c", methods, modalities=("image", "strip"))).tables[0]
+    lines = list(text(table, 80))
+    assert len(lines) == 2 + 1 + len(methods) + 1
+    assert [line for line, bold in lines if bold] == [line for line, _ in lines if line.startswith("iprm")]
+
+
+def test_a_column_wider_than_the_terminal_is_whole(tmp_path):
+    long = "m" * 70
+    lines = [line for line, _ in text(Table("", ["method", long, "b"], [["x", "1.0", "2.0"]]), 60)]
+    assert f"method {long}" in lines
+    assert ["x", "2.0"] in [line.split() for line in lines]
+
+
+def test_the_markdown_is_a_table():
+    table = Table("t", ["method", "a|b"], [["x", "1.0 ±0.5"]])
+    assert markdown(table).splitlines() == ["| method | a/b |", "| --- | ---: |", "| x | 1.0 ±0.5 |"]
+
+
+# files
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_files_hold_what_the_table_is_made_of(tmp_path):
+    folder = write_comparison(tmp_path / "c", epochs=2)
+    write(comparison(folder))
+    runs = rows(folder / "runs.csv")
+    assert [(r["method"], r["seed"], r["test_accuracy"], r["best_epoch"]) for r in runs] == [
+        ("concat", "0", "0.5", "1"),
+        ("concat", "1", "0.51", "1"),
+        ("iprm", "0", "0.6", "1"),
+        ("iprm", "1", "0.61", "1"),
     ]
+    expected = course(("video", "audio"), 2, mixes=True)
+    assert [r["weight"] for r in runs] == ["", "", *[str(expected[-1]["weight"])] * 2]
+    history = rows(folder / "history.csv")
+    assert [(r["method"], r["seed"], r["epoch"]) for r in history] == list(itertools.product(("concat", "iprm"), "01", "01"))
+    assert [r["strength_audio"] for r in history[4:6]] == [str(row["strength_audio"]) for row in expected[1::2]]
+    assert [r["val_loss"] for r in history[4:6]] == [str(row["val_loss"]) for row in expected[::2]]
 
 
-def test_the_csv_files_hold_what_the_table_is_made_of(report):
-    with (report / "runs.csv").open(encoding="utf-8") as file:
-        runs = list(csv.DictReader(file))
-    assert [(row["method"], row["seed"], row["test_accuracy"], row["weight"]) for row in runs] == [
-        ("unimodal-x", "0", "0.5", ""),
-        ("unimodal-x", "1", "0.7", ""),
-        ("iprm", "0", "0.8", "0.25"),
-        ("iprm", "1", "0.9", "0.35"),
-    ]
-    with (report / "history.csv").open(encoding="utf-8") as file:
-        history = list(csv.DictReader(file))
-    unweighted, weighted = [("0", ""), ("1", "")] * 2, [("0", "0.35"), ("1", "0.7"), ("0", "0.3"), ("1", "0.6")]
-    assert [(row["epoch"], row["strength_y"]) for row in history] == unweighted + weighted
-
-
-def test_a_second_report_replaces_the_first(report):
-    write_report(report, RESULTS[:1], ("x", "y"), {"data": "none"}, "again")
-    assert (report / "summary.md").read_text(encoding="utf-8").startswith("# again\n")
-    assert len((report / "runs.csv").read_text(encoding="utf-8").splitlines()) == 2
-
-
-@pytest.fixture
-def drawn(tmp_path, monkeypatch):
-    """Draws results -> the two panels of the plot."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-
-    def draw(results):
-        plot(tmp_path / "plot.png", summary(results), results, "title")
-        return figures.pop().axes
-
-    return draw
-
-
-def test_the_plot_has_the_accuracy_of_every_method_and_the_course_of_lambda_and_omega(drawn):
-    scores, course = drawn(RESULTS)
-    assert [label.get_text() for label in scores.get_yticklabels()] == ["unimodal-x", "iprm"]
-    drawn_seeds = [list(line.get_xdata()) for line in scores.lines if line.get_label().startswith("_child")]
-    assert [50, 70] in drawn_seeds
-    assert [80, 90] in drawn_seeds
-    lines = {line.get_label(): list(line.get_ydata()) for line in course.lines}
-    assert list(lines) == ["iprm: λ", "iprm: ω x", "iprm: ω y"]
-    assert lines["iprm: λ"] == pytest.approx([0.15, 0.3])
-    assert lines["iprm: ω y"] == pytest.approx([0.325, 0.65])
-
-
-def test_without_a_method_that_weighs_the_plot_says_so(drawn):
-    _, course = drawn(RESULTS[:2])
-    assert [text.get_text() for text in course.texts] == ["none of these methods weighs modalities"]
+def test_the_tables_of_before_are_replaced(tmp_path):
+    folder = write_comparison(tmp_path / "c")
+    for _ in range(2):
+        write(comparison(folder))
+    assert len((folder / "summary.md").read_text().splitlines()) == 2 + 2 + 2
+    assert len(rows(folder / "runs.csv")) == 4

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from command import iprm
+from iprm.compare.runs import read_runs
 from iprm.errors import InputError
-from iprm.report.runs import read_runs
-from run_folders import write_run
+from run_folders import write_comparison, write_run
 
 
 def test_the_output_goes_where_it_is_asked_for(tmp_path):
@@ -40,11 +40,20 @@ def test_the_run_that_was_meant_is_suggested(tmp_path, given, meant):
     assert refused(tmp_path, given).endswith(f"; did you mean {meant}?")
 
 
-def test_a_folder_above_runs_is_no_run_and_one_below_it_is_suggested(tmp_path):
-    write_run(tmp_path / "runs/fit/version_0")
-    assert refused(tmp_path, "runs") == (
-        "runs: not a run of iprm fit: none of metrics.csv, config.yaml, diagnostics.json is in it; "
-        "did you mean runs/fit/version_0?"
+def test_a_folder_above_runs_means_all_of_them_in_their_order(tmp_path):
+    for k in (2, 10):
+        write_run(tmp_path / f"runs/digits/fit/version_{k}", seed=k)
+    write_comparison(tmp_path / "runs/compare", ("sum", "concat"))
+    found = [str(run.folder.relative_to(tmp_path)) for run in read_runs([tmp_path / "runs"])]
+    compared = [f"runs/compare/{method}/seed={seed}" for method in ("sum", "concat") for seed in (0, 1)]
+    assert found == [*compared, "runs/digits/fit/version_2", "runs/digits/fit/version_10"]
+    assert iprm(tmp_path, "report", "runs").out == "report: report.html\n"
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    (tmp_path / "runs/empty").mkdir(parents=True)
+    assert (
+        refused(tmp_path, "runs") == "runs: not a run of iprm fit: none of metrics.csv, config.yaml, diagnostics.json is in it"
     )
 
 
@@ -64,11 +73,11 @@ import sys
 from iprm.cli.main import main
 
 assert main(sys.argv[1:]) == 0
-heavy = {"torch", "lightning", "jsonargparse", "matplotlib", "numpy", "iprm_kernels"} & set(sys.modules)
+heavy = {"torch", "lightning", "jsonargparse", "iprm_kernels"} & set(sys.modules)
 assert not heavy, heavy
 """
 
 
 def test_a_report_loads_neither_torch_nor_lightning(tmp_path):
-    run = write_run(tmp_path / "version_0")
-    subprocess.run([sys.executable, "-c", LIGHT, "report", str(run)], check=True, cwd=tmp_path)
+    runs = [write_run(tmp_path / "version_0"), write_comparison(tmp_path / "compare")]
+    subprocess.run([sys.executable, "-c", LIGHT, "report", *map(str, runs)], check=True, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""How a report draws: colours that everybody can tell apart, and the ticks of an axis."""
+"""How a report draws: colours that everybody can tell apart, what its figures hold, and that they repeat to the byte."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from importlib import resources
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from iprm.report.charts import COLOURS
-from iprm.report.svg import ticks
+from iprm.compare.record import Angles, Record, Strength
+from iprm.compare.runs import read_runs
+from iprm.compare.table import Comparison
+from iprm.report import figures
+from iprm.report.figures import MOST_LINES, PALETTE, Line
+from matplotlib.figure import Figure
+from run_folders import course, write_comparison
 
 # colours
 
@@ -21,7 +24,7 @@ LIGHT_SCHEME, DARK_SCHEME = (
     {name: [int(value[k : k + 2], 16) / 255 for k in (0, 2, 4)] for name, value in re.findall(r"--([\w-]+): #(\w{6})\b", block)}
     for block in re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)
 )
-PALETTE = [f"c{k}" for k in range(COLOURS)]
+COLOURS = [f"c{k}" for k in range(len(PALETTE))]
 
 #: From linear RGB to what is seen with each kind of dichromacy: Machado, Oliveira, Fernandes, "A Physiologically-based Model
 #: for Simulation of Color Vision Deficiency", IEEE TVCG 2009, severity 1.
@@ -56,27 +59,130 @@ def lab(colour: Sequence[float], vision: str) -> np.ndarray:
 def test_text_and_lines_stand_out_from_what_is_behind_them(scheme):
     for text, behind in (("ink", "page"), ("ink", "card"), ("ink", "notice"), ("soft", "page"), ("soft", "card")):
         assert contrast(scheme[text], scheme[behind]) >= 4.5, (text, behind)
-    for line in PALETTE:
+    for line in COLOURS:
         assert contrast(scheme[line], scheme["card"]) >= 3, line
 
 
 @pytest.mark.parametrize("vision", VISIONS)
 @pytest.mark.parametrize("scheme", [LIGHT_SCHEME, DARK_SCHEME], ids=["light", "dark"])
 def test_colours_differ_whoever_sees_them(scheme, vision):
-    for one, other in itertools.combinations(PALETTE, 2):
+    for one, other in itertools.combinations(COLOURS, 2):
         assert np.linalg.norm(lab(scheme[one], vision) - lab(scheme[other], vision)) >= 20, (one, other)
 
 
-# axes
+def test_figures_have_the_colours_of_the_page_in_the_light():
+    as_css = {name: "#" + "".join(f"{round(255 * part):02x}" for part in colour) for name, colour in LIGHT_SCHEME.items()}
+    assert [as_css[name] for name in COLOURS] == list(PALETTE)
+    assert (as_css["soft"], as_css["grid"]) == (figures.SOFT, figures.GRID)
 
 
-@given(st.floats(-1e9, 1e9, allow_subnormal=False), st.floats(0, 1e9, allow_subnormal=False), st.integers(2, 9), st.booleans())
-def test_ticks_are_few_distinct_and_enclose_the_values(low: float, span: float, count: int, whole: bool) -> None:
-    high = low + span
-    marks: Sequence[float] = ticks(low, high, count, whole)
-    slack = 1e-6 * max(abs(low), abs(high), 1e-9)
-    assert 2 <= len(marks) <= 2 * count + 2
-    assert all(a < b for a, b in itertools.pairwise(marks))
-    assert marks[0] <= low + slack
-    assert marks[-1] >= high - slack
-    assert not whole or all(t == int(t) for t in marks)
+# figures
+
+
+@pytest.fixture
+def axes():
+    return Figure().add_subplot()
+
+
+def drawn(axes) -> dict[str, list[float]]:
+    """label -> values of each line that has one."""
+    return {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def test_lines_are_the_courses_by_epoch_with_training_thin_and_the_best_epoch_marked(axes):
+    figures.lines(axes, [Line("a", {1: 0.5, 0: 0.25}, 0, {0: 0.1, 1: 0.2}, marked=1)])
+    training, validation = axes.lines
+    assert list(validation.get_xdata()) == [0, 1]
+    assert (list(validation.get_ydata()), list(training.get_ydata())) == ([0.25, 0.5], [0.1, 0.2])
+    assert training.get_linewidth() < validation.get_linewidth()
+    assert (validation.get_marker(), validation.get_markevery()) == ("o", [1])
+    assert training.get_marker() == "None"
+
+
+def test_the_mean_is_of_the_runs_that_reach_an_epoch_with_their_range():
+    line = figures.mean([{0: 1.0, 1: 2.0}, {0: 3.0}], "m", 0, [{0: 1.0}, {0: 2.0}])
+    assert (line.course, line.training, line.band) == ({0: 2.0, 1: 2.0}, {0: 1.5}, {0: (1.0, 3.0), 1: (2.0, 2.0)})
+    assert figures.mean([{0: 1.0}], "m", 0).band == {}
+
+
+def test_of_many_lines_the_mean_and_those_at_either_end_stand_for_all():
+    many = [Line(f"{k}", {0: 0.0, 1: k / 66}, k) for k in range(66)]
+    assert figures.fewer(many[:MOST_LINES]) == many[:MOST_LINES]
+    few = figures.fewer(many)
+    assert [line.name for line in few] == ["mean of 66", "65", "64", "63", "2", "1", "0"]
+    assert few[0].band[1] == (0, 65 / 66)
+    assert len({line.colour for line in few}) == len(few)
+
+
+def test_the_confusion_matrix_shows_every_count_that_is_not_zero(axes):
+    counts = {(0, 0): 5, (0, 1): 1, (1, 1): 6}
+    figures.confusion(axes, Record("iprm", ("a",), 2, [6, 6], counts, [], [], True, 0, {}))
+    assert {(text.get_position()[::-1], int(text.get_text())) for text in axes.texts} == set(counts.items())
+    (image,) = axes.images
+    alpha = image.get_array()[..., 3]
+    assert alpha[1, 0] == 0
+    assert alpha[0, 0] > alpha[0, 1] > 0
+
+
+def test_angles_are_shares_over_180_degrees(axes):
+    figures.angles(axes, [Angles(("a", "b"), [1, 3, 0, 0], np.pi / 3, 0)])
+    values, edges, _ = axes.patches[0].get_data()
+    assert (list(values), list(edges)) == ([0.25, 0.75, 0, 0], [0, 45, 90, 135, 180])
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(60)
+
+
+def test_strength_has_a_bar_for_each_class_with_samples_from_the_middle(axes):
+    figures.strength_by_class(axes, Strength(("a", "b"), ([0.2, None, 0.9], [0.8, None, 0.1])))
+    assert [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in axes.patches] == [(0.5, 0.2), (0.5, pytest.approx(0.9))]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"]
+
+
+def test_of_1000_classes_the_strongest_and_weakest_have_a_bar(axes):
+    omega = [k / 1000 for k in range(1000)]
+    figures.strength_by_class(axes, Strength(("a", "b"), (omega, [1 - w for w in omega])))
+    assert len(axes.patches) == figures.MOST_BARS
+    assert axes.patches[0].get_height() == pytest.approx(0.499)
+
+
+def comparison(folder, *methods, **options) -> Comparison:
+    return Comparison(folder, read_runs([write_comparison(folder, methods, **options)]))
+
+
+def test_the_plot_has_the_accuracy_of_every_method_and_the_course_of_its_measures(tmp_path):
+    scores, measured = figures.comparison_figure(comparison(tmp_path / "c", "unimodal-audio", "iprm")).axes
+    assert [label.get_text() for label in scores.get_yticklabels()] == ["unimodal-audio", "iprm"]
+    seeds = [pytest.approx([50, 51]), pytest.approx([60, 61])]
+    assert all(any(list(line.get_xdata()) == each for line in scores.lines) for each in seeds)
+    expected = course(("video", "audio"), 5, mixes=True)[1::2]
+    lines = drawn(measured)
+    assert lines["iprm: λ"] == pytest.approx([row["weight"] for row in expected])
+    assert lines["iprm: ω audio"] == pytest.approx([row["strength_audio"] for row in expected])
+
+
+def test_without_a_method_that_measures_anything_the_plot_says_so(tmp_path):
+    _, measured = figures.comparison_figure(comparison(tmp_path / "c", "sum", "concat")).axes
+    assert [text.get_text() for text in measured.texts] == ["none of these methods measures weights"]
+
+
+def test_the_plot_of_twelve_modalities_has_a_short_legend(tmp_path):
+    modalities = [f"m{k}" for k in range(12)]
+    _, measured = figures.comparison_figure(comparison(tmp_path / "c", "iprm", modalities=modalities, seeds=[0])).axes
+    names = [text.get_text() for text in measured.get_legend().get_texts()]
+    assert names == ["iprm: λ, mean and range"]
+    (line,) = [line for line in measured.lines if line.get_label() in names]
+    omega = course(modalities, 5, mixes=True)[1::2]
+    assert line.get_ydata()[-1] == pytest.approx(np.mean([v for name, v in omega[-1].items() if name.startswith("weight")]))
+
+
+def test_the_plot_of_many_methods_leaves_out_omega(tmp_path):
+    methods = [f"iprm-{k}" for k in range(5)]
+    _, measured = figures.comparison_figure(comparison(tmp_path / "c", *methods, seeds=[0])).axes
+    assert [text.get_text() for text in measured.get_legend().get_texts()] == [f"{method}: λ" for method in methods]
+
+
+def test_the_same_figure_is_the_same_bytes_and_is_titled():
+    one, same = (figures.svg(lambda axes: axes.plot([0, 1], [0, 1], **figures.style(8)), "a <b>", "c & d") for _ in range(2))
+    assert one == same
+    assert one.startswith('<svg viewBox="0 0 336 204" role="img"><title>a &lt;b&gt;</title><desc>c &amp; d</desc>')
+    assert "var(--grid)" in one
+    assert not re.search("clip-path|url|metadata|<style|#[0-9a-f]{6}", one)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import iprm
-from run_folders import write_run
+from run_folders import write_comparison, write_run
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 if not BROWSER:
@@ -63,12 +63,21 @@ def _runs(folder: Path, name: str) -> list[Path]:
     if name == "hostile":
         word = "<script>console.error('run')</script><img src=x onerror=console.error('run')>" + "wide" * 40
         return [write_run(place / f"version_{k}", method=f"iprm{word}", data=word, seed=k) for k in range(2)]
+    if name == "comparison":
+        methods = [
+            "unimodal-video",
+            "unimodal-a_rather_long_name_of_a_modality",
+            "concat",
+            "joint",
+            *(f"iprm-{k}" for k in range(15)),
+        ]
+        return [write_comparison(place, methods)]
     several = [write_run(place / f"version_{k}", seed=k, classes=31, epochs=40) for k in range(8)]
     other = write_run(place / "concat", method="concat", modalities=("image", "strip"), data="iprm.data.datasets.digits.Digits")
     return [*several, other, _unfinished(place / "unfinished")]
 
 
-REPORTS = ("three modalities", "many classes", "unfinished", "hostile", "several")
+REPORTS = ("three modalities", "many classes", "unfinished", "hostile", "several", "comparison")
 
 
 @pytest.fixture(scope="module", params=[(name, width) for name in REPORTS for width in WIDTHS], ids=lambda p: f"{p[0]}-{p[1]}")
@@ -135,7 +144,7 @@ def test_the_letters_of_charts_are_large_enough_and_lie_inside_the_window(page):
 def test_labels_of_an_axis_do_not_touch_each_other(page):
     touching = page.evaluate(
         """[...document.querySelectorAll('figure > svg')].flatMap(svg => {
-            const boxes = [...svg.querySelectorAll(':scope > text')].map(t => [t.getBoundingClientRect(), t.textContent])
+            const boxes = [...svg.querySelectorAll('text')].map(t => [t.getBoundingClientRect(), t.textContent])
             return boxes.flatMap(([a, one], i) => boxes.slice(i + 1).filter(([b]) =>
                 a.left < b.right && b.left < a.right && a.top + 3 < b.bottom - 3 && b.top + 3 < a.bottom - 3
             ).map(([, other]) => `${one} and ${other}`))

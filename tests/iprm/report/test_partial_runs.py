@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-from html_page import Tags, card, figures, hovers, report
-from iprm.report.runs import read_runs
-from run_folders import course, write_metrics, write_run
+from html_page import Tags, card, figures, pictures, report, said
+from iprm.compare.runs import label, read_runs
+from run_folders import course, write_comparison, write_metrics, write_run, write_test
 
 
 def without(name: str):
@@ -54,10 +53,14 @@ WANTING = {
         recorded_otherwise(class_counts=[6, 6, 6, 7]),
         "diagnostics.json cannot be read: ValueError: confusion: its rows are expected to sum to class_counts",
     ),
+    "counts below 0": (
+        recorded_otherwise(class_counts=[6, 0, 0, 0], confusion={"target": [0, 0], "prediction": [0, 1], "count": [12, -6]}),
+        "diagnostics.json cannot be read: ValueError: confusion: expected counts from 0 up",
+    ),
     "another number of classes": (recorded_otherwise(num_classes=2), "diagnostics.json cannot be read: ValueError: confusion"),
     "angles without bins": (
         recorded_otherwise(angles=[{"pair": ["a", "b"], "counts": [], "mean": 1, "undirected": 0}]),
-        "diagnostics.json cannot be read: ValueError: angles: expected some bins, got 0",
+        "diagnostics.json cannot be read: ValueError: angles: expected one number of bins from 1 up, got [0]",
     ),
     "unknown weights": (recorded_otherwise(weights={}), "diagnostics.json cannot be read: KeyError: 'from'"),
     "other diagnostics": (rewritten("diagnostics.json", "[]"), "diagnostics.json cannot be read: TypeError"),
@@ -91,22 +94,23 @@ def test_a_run_that_has_only_begun_gives_a_report(tmp_path):
 
 def test_one_epoch_is_drawn_as_dots(tmp_path):
     content = card(report(tmp_path, write_run(tmp_path / "version_0", epochs=1)), "Accuracy")
-    assert len(re.findall("<circle", content)) == 8, "four heads, in validation and in training"
-    assert len(hovers(content)) == 1
+    (picture,) = pictures(content)
+    assert len(list(picture.iter("use"))) == 8, "four heads, in validation and in training"
 
 
-def test_three_modalities_without_diagnostics_have_pairs_by_number(tmp_path):
+def test_pairs_have_their_names_without_diagnostics_and_in_whatever_order_the_columns_are(tmp_path):
     run = write_run(tmp_path / "version_0", modalities=("video", "audio", "text"))
     (run / "diagnostics.json").unlink()
-    assert [pair.name for pair in read_runs([run])[0].pairs] == [f"pair {n} first × pair {n} second" for n in range(3)], (
-        "metrics.csv orders its columns by name, so the order of the modalities is lost"
-    )
+    (read,) = read_runs([run])
+    names = [label(measure, read.heads) for measure in read.measures]
+    assert names[:3] == ["ω audio (audio × text)", "ω text (audio × text)", "ω audio (video × audio)"]
+    assert names[-3:] == ["λ audio × text", "λ video × audio", "λ video × text"]
 
 
 def test_an_epoch_that_is_not_validated_yet_is_drawn_of_training_alone(tmp_path):
     run = write_run(tmp_path / "version_0")
     write_metrics(run / "metrics.csv", [{"epoch": 0, "train_loss": 1.5}])
-    assert hovers(card(report(tmp_path, run), "Loss")) == ["epoch 0\nloss: training 1.500"]
+    assert said(card(report(tmp_path, run), "Loss")) == ("Loss", "loss: 1.500 in epoch 0")
 
 
 def test_a_run_that_iprm_fit_did_not_start_is_known_by_what_a_logger_writes(tmp_path):
@@ -123,6 +127,32 @@ def test_of_a_continued_run_the_epochs_before_it_count(tmp_path):
     write_metrics(run / "metrics.csv", course(("video", "audio"), 5, mixes=True)[6:])
     assert figures(report(tmp_path, run))["epochs"] == "5"
     assert read_runs([run])[0].missing == []
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 9.9e29, 5e-324, -3])
+@pytest.mark.parametrize("column", ["epoch", "val_accuracy", "train_loss", "weight", "k"])
+def test_a_number_however_large_or_small_makes_a_page(tmp_path, column, value):
+    run = write_run(tmp_path / "version_0")
+    row = {"val_accuracy": 0.5, "train_loss": 1.0, "weight": 0.5, "k": 0.0}
+    write_metrics(run / "metrics.csv", [{"epoch": 0, **row}, {"epoch": 1} | row | {column: value}])
+    write_test(run, accuracy=value)
+    assert "Over the epochs" in report(tmp_path, run, write_run(tmp_path / "version_1"))
+
+
+HOSTILE = {
+    "settings.json": '{"methods": [[1], {"a": 1}], "seeds": [null], "data": ["x"]}',
+    "iprm/seed=0/test.json": '{"metrics": {"accuracy": 1e308, "map": {"a": 1}, "macro_f1": "x"}, "seconds_per_epoch": {}}',
+    "iprm/seed=1/test.json": "[1]",
+    "iprm/seed=0/failed.txt": "",
+    "iprm/seed=1/config.yaml": "model: {method: [1, '$\\\\frac{']}\nseed_everything: {a: 1}\n",
+}
+
+
+@pytest.mark.parametrize("file", HOSTILE)
+def test_a_comparison_with_a_file_that_holds_anything_makes_a_page(tmp_path, file):
+    folder = write_comparison(tmp_path / "c")
+    (folder / file).write_text(HOSTILE[file])
+    assert "Over the epochs" in report(tmp_path, folder)
 
 
 def test_a_value_that_is_not_finite_is_left_out_and_a_later_row_of_an_epoch_is_the_one_that_counts(tmp_path):

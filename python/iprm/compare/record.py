@@ -5,32 +5,29 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+Pair = tuple[str, str]
+Numbers = list["float | None"]
 
 
-@dataclass(frozen=True)
-class Angles:
+class Angles(NamedTuple):
     """The histogram of θ of a pair over [0, π]; `mean` in radians, None without a row."""
 
-    pair: tuple[str, str]
+    pair: Pair
     counts: list[int]
     mean: float | None
     undirected: int
 
 
-@dataclass(frozen=True)
-class Strength:
-    """KL sums and ω of a pair by class; None where the class has no sample."""
+class Strength(NamedTuple):
+    """ω of the first and of the second of a pair by class; None where the class has no sample."""
 
-    pair: tuple[str, str]
-    kl: tuple[list[float | None], list[float | None]]
-    omega: tuple[list[float | None], list[float | None]]
+    pair: Pair
+    omega: tuple[Numbers, Numbers]
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """What a run measured on validation at its end. confusion: (target, prediction) -> count, zeros left out.
 
     best: with the weights best on validation, not the last; epoch: the one that ended with these weights.
@@ -39,7 +36,6 @@ class Record:
     method: str | None
     modalities: tuple[str, ...]
     classes: int
-    rows: int
     class_counts: list[int]
     confusion: dict[tuple[int, int], int]
     angles: list[Angles]
@@ -49,40 +45,34 @@ class Record:
     environment: Mapping[str, Any]
 
     @property
+    def rows(self) -> int:
+        return sum(self.class_counts)
+
+    @property
     def correct(self) -> int:
         return sum(count for (target, prediction), count in self.confusion.items() if target == prediction)
 
 
-def read_record(path: Path, missing: list[str]) -> Record | None:
-    """The record, or None and a word in `missing`."""
-    if not path.is_file():
-        missing.append(
-            f"No {path.name}, which is written at the end of training: no confusion matrix, no angles, no strength by class "
-            "and no environment."
-        )
-        return None
-    try:
-        return _record(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        missing.append(f"{path.name} cannot be read: {type(error).__name__}: {error}")
-        return None
-
-
-def _record(content: Mapping[str, Any]) -> Record:
-    classes = int(content["num_classes"])
-    class_counts = [int(count) for count in content["class_counts"]]
-    weights = content["weights"]
+def read_record(text: str) -> Record:
+    """Raises ValueError, TypeError, LookupError or AttributeError where the text is no such file."""
+    content = json.loads(text)
+    classes, class_counts = int(content["num_classes"]), [int(count) for count in content["class_counts"]]
+    bins = {len(angles["counts"]) for angles in content["angles"]}
+    if len(bins) > 1 or 0 in bins:
+        raise ValueError(f"angles: expected one number of bins from 1 up, got {sorted(bins)}")
     return Record(
         method=content.get("method"),
         modalities=tuple(str(name) for name in content["modalities"]),
         classes=classes,
-        rows=sum(class_counts),
         class_counts=class_counts,
         confusion=_confusion(content["confusion"], class_counts, classes),
-        angles=[_angles(angles, len(content["angles"][0]["counts"])) for angles in content["angles"]],
-        strength=[Strength(_pair(s["pair"]), _two(s["kl"], classes), _two(s["omega"], classes)) for s in content["strength"]],
-        best=weights["from"] == "best",
-        epoch=int(weights["epoch"]),
+        angles=[
+            Angles(_pair(a), [int(count) for count in a["counts"]], _optional(a["mean"]), int(a["undirected"]))
+            for a in content["angles"]
+        ],
+        strength=[Strength(_pair(s), _omega(s["omega"], classes)) for s in content["strength"]],
+        best=content["weights"]["from"] == "best",
+        epoch=int(content["weights"]["epoch"]),
         environment={key: content[key] for key in ("versions", "platform", "device", "precision", "backends")},
     )
 
@@ -95,24 +85,19 @@ def _confusion(cells: Mapping[str, Any], class_counts: list[int], classes: int) 
             raise ValueError(f"confusion: expected classes below {classes}, got {target} and {prediction}")
         confusion[int(target), int(prediction)] = int(count)
         sums[int(target)] += int(count)
+    if min([*class_counts, *confusion.values()], default=0) < 0:
+        raise ValueError("confusion: expected counts from 0 up")
     if sums != class_counts:
         raise ValueError("confusion: its rows are expected to sum to class_counts")
     return confusion
 
 
-def _angles(angles: Mapping[str, Any], bins: int) -> Angles:
-    counts = [int(count) for count in angles["counts"]]
-    if len(counts) != bins or not counts:
-        raise ValueError(f"angles: expected {bins or 'some'} bins, got {len(counts)}")
-    return Angles(_pair(angles["pair"]), counts, _optional(angles["mean"]), int(angles["undirected"]))
-
-
-def _pair(names: Any) -> tuple[str, str]:
-    first, second = names
+def _pair(of: Mapping[str, Any]) -> Pair:
+    first, second = of["pair"]
     return str(first), str(second)
 
 
-def _two(rows: Any, classes: int) -> tuple[list[float | None], list[float | None]]:
+def _omega(rows: Any, classes: int) -> tuple[Numbers, Numbers]:
     first, second = ([_optional(value) for value in row] for row in rows)
     if len(first) != classes or len(second) != classes:
         raise ValueError(f"strength: expected {classes} classes, got {len(first)} and {len(second)}")

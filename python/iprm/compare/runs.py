@@ -1,0 +1,265 @@
+"""Reads the folder of a run, without torch: settings, metrics of each epoch, test metrics, diagnostics, and what is missing."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from iprm.errors import InputError, closest
+
+from .record import Record, read_record
+
+CONFIG, METRICS, DIAGNOSTICS = "config.yaml", "metrics.csv", "diagnostics.json"
+MODEL = "hparams.yaml"  # of a run that was not started by iprm fit
+TEST, FAILED = "test.json", "failed.txt"  # of a run of a comparison
+COMPARISON = "settings.json"  # in <comparison>, above <comparison>/<method>/seed=<k>
+FILES = (METRICS, CONFIG, DIAGNOSTICS)
+SYMBOLS = {"weight": "λ", "strength": "ω"}
+#: Columns of metrics.csv that are no measure of the method.
+NO_MEASURE = ("train_", "val_", "test_", "lr-")
+
+LARGEST = 1e30
+
+Course = dict[int, float]  # epoch -> value
+
+
+@dataclass
+class Run:
+    """One run. What its folder lacks is empty here, and named in `missing`.
+
+    settings: dotted name -> value, of config.yaml; courses: metric -> epoch -> value; test: metrics on the test split of the
+    checkpoint best on validation, without "test_"; seconds: median of the training part of an epoch; failure: why it ended;
+    name: the end of its path, and label: method and seed, each unique among the runs of a report.
+    """
+
+    folder: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    courses: dict[str, Course] = field(default_factory=dict)
+    record: Record | None = None
+    test: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    failure: str = ""
+    missing: list[str] = field(default_factory=list)
+    name: str = ""
+    label: str = ""
+
+    @property
+    def method(self) -> str:
+        found = self.settings.get("model.method", self.record.method if self.record else None)
+        return "unknown method" if found is None else str(found)
+
+    @property
+    def seed(self) -> str:
+        return str(self.settings.get("seed_everything", "–"))
+
+    @property
+    def data(self) -> str:
+        """The dataset's class, without its module."""
+        return str(self.settings.get("data.class_path", "–")).rpartition(".")[2]
+
+    @property
+    def epochs(self) -> list[int]:
+        return sorted({epoch for course in self.courses.values() for epoch in course})
+
+    @property
+    def max_epochs(self) -> int | None:
+        asked = self.settings.get("trainer.max_epochs")
+        return asked if isinstance(asked, int) and asked > 0 else None
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The first of those with the highest validation accuracy, as ModelCheckpoint chooses."""
+        accuracy = self.courses.get("val_accuracy", {})
+        return max(accuracy, key=lambda epoch: (accuracy[epoch], -epoch), default=None)
+
+    @property
+    def heads(self) -> list[str]:
+        """Modalities in their order, then "mix" where the method mixes."""
+        prefixes = ("val_accuracy_", "train_accuracy_")
+        found = dict.fromkeys(name.removeprefix(p) for name in self.courses for p in prefixes if name.startswith(p))
+        known = [name for name in (self.record.modalities if self.record else ()) if name in found]
+        return sorted(found, key=lambda head: (head == "mix", known.index(head) if head in known else len(known)))
+
+    @property
+    def measures(self) -> dict[str, Course]:
+        """What the method measured of itself, λ and ω among it, by the name of its column in metrics.csv."""
+        return {name: course for name, course in self.courses.items() if not name.startswith(NO_MEASURE)}
+
+    def last(self, metric: str) -> float | None:
+        course = self.courses.get(metric, {})
+        return course[max(course)] if course else None
+
+
+def label(measure: str, modalities: Sequence[str]) -> str:
+    """How a measure is written: "λ", "ω audio", "λ audio × text", "ω text (audio × text)"; others by their own name."""
+    kind, _, rest = measure.partition("_")
+    if kind not in SYMBOLS:
+        return measure
+    for first, second in itertools.permutations(modalities, 2):
+        for of in ("", first, second):
+            if rest == "_".join(filter(None, (first, second, of))):
+                return f"{SYMBOLS[kind]} {of} ({first} × {second})" if of else f"{SYMBOLS[kind]} {first} × {second}"
+    return f"{SYMBOLS[kind]} {rest}".rstrip()
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders or below them, each once, with labels that tell them apart.
+
+    Raises:
+        InputError: a folder does not exist or has no run; the message names the closest run there is.
+    """
+    found = {path.resolve(): path for folder in folders for path in _runs_at(folder)}
+    runs = [read_run(folder) for folder in found.values()]
+    titles = [f"{run.method} · seed {run.seed}" for run in runs]
+    common = Path(os.path.commonpath(found)) if len(found) > 1 else next(iter(found)).parent
+    for run, place, title in zip(runs, found, titles, strict=True):
+        run.name = place.relative_to(common).as_posix()
+        run.label = title if titles.count(title) == 1 else f"{title} · {run.name}"
+    return runs
+
+
+def _runs_at(folder: Path) -> list[Path]:
+    if is_run(folder):
+        return [folder]
+    runs = list(_runs_below(folder))
+    if not runs:
+        what = f"not a run of iprm fit: none of {', '.join(FILES)} is in it" if folder.is_dir() else "there is no such run"
+        meant = _closest_run(folder)
+        raise InputError(f"{folder}: {what}" + (f"; did you mean {meant}?" if meant else ""))
+    order = {parent: settings_of_comparison(parent).get("methods", []) for parent in {run.parent.parent for run in runs}}
+
+    def place(run: Path) -> tuple[Any, ...]:
+        methods = order[run.parent.parent]
+        rank = methods.index(run.parent.name) if run.parent.name in methods else len(methods)
+        return _natural(run.parent.parent), rank, _natural(run.parent), _natural(run)
+
+    return sorted(runs, key=place)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """version_2 before version_10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path)) if part]
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    for pattern in ("*", "*/*", "*/*/*"):
+        yield from (path for path in folder.glob(pattern) if is_run(path))
+
+
+def read_run(folder: Path) -> Run:
+    """One run, as far as its folder holds it."""
+    run = Run(folder)
+    if (folder / CONFIG).is_file():
+        run.settings = read_settings(folder / CONFIG, run.missing)
+    else:
+        model = read_settings(folder / MODEL, run.missing) if (folder / MODEL).is_file() else {}
+        run.settings = {f"model.{name}": value for name, value in model.items()}
+        unknown = "of the settings only the model's are" if model else "method, seed and settings are not"
+        run.missing.append(f"No {CONFIG}: {unknown} known.")
+    if (folder / METRICS).is_file():
+        run.courses = _read(folder / METRICS, lambda text: _courses(text, run.missing), run.missing) or {}
+    else:
+        run.missing.append(f"No {METRICS}: no epoch has ended yet.")
+    if (folder / DIAGNOSTICS).is_file():
+        run.record = _read(folder / DIAGNOSTICS, read_record, run.missing)
+    else:
+        what = "no confusion matrix, no angles, no strength by class and no environment"
+        run.missing.append(f"No {DIAGNOSTICS}, which is written at the end of training: {what}.")
+    if (folder / FAILED).is_file():
+        run.failure = (_read(folder / FAILED, str.splitlines, run.missing) or ["for an unknown reason"])[0]
+        run.missing.insert(0, f"Failed: {run.failure}")
+    if (folder / TEST).is_file():
+        test = _read(folder / TEST, lambda text: dict(flattened(json.loads(text))), run.missing) or {}
+        numbers = {name.removeprefix("metrics."): _number(test[name]) for name in test if name.startswith("metrics.")}
+        run.test = {name: value for name, value in numbers.items() if value is not None}
+        run.seconds = _number(test.get("seconds_per_epoch"))
+    last, asked = max(run.epochs, default=-1), run.max_epochs
+    if asked and run.epochs and last + 1 < asked:
+        run.missing.insert(0, f"{last + 1} of {asked} epochs: still running, or stopped early.")
+    if not any((folder / "checkpoints").glob("*.ckpt")):
+        run.missing.append("No checkpoint in checkpoints/.")
+    return run
+
+
+def settings_of_comparison(folder: Path) -> dict[str, Any]:
+    """Of settings.json: data, methods and seeds among others; empty where there is none that can be read."""
+    found = _read(folder / COMPARISON, json.loads, [])
+    usable = isinstance(found, dict) and all(isinstance(found.get(name), list) for name in ("methods", "seeds"))
+    return found if usable else {}
+
+
+def is_run(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).is_file() for name in FILES)
+
+
+def _closest_run(folder: Path) -> Path | None:
+    """A run above or beside what was asked for, by the likeness of its path."""
+    above = next((parent for parent in list(folder.parents)[:2] if is_run(parent)), None)
+    base = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), Path())
+    runs = {} if above else {str(path): path for path in itertools.islice(_runs_below(base), 1000)}
+    name = closest(str(folder), runs)
+    return above or (runs[name] if name else next(iter(sorted(runs.values())), None))
+
+
+def read_settings(path: Path, missing: list[str]) -> dict[str, Any]:
+    """Dotted name -> value of a YAML file; empty, with a word in `missing`, where it holds none."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    content = _read(path, lambda text: [yaml.load(text, Loader=loader)], missing)
+    if content and not isinstance(content[0], Mapping):
+        missing.append(f"{path.name} holds no settings.")
+        return {}
+    return dict(flattened(content[0])) if content else {}
+
+
+def _read(path: Path, parse: Callable[[str], Any], missing: list[str]) -> Any:
+    """What `parse` makes of the file, or None and a word in `missing`."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError, csv.Error) as error:
+        missing.append(f"{path.name} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")
+        return None
+
+
+def flattened(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as pairs of dotted name and value; empty ones are values."""
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _courses(text: str, missing: list[str]) -> dict[str, Course]:
+    """metric -> epoch -> its last finite value. A last line that is being written is left out."""
+    whole, _, partial = text.rpartition("\n")
+    if partial:
+        missing.append(f"The last line of {METRICS} is incomplete and left out.")
+    courses: dict[str, Course] = {}
+    for row in csv.DictReader(whole.splitlines()):
+        epoch = _number(row.get("epoch"))
+        for name, cell in row.items() if epoch is not None and abs(epoch) < 2**31 else ():
+            value = _number(cell)
+            if isinstance(name, str) and name not in ("epoch", "step") and value is not None:
+                courses.setdefault(name, {})[int(epoch)] = value  # type: ignore[arg-type]
+    if not courses:
+        missing.append(f"{METRICS} holds no epoch yet.")
+    return courses
+
+
+def _number(text: Any) -> float | None:
+    """None for what is no finite number, or one that no metric reaches and no axis can show."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return value if abs(value) < LARGEST else None

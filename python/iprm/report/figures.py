@@ -1,0 +1,258 @@
+"""The figures of reports and comparisons, drawn by matplotlib: as SVG within a page, or as a file."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from iprm.compare.record import Angles, Record, Strength
+from iprm.compare.runs import SYMBOLS, Course, label
+from iprm.compare.table import Comparison
+
+#: As in style.css, whose names take their place in a page: there they follow the reader's colour scheme.
+PALETTE = ("#0072b2", "#d55e00", "#05a960", "#3a16b8", "#7b828a", "#1b1f24")
+SOFT, GRID, ON = "#57606a", "#e6e9ed", "#ffffff"
+VARIABLES = {colour: f"var(--c{place})" for place, colour in enumerate(PALETTE)} | {SOFT: "var(--soft)", GRID: "var(--grid)"}
+DASHES = ("-", (0, (4, 2)), (0, (1, 2)))
+#: Lines of a figure: beyond, those that are highest and lowest at the end stand for all.
+MOST_LINES = 12
+MOST_CELLS = 60  # classes: above it a cell of the matrix would be smaller than 5 units
+MOST_NUMBERED = 12  # classes: up to it a cell has room for its count
+MOST_BARS = 48
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 336, 44, 8, 10, 40  # units of an SVG, which a card shows at 1 to 1.2 pixels each
+RC: dict[Any, Any] = dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top", "text.parse_math"), False)
+RC |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), SOFT)
+RC |= {
+    "grid.color": GRID,
+    "grid.linewidth": 1,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "font.size": 11.5,
+    "axes.labelpad": 3,
+}
+RC |= {"xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "svg.hashsalt": "iprm", "svg.fonttype": "none"}
+
+
+class Line(NamedTuple):
+    """A course over the epochs: its place in the palette, the same of training, drawn thin; an epoch to mark; and the range of
+    what it is the mean of."""
+
+    name: str
+    course: Mapping[int, float]
+    colour: int
+    training: Mapping[int, float] = {}
+    marked: int | None = None
+    band: Mapping[int, tuple[float, float]] = {}
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def style(place: int) -> dict[str, Any]:
+    """Colour and dashes of the run or head at `place`."""
+    return {"color": PALETTE[place % len(PALETTE)], "linestyle": DASHES[min(2, place // len(PALETTE))]}
+
+
+def svg(draw: Callable[[Axes], None], title: str, description: str = "", height: float = 204, left: float = LEFT) -> Markup:
+    """The figure that `draw` makes of empty axes, the same bytes each time."""
+    with mpl.rc_context(RC), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that matplotlib's font lacks; the browser has it
+        figure = Figure((WIDTH / 72, height / 72))
+        inside = (left / WIDTH, BOTTOM / height, 1 - (left + RIGHT) / WIDTH, 1 - (TOP + BOTTOM) / height)
+        axes = figure.add_axes(inside)
+        draw(axes)
+        for artist in figure.findobj():
+            artist.set_clip_on(False)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", dpi=72, transparent=True, metadata=nothing)
+    _, _, body = file.getvalue().partition("<svg")
+    _, _, body = body.partition(">")
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<g id=\"[^\"]*\">\s*</g>", "", body, flags=re.DOTALL)
+    body = re.sub(r'<g id="[\w.]+">', "<g>", body)
+    body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0].replace("\n", "")), body)
+    body = re.sub(r"font-family: [^;\"]*; ", "", body)
+    body = re.sub("|".join(VARIABLES), lambda colour: VARIABLES[colour[0]], body)
+    head = Markup('<svg viewBox="0 0 {:g} {:g}" role="img"><title>{}</title><desc>{}</desc>')
+    return head.format(WIDTH, height, title, description) + Markup(body)
+
+
+def lines(
+    axes: Axes,
+    series: Sequence[Line],
+    unit: Callable[[float], str] | None = None,
+    bounds: tuple[float, float] | None = None,
+) -> None:
+    """Courses over the epochs, the first on top. Values in `bounds` are shown with a thin line at its middle; `unit` `percent`
+    is bounded by 100 %."""
+    for place, line in enumerate(reversed(series)):
+        for course, options in ((line.training, {"linewidth": 1.1, "alpha": 0.55}), (line.course, {"linewidth": 2})):
+            epochs = sorted(course)
+            dots = [k for k, epoch in enumerate(epochs) if len(epochs) == 1 or (course is line.course and epoch == line.marked)]
+            look = style(line.colour) | {"zorder": 3 + place / 1000, **options}
+            if dots:
+                look |= {"marker": "o", "markersize": 7, "markevery": dots}
+            if epochs:
+                axes.plot(epochs, [course[epoch] for epoch in epochs], label=line.name, **look)
+        low, high = ([line.band[epoch][side] for epoch in sorted(line.band)] for side in (0, 1))
+        axes.fill_between(sorted(line.band), low, high, color=PALETTE[line.colour % len(PALETTE)], alpha=0.15, linewidth=0)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g} %" if unit is percent else f"{y:.4g}"))
+    if bounds:
+        axes.set_ylim(*bounds)
+        axes.axhline(sum(bounds) / 2, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
+    elif unit is percent and axes.get_ylim()[1] > 1:
+        axes.set_ylim(top=1)
+
+
+def ends(series: Sequence[Line], unit: Callable[[float], str] = "{:.3f}".format) -> str:
+    """What a screen reader says of `lines`."""
+    said = [(line.name, line.course or line.training) for line in series[:MOST_LINES] if line.course or line.training]
+    return "; ".join(f"{name}: {unit(course[max(course)])} in epoch {max(course)}" for name, course in said)
+
+
+def fewer(series: Sequence[Line]) -> list[Line]:
+    """All, or of more than `MOST_LINES` the mean with the range, and the three highest and lowest in their last epoch."""
+    if len(series) <= MOST_LINES:
+        return list(series)
+    ranked = sorted((line for line in series if line.course), key=lambda line: -line.course[max(line.course)])
+    few = [mean([line.course for line in ranked], f"mean of {len(ranked)}", 0), *ranked[:3], *ranked[-3:]]
+    return [line._replace(colour=place) for place, line in enumerate(few)]
+
+
+def mean(courses: Sequence[Mapping[int, float]], name: str, colour: int, training: Sequence[Mapping[int, float]] = ()) -> Line:
+    """Mean and range at each epoch over the courses that reach it."""
+
+    def at_epochs(all_courses: Sequence[Mapping[int, float]]) -> dict[int, list[float]]:
+        epochs = sorted({epoch for course in all_courses for epoch in course})
+        return {epoch: [course[epoch] for course in all_courses if epoch in course] for epoch in epochs}
+
+    found, trained = at_epochs(courses), at_epochs(training)
+    return Line(
+        name,
+        {epoch: statistics.fmean(values) for epoch, values in found.items()},
+        colour,
+        {epoch: statistics.fmean(values) for epoch, values in trained.items()},
+        band={epoch: (min(values), max(values)) for epoch, values in found.items()} if len(courses) > 1 else {},
+    )
+
+
+def angles(axes: Axes, histograms: Sequence[Angles]) -> None:
+    """How θ of each pair is spread over [0°, 180°], and its mean, dashed."""
+    for place, histogram in enumerate(histograms):
+        bins = len(histogram.counts)
+        shares = [count / max(1, sum(histogram.counts)) for count in histogram.counts]
+        edges = [180 * k / bins for k in range(bins + 1)]
+        look = style(place)
+        axes.stairs(shares, edges, fill=True, color=look["color"], alpha=0.18)
+        axes.stairs(shares, edges, color=look["color"], linestyle=look["linestyle"], linewidth=1.5)
+        if histogram.mean is not None:
+            axes.axvline(math.degrees(histogram.mean), color=look["color"], linestyle=(0, (4, 4)), linewidth=1.5)
+    axes.set(xlabel="angle θ", xticks=(0, 45, 90, 135, 180), xlim=(0, 180))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}°"))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
+
+
+def strength_by_class(axes: Axes, strength: Strength) -> None:
+    """ω of a pair's modalities by class: above the middle the first is the stronger, below it the second."""
+    known = [(k, omega) for k, omega in enumerate(strength.omega[0]) if omega is not None]
+    if len(known) > MOST_BARS:
+        ordered = sorted(known, key=lambda pair: -pair[1])
+        known = ordered[: MOST_BARS // 2] + ordered[-MOST_BARS // 2 :]
+    colours = [PALETTE[0] if omega >= 0.5 else PALETTE[1] for _, omega in known]
+    axes.bar(range(len(known)), [omega - 0.5 for _, omega in known], bottom=0.5, color=colours, width=0.8)
+    axes.axhline(0.5, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
+    width = max((len(str(k)) for k, _ in known), default=1) * 7.5 + 6
+    every = max(1, math.ceil(width * len(known) / (WIDTH - LEFT - RIGHT)))
+    axes.set(xlabel="class", ylim=(0, 1), xlim=(-0.6, len(known) - 0.4), yticks=(0, 0.25, 0.5, 0.75, 1))
+    axes.set_xticks(range(0, len(known), every), [str(k) for k, _ in known[::every]])
+    axes.grid(visible=False, axis="x")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+
+
+def confusion(axes: Axes, record: Record) -> None:
+    """The matrix: a row for each true class, shaded by its share of the row; the diagonal in another colour."""
+    n = record.classes
+    cells = [[(0.0, 0.0, 0.0, 0.0)] * n for _ in range(n)]
+    for (target, prediction), count in record.confusion.items():
+        if count:
+            shade = 0.12 + 0.88 * math.sqrt(count / record.class_counts[target])
+            cells[target][prediction] = to_rgba(PALETTE[0 if target == prediction else 1], shade)
+            if n <= MOST_NUMBERED:
+                colour = ON if shade > 0.6 else PALETTE[5]
+                axes.text(prediction, target, str(count), ha="center", va="center", color=colour)
+    axes.imshow(cells, interpolation="none", aspect="equal")
+    every = max(1, math.ceil(n / 16))
+    axes.set(xlabel="predicted class", ylabel="true class", xticks=range(0, n, every), yticks=range(0, n, every))
+    axes.grid(visible=False)
+
+
+def accuracies(axes: Axes, comparison: Comparison) -> None:
+    """Test accuracy by method: mean, standard deviation, and a tick for each seed."""
+    values = {method: found for method in comparison.by_method if (found := comparison.accuracies(method))}
+    for place, seeds in enumerate(values.values()):
+        deviation = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
+        axes.plot(seeds, [place] * len(seeds), "|", color=PALETTE[0], alpha=0.5, markersize=12)
+        axes.errorbar(statistics.fmean(seeds), place, xerr=deviation, fmt="o", color=PALETTE[0], capsize=3)
+    axes.set(xlabel="test accuracy, %", ylim=(max(1, len(values)) - 0.5, -0.5))
+    axes.set_yticks(range(len(values)), [short(method) for method in values])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(visible=False, axis="y")
+
+
+def short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}…"
+
+
+def measured(comparison: Comparison) -> list[Line]:
+    """λ, ω and the other measures of every method, as means over the seeds with their range. Of more than `MOST_LINES` those
+    other than ω; of still more, one line for each method and kind, over all pairs and seeds."""
+    found: dict[tuple[str, str], list[Course]] = {}
+    for run in comparison.finished:
+        for name, course in run.measures.items():
+            found.setdefault((run.method, name), []).append(course)
+    if len(found) > MOST_LINES:
+        found = {key: courses for key, courses in found.items() if not key[1].startswith("strength")}
+    names = {key: label(key[1], comparison.modalities) for key in found}
+    if len(found) > MOST_LINES:
+        every, found = found, {}
+        for (method, name), courses in every.items():
+            found.setdefault((method, name.partition("_")[0]), []).extend(courses)
+        names = {key: f"{SYMBOLS.get(key[1], key[1])}, mean and range" for key in found}
+    return [mean(courses, f"{key[0]}: {names[key]}", place) for place, (key, courses) in enumerate(found.items())]
+
+
+def comparison_figure(comparison: Comparison) -> Figure:
+    """Test accuracy by method on the left, what the methods measured over the epochs on the right: plot.png."""
+    with mpl.rc_context(RC | {"font.size": 9}):
+        figure = Figure((11, max(4, 1 + 0.32 * len(comparison.by_method))), layout="constrained", dpi=150)
+        figure.suptitle(comparison.title)
+        left, right = figure.subplots(1, 2)
+        accuracies(left, comparison)
+        series = measured(comparison)
+        within = all(0 <= value <= 1 for line in series for value in line.course.values())
+        lines(right, series, bounds=(0, 1) if within else None)
+        right.set_ylabel("λ at the end of an epoch, mean ω of an epoch")
+        if series:
+            handles, names = right.get_legend_handles_labels()
+            right.legend(handles[::-1], names[::-1], fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        else:
+            right.text(0.5, 0.5, "none of these methods measures weights", ha="center", transform=right.transAxes)
+        figure.draw_without_rendering()
+    return figure
