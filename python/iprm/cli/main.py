@@ -113,9 +113,8 @@ def _training_command(command: str, arguments: list[str]) -> int:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     import iprm_kernels as ik
+    from iprm.environment import check_variables
     from iprm.training.finite import NonFiniteError
-
-    from .info import check_variables
 
     check_variables()
     try:

@@ -21,14 +21,13 @@ from rich.table import Table
 
 from iprm.compare.table import ABSENT
 from iprm.data.loading import available_cores
-from iprm.environment import versions
+from iprm.environment import chosen_backends, versions
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Instrument
 from iprm.profile.result import Profile, Spread
 from iprm.training.callbacks.run_state import RunState
 
 from .fit import FusionCLI, lightning_command
-from .info import chosen_backends
 from .parser import Parser, at_least_one
 
 DESCRIPTION = """\

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 from command import iprm
-from iprm.cli.info import OPERATORS, chosen_backends
+from iprm.cli.info import OPERATORS
+from iprm.environment import chosen_backends
 
 import iprm_kernels as ik
 
