@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from iprm.methods import METHODS
 from iprm.training.classifier import FusionClassifier
 
 from .options import dataset_options, typed
-from .parser import Parser, add_dataset_options, at_least_one, key_value
+from .parser import Parser, add_dataset_options, at_least_one, dataset_settings, key_values
 
 DESCRIPTION = """\
 Trains several methods with several seeds on one dataset. A seed decides splits, initial weights and the order of batches, and
@@ -55,7 +55,6 @@ def parser() -> Parser:
     p.add_argument("--jobs", type=at_least_one, metavar="N", help="processes at a time (default: one a core; 1 with a GPU)")
     p.add_argument(
         "--model",
-        type=key_value,
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -65,22 +64,19 @@ def parser() -> Parser:
     return p
 
 
-def settings_from(
-    data: str, path: str | None, epochs: int | None, options: Iterable[tuple[str, str]], model: Iterable[tuple[str, str]]
-) -> Settings:
+def settings_from(data: str, epochs: int | None, given: Mapping[str, str], model: Mapping[str, str]) -> Settings:
     """What the shipped configuration of the dataset says, changed by what the command line says.
 
     Raises:
         InputError: no such dataset, or option of it or of the model, or a value of a wrong type.
     """
-    given = dict(options) | ({} if path is None else {"path": path})
     if "seed" in given:
         raise InputError("seed: a comparison gives every run its own; choose their number by --seeds")
     data_options = dataset_options(data, given)
     data_options.pop("seed", None)
     config = load_config(data) if data in shipped() else {}
     model_options = {name: value for name, value in config.get("model", {}).items() if name != "method"}
-    model_options |= typed("the model", FusionClassifier, _model_options(), dict(model))
+    model_options |= typed("the model", FusionClassifier, _model_options(), model)
     return Settings(data, data_options, model_options, epochs or config.get("trainer", {}).get("max_epochs", 20))
 
 
@@ -91,7 +87,7 @@ def _model_options() -> list[str]:
 def compare_command(arguments: Sequence[str]) -> int:
     """Runs `iprm compare` and returns the exit code."""
     given = parser().parse_args(arguments)
-    settings = settings_from(given.data, given.path, given.epochs, given.set, given.model)
+    settings = settings_from(given.data, given.epochs, dataset_settings(given), key_values("--model", given.model))
     settings = replace(settings, accelerator=given.accelerator)
     asked = [name.strip() for name in given.methods.split(",") if name.strip()] if given.methods is not None else None
     methods, modalities, splits = check(settings, asked, range(given.seeds))
