@@ -1,4 +1,4 @@
-"""The command `iprm info`: versions, what was built, and which implementation of each operator runs here. Needs no extra."""
+"""The command `iprm info`. It needs no extra of the package."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import iprm_kernels as ik
 from iprm.environment import VARIABLE, build_info, chosen_backends, versions
 
-from .parser import Parser
-
+DESCRIPTION = "Prints versions, build options, and the implementation that serves each operator on this machine."
 #: The operators, and those that they are composed of.
 OPERATORS = (
     "normalize",
@@ -23,16 +22,17 @@ OPERATORS = (
 
 def info_command(arguments: Sequence[str]) -> int:
     """Runs `iprm info` and returns the exit code."""
-    Parser(
-        "iprm info", description="Versions, what was built, and which implementation of each operator runs here."
-    ).parse_args(arguments)
+    if arguments:  # the parser needs jsonargparse, which belongs to the extra
+        from .parser import Parser
+
+        Parser("iprm info", description=DESCRIPTION).parse_args(arguments)
     built = {name.replace("_", " "): str(value) or "-" for name, value in build_info().items()}
     _print("versions", versions())
     _print("C++ extension", built)
     for device, backend in chosen_backends().items():
         _print(f"operators on {device}", dict.fromkeys(OPERATORS, backend))
     _print("backends", {name: str(status).removeprefix(f"{name}: ") for name, status in ik.backends().items()})
-    print(f"{VARIABLE}=NAME asks for one of these; it is never silently replaced.")
+    print(f"{VARIABLE}=NAME selects one of these backends; a backend that cannot run is an error, never replaced.")
     return 0
 
 
