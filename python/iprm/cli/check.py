@@ -1,8 +1,7 @@
-"""The command `iprm check`: a dataset, read through and reported on."""
+"""The command `iprm check`: reads a dataset and reports problems."""
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,19 +14,18 @@ from iprm.data.quality import Report, check
 from iprm.errors import InputError
 
 from .options import dataset_of
-from .parser import Parser, add_dataset_options
+from .parser import Parser, add_dataset_options, dataset_settings
 
 DESCRIPTION = """\
-Reads a dataset through and reports the classes of every split, shape and type of every modality, and what is wrong.
+Reads all rows of a dataset and reports the classes of every split, the shape and type of every modality, and problems.
 
-problems   files that cannot be read, each by name; values that are not finite; rows whose modality is missing (every value 0 or
-           NaN); a modality that is the same in all rows of a split; classes missing in a split, labels beyond those of train;
-           leakage: rows of one split identical to rows of another, in every modality or in one alone, and items of the source
-           that two splits share
-remarks    features without variance in train, rows that repeat another of their split, labels that no row has
+problems   unreadable files, by name; non-finite values; rows without a modality (all values 0 or NaN); a modality with the same
+           values in all rows of a split; classes missing from a split, labels beyond those of train; leakage: rows of one split
+           identical to rows of another, in all modalities or in one, and source items shared by two splits
+remarks    features without variance in train, repeated rows within a split, classes without a row
 
-Rows count from 0 within their split; an item is the place that a row has in its source: the row of the file, the recording in
-order of name. Exit code: 0 without problems, 1 with some, 2 where the dataset cannot be used at all.
+Rows are counted from 0 within their split. An item is the position of a row in the source: the row of the file, or the
+recording in order of name. Exit code: 0 without problems, 1 with problems, 2 if the dataset cannot be used.
 """
 
 EXAMPLES = """\
@@ -38,14 +36,14 @@ examples:
   iprm check runs/digits/fit/version_0/config.yaml
 """
 
-#: Classes that get a line of their own; the others share the last.
+#: At most this many classes have a line of their own; the others share the last line.
 MOST_CLASSES = 40
 
 
 def parser() -> Parser:
     """The arguments of `iprm check`."""
-    p = Parser("iprm check", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("data", metavar="DATA", help=f"{', '.join(DATASETS)}, or a YAML configuration, such as iprm fit writes")
+    p = Parser("iprm check", description=DESCRIPTION, epilog=EXAMPLES)
+    p.add_argument("data", metavar="DATA", help=f"{', '.join(DATASETS)}, or a YAML configuration, for example of iprm fit")
     add_dataset_options(p)
     return p
 
@@ -53,7 +51,7 @@ def parser() -> Parser:
 def check_command(arguments: Sequence[str]) -> int:
     """Runs `iprm check` and returns the exit code."""
     given = parser().parse_args(arguments)
-    data = dataset_of(given.data, dict(given.set) | ({} if given.path is None else {"path": given.path}))
+    data = dataset_of(given.data, dataset_settings(given))
     faults: list[str] = []
     try:
         report = check(data.source, data.inspect(faults))
@@ -77,7 +75,7 @@ def _count(count: int, what: str) -> str:
 
 
 def class_table(report: Report) -> Table:
-    """Rows by class and split."""
+    """Number of rows per class and split."""
     table = _table("class", *report.counts)
     shown = len(report.classes) if len(report.classes) <= MOST_CLASSES else MOST_CLASSES - 1
     for place, label in enumerate(report.classes[:shown]):
@@ -95,7 +93,7 @@ def _span(counts: np.ndarray) -> str:
 
 
 def modality_table(report: Report) -> Table:
-    """What a modality is, and the rows and features of it in each split that something is to be said of."""
+    """Shape and type of each modality, and the number of suspicious rows and features per split."""
     table = _table("modality", "split", "shape", "type", "missing", "not finite", "constant features")
     for modality, scans in report.scans.items():
         for name, found in scans.items():

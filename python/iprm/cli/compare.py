@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import platform
 import sys
@@ -29,8 +28,8 @@ from iprm.errors import InputError
 from iprm.methods import METHODS
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 
-from .fit import STOPPED, FusionCLI, fit_settings, run_fit
-from .parser import Parser, add_dataset_options, at_least_one, key_value
+from .fit import STOPPED, FitCLI, fit_settings, run_fit
+from .parser import Parser, add_dataset_options, at_least_one, dataset_settings, key_values
 
 DESCRIPTION = """\
 Trains several methods with several seeds on one dataset. A seed decides splits, initial weights and the order of batches, and
@@ -68,7 +67,6 @@ def parser() -> Parser:
     p.add_argument("--jobs", type=at_least_one, metavar="N", help="processes at a time (default: one per core; 1 with a GPU)")
     p.add_argument(
         "--model",
-        type=key_value,
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -126,8 +124,8 @@ def _settings(given: Any, settings: Sequence[str]) -> list[str]:
     found = ["--config" if given.data in shipped() else "--data", given.data, "--trainer.devices=1"]
     found += [f"--trainer.accelerator={given.accelerator}"]
     found += [] if given.epochs is None else [f"--trainer.max_epochs={given.epochs}"]
-    found += [] if given.path is None else [f"--data.path={given.path}"]
-    found += [f"--data.{key}={value}" for key, value in given.set] + [f"--model.{key}={value}" for key, value in given.model]
+    found += [f"--data.{key}={value}" for key, value in dataset_settings(given).items()]
+    found += [f"--model.{key}={value}" for key, value in key_values("--model", given.model).items()]
     for argument in (found := [*found, *settings]):
         name = argument.partition("=")[0].removeprefix("--")
         if name in OWN:
@@ -156,27 +154,27 @@ def _report(folder: Path) -> Comparison:
     return comparison
 
 
-class _ComparedRun(FusionCLI):
+class _ComparedRun(FitCLI):
     """`iprm fit` without its words, and then the test of the checkpoint best on validation."""
 
-    def __init__(self, *args: Any, advance: Advance, **options: Any) -> None:
+    def __init__(self, arguments: dict[str, Any], folder: Path, advance: Advance) -> None:
         self.clock = Clock(advance)
-        super().__init__(*args, **options)
+        super().__init__(arguments, folder)
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         self.parser.add_instantiator(read_once, MultimodalData, subclasses=True)
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        trainer = self._get(self.config_init, "trainer")
+        trainer = self.config_init.trainer
         trainer.enable_progress_bar = False  # here and not in config.yaml, which is that of any run
         given = trainer.callbacks or []
         callbacks = [*(given if isinstance(given, list) else [given]), self.clock]
         return super().instantiate_trainer(callbacks=callbacks, **options)
 
-    def fit(self, **options: Any) -> None:
+    def execute(self) -> None:
         try:
-            self.trainer.fit(**options)
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
         except SIGTERMException as end:
             raise SystemExit(STOPPED) from end
         best = best_checkpoint(self.trainer)
@@ -188,4 +186,4 @@ class _ComparedRun(FusionCLI):
 
 
 def _train(job: Job, advance: Advance) -> None:
-    run_fit(job.config, job.folder, functools.partial(_ComparedRun, advance=advance))
+    run_fit(job.config, job.folder, _ComparedRun, advance=advance)

@@ -1,8 +1,7 @@
-"""The command `iprm export`: a checkpoint as files that need only torch, or safetensors, to be read."""
+"""The command `iprm export`: writes a checkpoint as files that only torch, or safetensors, is needed to read."""
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +11,16 @@ from iprm.inference.model import load_inference
 from .parser import Parser, add_encoder_option
 
 DESCRIPTION = """\
-Writes the model of a checkpoint, λ frozen, in float32, into a folder:
+Writes the model of a checkpoint, in float32 and with λ frozen, to a folder:
 
-  model.pt2          the graph and its weights (torch.export), for any batch size; plain aten operators, so that
-                     torch.export.load("model.pt2").module() runs where torch alone is installed. It maps
+  model.pt2          graph and weights (torch.export) for any batch size, in plain aten operators:
+                     torch.export.load("model.pt2").module() needs only torch. It maps
                      {modality: (B, *shape), or a dict of such tensors} to
                      {"logits": (B, C), "probabilities": (B, C), "logits_by": {head: (B, C)}}
-  model.safetensors  the weights that the graph reads, by their names in the checkpoint
-  model.json         modalities, shape and type of their inputs, classes, method, λ, versions, sha256 of both files
+  model.safetensors  the weights of the graph, by their names in the checkpoint
+  model.json         modalities, shape and dtype of their inputs, classes, method, λ, versions, sha256 of both files
 
-The files are written when model.pt2, read back, agrees with the checkpoint's own predictions on random inputs.
+The files are written only if model.pt2, read back, gives the logits of the checkpoint on random inputs.
 """
 
 EXAMPLES = """\
@@ -42,8 +41,8 @@ def export_command(arguments: Sequence[str]) -> int:
 
 def parser() -> Parser:
     """The arguments of `iprm export`."""
-    p = Parser("iprm export", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint, a path that iprm fit has printed")
+    p = Parser("iprm export", description=DESCRIPTION, epilog=EXAMPLES)
+    p.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint, a path printed by iprm fit")
     add_encoder_option(p)
-    p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="made if it is not there")
+    p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="created if it does not exist")
     return p

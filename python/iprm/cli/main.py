@@ -1,33 +1,52 @@
-"""The command `iprm`. Only the commands that train load Lightning, and `report` not even torch."""
+"""The command `iprm`: a table of commands, each in a module of its own that is imported when the command is called."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from iprm.errors import InputError, closest
 
-HELP = """\
+
+class Command(NamedTuple):
+    """`iprm NAME` calls ``NAME_command(arguments) -> exit code`` of the module NAME of this package.
+
+    Attributes:
+        help: one line for `iprm --help`.
+        trains: the module imports Lightning and torch, and may run the operators.
+        settings: the command accepts settings of model, data and trainer, and cannot run without any.
+    """
+
+    help: str
+    trains: bool = True
+    settings: bool = False
+
+
+COMMANDS = {
+    "compare": Command("train several methods with several seeds on a dataset; writes a table, a plot and CSV files"),
+    "fit": Command("train one model and keep the checkpoint with the best validation accuracy", settings=True),
+    "resume": Command("continue a run of fit that was killed or stopped"),
+    "test": Command("evaluate a checkpoint on the test split", settings=True),
+    "predict": Command("write predictions of a checkpoint as CSV, for a split of a dataset or for new samples", settings=True),
+    "report": Command("write an HTML page about runs of fit, or about a comparison", trains=False),
+    "profile": Command("measure where the time of an epoch goes, stage by stage", settings=True),
+    "check": Command("read a dataset and report problems"),
+    "export": Command("write the model of a checkpoint for use with torch alone"),
+    "info": Command("print versions and the implementation of each operator on this machine", trains=False),
+}
+
+HELP = f"""\
 usage: iprm COMMAND [OPTIONS]
 
-Trains classifiers of several modalities (sound and image, text and image, ...) that do not starve each other.
+Trains multimodal classifiers (audio and image, text and image, ...) in which no modality is starved by another.
 
 commands:
-  compare   train several methods with several seeds on a dataset; a table, a plot and CSV files
-  fit       train one model and keep the checkpoint that is best on validation
-  resume    go on with a run of fit that was killed or stopped
-  test      evaluate a checkpoint on the test split
-  predict   write a checkpoint's predictions as CSV, of a dataset's split or of new samples
-  report    an HTML page about runs of fit, or about a comparison
-  profile   say where an epoch's time goes, stage by stage
-  check     read a dataset through and say what is wrong with it
-  export    write a checkpoint's model for use where torch alone is installed
-  info      versions, and which implementation of each operator runs here
+{chr(10).join(f"  {name:<9} {command.help}" for name, command in COMMANDS.items())}
 
 start here:
-  iprm compare --data digits                                   two minutes, nothing to download
+  iprm compare --data digits                                   two minutes, no download
   iprm fit --config digits                                     one model, on the same data
   iprm compare --data features --path my_features.npz          your own features
 
@@ -35,29 +54,19 @@ iprm COMMAND --help explains a command.
 """
 
 NEEDS_CONFIGURATION = """\
-{command} needs a configuration. Try one that comes with the package:
+{command} needs a configuration. The package contains some:
 
   iprm {command} --config digits{checkpoint}
 
-shipped: {shipped}; a path to a YAML file of your own works as well. `iprm {command} --help` explains the settings,
-`iprm fit --config digits --print_config` writes a configuration to start from."""
-
-COMMANDS = ("compare", "fit", "resume", "test", "predict", "report", "profile", "check", "export", "info")
-#: Where the function <command>_command of a command is that is not Lightning's.
-MODULES = {
-    "check": "check",
-    "compare": "compare",
-    "export": "export",
-    "profile": "profile",
-    "resume": "resume",
-}
+shipped: {shipped}; the path of a YAML file is accepted as well. `iprm {command} --help` explains the settings,
+`iprm fit --config digits --print_config` prints a configuration to start from."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0, 1 for a run that met a number that is not finite and for a dataset
-    with problems, 2 for input that cannot be used (the message says which and suggests another), 130 after an interrupt."""
+    """Runs the command line and returns the exit code: 0; 1 after a run that met a non-finite number and for a dataset with
+    problems; 2 for input that cannot be used (one line on stderr says why); 130 after an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "" not in sys.path:  # the current folder, where a user's own dataset is; last, so that it shadows nothing
+    if "" not in sys.path:  # the current folder, for datasets of the user; last, so that it shadows nothing
         sys.path.append("")
     try:
         return _dispatch(arguments)
@@ -67,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning leaves with 1
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with 1
             return _interrupted()
-        return end.code if isinstance(end.code, int) else 0  # of --help and --print_config
+        return end.code if isinstance(end.code, int) else 0  # --help and --print_config exit
 
 
 def _interrupted() -> int:
@@ -78,48 +87,42 @@ def _interrupted() -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help"):
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
         print(HELP, end="")
         return 0
-    if command == "--version":
+    if name == "--version":
         from iprm_kernels import __version__
 
         print(__version__)
         return 0
-    if command not in COMMANDS:
-        match = closest(command, COMMANDS)
-        raise InputError(f"unknown command {command!r}" + (f": did you mean {match!r}?" if match else "; try iprm --help"))
-    if command == "info":
-        from .info import info_command
-
-        return info_command(arguments[1:])
-    if command == "report":
-        from .report import report_command
-
-        return report_command(arguments[1:])
-    return _training_command(command, arguments[1:])
-
-
-def _training_command(command: str, arguments: list[str]) -> int:
-    if command in ("fit", "test", "predict", "profile") and not arguments:
-        raise InputError(_needs_configuration(command))
+    if name not in COMMANDS:
+        match = closest(name, COMMANDS)
+        raise InputError(f"unknown command {name!r}" + (f": did you mean {match!r}?" if match else "; try iprm --help"))
+    if COMMANDS[name].settings and len(arguments) == 1:
+        raise InputError(_needs_configuration(name))
     try:
-        run = _function(command, arguments)
+        command = getattr(importlib.import_module(f".{name}", __package__), f"{name}_command")
+        if not COMMANDS[name].trains:
+            return command(arguments[1:])
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("iprm"):
             raise
         raise InputError(f'this command needs more packages: pip install "iprm-kernels[train]" ({error})') from error
+    return _train(command, arguments[1:])
+
+
+def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Runs a command whose module has imported Lightning."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     import iprm_kernels as ik
+    from iprm.environment import check_variables
     from iprm.training.finite import NonFiniteError
-
-    from .info import check_variables
 
     check_variables()
     try:
-        return run(arguments)
+        return command(arguments)
     except (MisconfigurationException, ik.BackendUnavailableError) as error:
         raise InputError(str(error)) from error
     except NonFiniteError as error:
@@ -127,22 +130,8 @@ def _training_command(command: str, arguments: list[str]) -> int:
         return 1
 
 
-def _function(command: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
-    """What runs a command; importing it loads what it needs."""
-    if command == "predict":
-        from .predict import is_for_samples, predict_command
-
-        if is_for_samples(arguments):
-            return predict_command
-    if command in MODULES:
-        return getattr(importlib.import_module(f".{MODULES[command]}", __package__), f"{command}_command")
-    from .fit import lightning_command
-
-    return functools.partial(lightning_command, command)
-
-
 def _needs_configuration(command: str) -> str:
     from iprm.configs import shipped
 
-    checkpoint = "" if command in ("fit", "profile") else " --ckpt_path CHECKPOINT"
+    checkpoint = " --ckpt_path CHECKPOINT" if command in ("test", "predict") else ""
     return NEEDS_CONFIGURATION.format(command=command, checkpoint=checkpoint, shipped=", ".join(shipped()))

@@ -1,4 +1,4 @@
-"""Options that come as text, KEY=VALUE, and a dataset from its name or from a configuration."""
+"""Converts options given as text, KEY=VALUE, and finds a dataset by its name, import path or configuration file."""
 
 from __future__ import annotations
 
@@ -15,34 +15,31 @@ from iprm.data import DATASETS, construct, dataset_class, make_data, options_of
 from iprm.data.module import MultimodalData
 from iprm.errors import InputError, unknown
 
+from .parser import one_line
+
 
 def typed(owner: str, cls: type, known: Iterable[str], given: Mapping[str, str]) -> dict[str, Any]:
     """The values of `given`, converted to the types that `cls.__init__` declares.
 
     Raises:
-        InputError: an option that is none of `known` (the closest is suggested), or a value of another type.
+        InputError: an option is not in `known` (the message suggests the closest), or a value has another type.
     """
     types = get_type_hints(cls.__init__)  # type: ignore[misc]
-    values = {}
-    for name, text in given.items():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    for name in known:
+        parser.add_argument(f"--{name}", type=types.get(name, Any))
+    for name in given:
         if name not in known:
             raise InputError(unknown(f"option of {owner}", name, known))
-        kind = types.get(name, Any)
-        parser = jsonargparse.ArgumentParser(exit_on_error=False)
-        parser.add_argument("--value", type=kind)
-        try:
-            values[name] = parser.parse_args([f"--value={text}"]).as_dict()["value"]
-        except jsonargparse.ArgumentError as error:
-            raise InputError(f"{name}: expected {_type_name(kind)}, got {text!r}") from error
-    return values
-
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind)
+    try:
+        values = parser.parse_args([f"--{name}={text}" for name, text in given.items()]).as_dict()
+    except jsonargparse.ArgumentError as error:
+        raise InputError(f"{owner}: {one_line(str(error))}") from error
+    return {name: values[name] for name in given}
 
 
 def dataset_options(name: str, given: Mapping[str, str]) -> dict[str, Any]:
-    """What the shipped configuration of a dataset says of its options, changed by `given`.
+    """The options of a dataset: those of its shipped configuration, overridden by `given`.
 
     Raises:
         InputError: no such dataset or option, or a value of another type.
@@ -53,8 +50,7 @@ def dataset_options(name: str, given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def dataset_of(name: str, given: Mapping[str, str]) -> MultimodalData:
-    """The dataset that `name` means, a name of `DATASETS` or a YAML file with a section `data`, with its options changed by
-    `given`.
+    """The dataset called `name`, a key of `DATASETS` or a YAML file with a section `data`, with options overridden by `given`.
 
     Raises:
         InputError: there is no such dataset or file, or its section or an option cannot be used.
@@ -66,20 +62,27 @@ def dataset_of(name: str, given: Mapping[str, str]) -> MultimodalData:
     section = load_config(name).get("data")
     path, options = (section.get("class_path"), section.get("init_args") or {}) if isinstance(section, dict) else (None, {})
     if not isinstance(path, str) or not isinstance(options, dict):
-        raise InputError(f"{name}: expected a section 'data' with a class_path and init_args, as iprm fit writes it")
-    cls = _imported(name, path)
+        raise InputError(f"{name}: expected a section 'data' with a class_path and init_args, as written by iprm fit")
+    try:
+        cls = imported_dataset(path)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
     texts = {option: value if isinstance(value, str) else json.dumps(value) for option, value in options.items()}
     known = options_of(cls)
     return construct(cls, path, typed(f"dataset {path!r}", cls, known, texts | dict(given)))
 
 
-def _imported(file: str, path: str) -> type[MultimodalData]:
+def imported_dataset(path: str) -> type[MultimodalData]:
+    """The dataset class at an import path.
+
+    Raises:
+        InputError: there is none (the message suggests the closest), or it is not a MultimodalData.
+    """
     module, _, attribute = path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        paths = [dataset.replace(":", ".") for dataset in DATASETS.values()]
-        raise InputError(f"{file}: {unknown('dataset', path, paths)}") from error
+        raise InputError(unknown("dataset", path, [known.replace(":", ".") for known in DATASETS.values()])) from error
     if not (isinstance(cls, type) and issubclass(cls, MultimodalData)):
-        raise InputError(f"{file}: expected the class_path of a MultimodalData, got {path}")
+        raise InputError(f"expected the class_path of a MultimodalData, got {path}")
     return cls

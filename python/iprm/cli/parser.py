@@ -1,65 +1,126 @@
-"""argparse for the commands that are not Lightning's, with suggestions."""
+"""The parser of every command: jsonargparse, with errors on one line that suggest the name that was probably meant."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import inspect
 import re
-from typing import NoReturn
+from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import jsonargparse
 
 from iprm.errors import InputError, closest
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors suggest the option that was probably meant, and are raised for `main` to print."""
-
-    def error(self, message: str) -> NoReturn:
-        match = re.match(r"unrecognized arguments: (\S+)", message)
-        if match:
-            options = [option for action in self._actions for option in action.option_strings]
-            suggestion = closest(match[1].split("=")[0], options)
-            message = f"unknown option {match[1]}" + (f": did you mean {suggestion}?" if suggestion else "")
-        raise InputError(f"{message}; try {self.prog} --help")
+#: jsonargparse's messages for an unknown option: of the parser, of a group, or of a class that another option names.
+UNKNOWN = re.compile(
+    r"(?:unrecognized arguments: --|Group '(?P<group>[\w.]+)' does not accept option '"
+    r"|key \"(?P<key>[\w.]+)\":.*class_path '(?P<path>[\w.]+)':\s*Option '|Option ')(?P<name>[\w.-]+)",
+    re.DOTALL,
+)
+#: The forms in which jsonargparse quotes options and types.
+QUOTED = re.compile(r"Parser key \"([\w.]+)\"|<class '(?:\w+\.)*(\w+)'>")
 
 
-def at_least_one(text: str) -> int:
-    """A whole number from 1 up."""
-    number = int(text)
+class OneLineErrors:
+    """Mixin for a jsonargparse parser: its errors are raised as InputError, each on one line.
+
+    The suggestions depend on two of jsonargparse's messages (`UNKNOWN`); any other message is passed on as it is.
+    """
+
+    def error(self: Any, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # this parser parses a nested class; the outer parser will report the error
+            super().error(message, ex)  # type: ignore[misc]
+        if match := UNKNOWN.search(message):
+            raise InputError(self._unknown(**match.groupdict()))
+        raise InputError(f"{one_line(message)}; try {self.prog} --help")
+
+    def _unknown(self: Any, name: str, group: str | None, key: str | None, path: str | None) -> str:
+        known = ["help", *self.get_defaults(skip_validation=True).keys()]
+        if path is not None:
+            module, _, attribute = path.rpartition(".")
+            known = [f"{key}.{p}" for p in inspect.signature(getattr(importlib.import_module(module), attribute)).parameters]
+        name = ".".join(filter(None, (group or key, name)))
+        meant = meant_option(name, known)
+        return f"unknown option --{name}" + (f": did you mean --{meant}?" if meant else f"; try {self.prog} --help")
+
+
+def one_line(message: str) -> str:
+    """A message of jsonargparse without line breaks, with options and types named as in Python."""
+    return " ".join(QUOTED.sub(r"\1\2", message).split())
+
+
+def meant_option(name: str, known: Iterable[str]) -> str | None:
+    """The dotted name of `known` closest to `name`. If any share its prefix, only these are considered."""
+    known = list(known)
+    prefix, _, last = name.rpartition(".")
+    siblings = {option.rpartition(".")[2]: option for option in known if option.rpartition(".")[0] == prefix}
+    return siblings.get(closest(last, siblings) or "") if siblings else closest(name, known)
+
+
+class Parser(OneLineErrors, jsonargparse.ArgumentParser):
+    """The parser of a command without settings of Lightning. Help texts are printed as they are written."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        options.setdefault("formatter_class", RawDescriptionHelpFormatter)
+        super().__init__(prog, allow_abbrev=False, **options)
+
+
+def at_least_one(text: str | int) -> int:
+    """Option type: a whole number from 1 up."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text}")
+        raise ArgumentTypeError(f"expected a whole number from 1 up, got {text}")
     return number
 
 
-at_least_one.__name__ = "whole number"  # argparse names the type in its message
+def key_values(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """The values of a repeated option KEY=VALUE.
+
+    Raises:
+        InputError: a text without a key or "=".
+    """
+    pairs = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise InputError(f"{option}: expected KEY=VALUE, got {text!r}")
+        pairs[key] = value
+    return pairs
 
 
-def key_value(text: str) -> tuple[str, str]:
-    """KEY=VALUE."""
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    return key, value
-
-
-def add_encoder_option(parser: argparse.ArgumentParser) -> None:
-    """--encoder: what of the user's own code a checkpoint may have imported."""
+def add_encoder_option(parser: Parser) -> None:
+    """--encoder: the user's own classes that a checkpoint may have imported."""
     parser.add_argument(
         "--encoder",
         action="append",
         default=[],
         metavar="CLASS",
-        help="import path of an encoder class of yours that the checkpoint names, such as my_models.TextTower; without it no "
-        "module is imported because a checkpoint names it; may be repeated",
+        help="import path of an encoder class of yours that the checkpoint names, such as my_models.TextTower; a checkpoint "
+        "alone imports no module; may be repeated",
     )
 
 
-def add_dataset_options(parser: argparse.ArgumentParser) -> None:
-    """--path and --set: the options of a dataset."""
-    parser.add_argument("--path", help="the file or folder of a dataset that does not come with the package")
+def add_dataset_options(parser: Parser) -> None:
+    """--path and --set, the options of a dataset; `dataset_settings` reads them."""
+    parser.add_argument("--path", help="file or folder of a dataset that is not part of the package")
     parser.add_argument(
         "--set",
-        type=key_value,
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="an option of the dataset, such as batch_size=32; may be repeated",
     )
+
+
+def dataset_settings(given: jsonargparse.Namespace) -> dict[str, str]:
+    """The options of the dataset, --path included.
+
+    Raises:
+        InputError: a --set is not KEY=VALUE.
+    """
+    return key_values("--set", given.set) | ({} if given.path is None else {"path": given.path})

@@ -1,42 +1,44 @@
-"""The command `iprm predict --input`: a checkpoint's predictions of new samples, which have no labels and no dataset."""
+"""The command `iprm predict`: predictions for a split of a dataset, or with --input for new, unlabelled samples."""
 
 from __future__ import annotations
 
 import csv
 import tempfile
-from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from iprm.encoders.description import each
 from iprm.errors import InputError
 from iprm.inference.inputs import Piece, Source, find_samples, gathered, joined
 from iprm.inference.model import Inference, load_inference
-from iprm.inference.predictions import cells, columns
+from iprm.inference.predictions import cells, columns, write_predictions
 
+from .fusion_cli import FusionCLI, run
 from .parser import Parser, add_encoder_option, at_least_one
 
 DESCRIPTION = """\
-Writes a checkpoint's predictions of new samples, without labels, as CSV: file, row, prediction, and the probability p_<class>
-of every class. The samples are one of
+Writes the predictions of a checkpoint for new, unlabelled samples as CSV: file, row, prediction, and the probability
+p_<class> of every class. The samples are one of
 
-  a folder of .npz files   arrays x_<modality>, as the dataset `features` has them: (D,) or (C, H, W) for a file of one
-                           sample, (N, D) or (N, C, H, W) for a file of several
+  a folder of .npz files   arrays x_<modality>, as in the dataset `features`: (D,) or (C, H, W) in a file of one sample,
+                           (N, D) or (N, C, H, W) in a file of several
   one such .npz file
   a folder of .npy files   <modality>.npy, (N, D) or (N, C, H, W)
 
-with the shapes the model was trained with, whole numbers or floating. A modality of several tensors has an array for each,
-x_<modality>.<name> or <modality>.<name>.npy; what the model was trained with as whole numbers has to be such. Other arrays and
-files are left aside. Files are taken in order of name; `file` is the .npz, or the folder of .npy files; `row` counts from 0 in
+with integer or floating values and the shapes that the model was trained on. A modality of several tensors has one array per
+tensor, x_<modality>.<name> or <modality>.<name>.npy; an input that was integer in training has to be integer. Other arrays and
+files are ignored. Files are read in order of name; `file` is the .npz, or the folder of .npy files; `row` counts from 0 in
 each.
 
-The headers of all files are checked first. A value that is not finite ends the run, by file, array and row: the CSV is written
-whole or not at all. Memory holds --batch_size rows at a time; an array of an .npz in Fortran order, whole. Object arrays are
-refused: loading one would run whatever code the file holds.
+The headers of all files are checked first. A non-finite value ends the run with its file, array and row: the CSV is written
+completely or not at all. At most --batch_size rows are in memory at a time, except that an array of an .npz in Fortran
+order is read as a whole. Object arrays are refused, because loading one would run any code the file contains.
 """
 
 EXAMPLES = """\
@@ -46,20 +48,44 @@ examples:
 """
 
 
-def is_for_samples(arguments: Sequence[str]) -> bool:
-    """Whether arguments of `iprm predict` ask for new samples, and not for a split of a dataset."""
-    return any(argument.partition("=")[0] == "--input" for argument in arguments)
-
-
 def predict_command(arguments: Sequence[str]) -> int:
-    """Runs `iprm predict --input` and returns the exit code."""
-    wants_help = not {"-h", "--help"}.isdisjoint(arguments)  # also where it stands in the place of a value
-    given = parser().parse_args(["--help"] if wants_help else arguments)
+    """Runs `iprm predict` and returns the exit code."""
+    if any(argument.partition("=")[0] == "--input" for argument in arguments):
+        return _predict_samples(arguments)
+    return run(PredictCLI, arguments)
+
+
+class PredictCLI(FusionCLI):
+    """`iprm predict` on a split of a dataset."""
+
+    command, needs_checkpoint = "predict", True
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--output", type=str, default="predictions.csv", help="default: predictions.csv")
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        Path(self.config.output).parent.mkdir(parents=True, exist_ok=True)  # fail before the work rather than after it
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        one_process = {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # which writes the rows in order
+        return super().instantiate_trainer(**one_process, **kwargs)
+
+    def execute(self) -> None:
+        batches: Any = self.trainer.predict(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
+        write_predictions(Path(self.config.output), batches)
+        print(f"predictions: {self.config.output}")
+
+
+def _predict_samples(arguments: Sequence[str]) -> int:
+    needs_help = not {"-h", "--help"}.isdisjoint(arguments)  # also in the place of a value
+    given = parser().parse_args(["--help"] if needs_help else arguments)
     if given.config is not None:
-        raise InputError("--config: a checkpoint holds all that --input needs; leave one of the two out")
+        raise InputError("--config: a checkpoint holds all that --input needs; remove --config or --input")
     model = load_inference(given.ckpt_path, given.encoder)
     sources = find_samples(given.input, model.inputs)
-    given.output.parent.mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after the work
+    given.output.parent.mkdir(parents=True, exist_ok=True)  # fail before the work rather than after it
     rows = write_sample_predictions(given.output, model.to(_device(given.accelerator)), sources, given.batch_size)
     print(f"predictions: {given.output} ({rows} rows)")
     return 0
@@ -67,13 +93,18 @@ def predict_command(arguments: Sequence[str]) -> int:
 
 def parser() -> Parser:
     """The arguments of `iprm predict --input`."""
-    p = Parser("iprm predict", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint, a path that iprm fit has printed")
-    p.add_argument("--input", required=True, type=Path, metavar="PATH", help="the samples")
+    p = Parser("iprm predict", description=DESCRIPTION, epilog=EXAMPLES)
+    p.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint, a path printed by iprm fit")
     add_encoder_option(p)
+    p.add_argument("--input", required=True, type=Path, metavar="PATH", help="the samples")
     p.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="default: predictions.csv")
-    p.add_argument("--batch_size", type=at_least_one, default=256, metavar="N", help="rows at a time (default: 256)")
-    p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto, a GPU if there is one")
+    p.add_argument("--batch_size", type=at_least_one, default=256, metavar="N", help="rows per batch (default: 256)")
+    p.add_argument(
+        "--accelerator",
+        default="auto",
+        choices=("auto", "cpu", "gpu"),
+        help="default: auto, a GPU if any",
+    )
     p.add_argument("--config", help=SUPPRESS)
     return p
 
@@ -86,10 +117,10 @@ def _device(accelerator: str) -> torch.device:
 
 
 def write_sample_predictions(path: Path, model: Inference, sources: Sequence[Source], batch_size: int) -> int:
-    """Writes the CSV, which appears when it is whole, and returns the number of its rows.
+    """Writes the CSV under a temporary name, renames it when it is complete, and returns the number of rows.
 
     Raises:
-        InputError: a file turns out to be broken, or a value is not finite.
+        InputError: a file is damaged, or a value is not finite.
     """
     count = 0
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".predictions-") as folder:

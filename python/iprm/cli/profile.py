@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import platform
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,108 +13,85 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.cli import LightningArgumentParser
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from iprm.compare.table import ABSENT
 from iprm.data.loading import available_cores
-from iprm.environment import versions
+from iprm.environment import chosen_backends, versions
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Instrument
 from iprm.profile.result import Profile, Spread
 from iprm.training.callbacks.run_state import RunState
 
-from .fit import FusionCLI, lightning_command
-from .info import chosen_backends
-from .parser import Parser, at_least_one
+from .fusion_cli import FusionCLI, as_list, run
+from .parser import at_least_one
 
-DESCRIPTION = """\
-Says where an epoch's time goes. Trains for a few steps as iprm fit would with the same settings, and prints the stages of a
-step: fetching a batch, each encoder's and the head's passes, the optimiser, metrics, Lightning and the rest, which add up to
-the step. Writes profile.png and profile.json, and nothing else: no checkpoints, states or logs, whose time is not in the
-figures.
-
-All settings of iprm fit can be given; iprm fit --help explains them. Those that limit a run are this command's own.
-"""
-
-EXAMPLES = """\
-examples:
-  iprm profile --config digits
-  iprm profile --config digits --model.channels_last true --steps 200
-  iprm profile --config runs/digits/fit/version_0/config.yaml --data.batch_size 256
-"""
-
-#: What a run is not to do here, or only as far as it is measured.
-SETTINGS = {
-    "logger": "false",
-    "enable_checkpointing": "false",
-    "enable_progress_bar": "false",
-    "fast_dev_run": "false",
-    "num_sanity_val_steps": "0",
-    "max_epochs": "-1",
-    "max_steps": "-1",
-    "max_time": "null",
-    "min_epochs": "null",
-    "min_steps": "null",
-    "val_check_interval": "1.0",
-    "check_val_every_n_epoch": "1",
+#: Trainer arguments that do not apply to a profile: it records no run, and ends when its steps are measured.
+TRAINER = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "fast_dev_run": False,
+    "num_sanity_val_steps": 0,
+    "max_epochs": -1,
+    "max_steps": -1,
+    "max_time": None,
+    "min_epochs": None,
+    "min_steps": None,
+    "val_check_interval": 1.0,
+    "check_val_every_n_epoch": 1,
 }
-
-
-class ProfileCLI(FusionCLI):
-    """`iprm fit`, measured for some steps and then stopped; writes profile.json and profile.png into a folder."""
-
-    def __init__(self, *args: Any, steps: int, output: Path, **kwargs: Any) -> None:
-        self.output = output
-        self.instrument = Instrument(steps)
-        super().__init__(*args, **(kwargs | {"save_config_callback": None}))
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        given = self._get(self.config_init, "trainer").callbacks or []
-        given = given if isinstance(given, list) else [given]
-        callbacks = [callback for callback in given if not isinstance(callback, (Checkpoint, EarlyStopping, RunState))]
-        return super().instantiate_trainer(profiler=self.instrument, callbacks=callbacks, **kwargs)
-
-    def fit(self, **kwargs: Any) -> None:
-        first = self.trainer.is_global_zero
-        if first:
-            self.output.mkdir(parents=True, exist_ok=True)  # if this cannot be, better now than after the work
-        self.instrument.attach(self.trainer, self.model)
-        self.trainer.fit(**kwargs)
-        profile = self.instrument.result()
-        if first:
-            self._write(profile)
-
-    def _write(self, profile: Profile) -> None:
-        settings = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_unset=False))
-        content = record(profile) | {"settings": settings, "versions": versions(), "machine": machine(self.model.device)}
-        (self.output / "profile.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        title = f"{type(self.datamodule).__name__}, {self.model.hparams['method']}: {profile.rows} rows a step"
-        plot(self.output / "profile.png", profile, title)
-        console = Console()
-        console.print(rich_table(profile, title))
-        for line in remarks(profile):
-            console.print(line, highlight=False, soft_wrap=True)
-        console.print(f"profile: {self.output}", highlight=False, soft_wrap=True)
 
 
 def profile_command(arguments: Sequence[str]) -> int:
     """Runs `iprm profile` and returns the exit code."""
-    p = Parser(
-        "iprm profile",
-        usage="iprm profile --config NAME_OR_FILE [--SETTING VALUE ...] [--steps N] [--output FOLDER]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    p.add_argument("--steps", type=at_least_one, default=50, metavar="N", help="how many steps to measure (default: 50)")
-    p.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/profile-<time>")
-    given, settings = p.parse_known_args(arguments)
-    folder = given.output or Path("runs") / f"profile-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    own = [text for name, value in SETTINGS.items() for text in (f"--trainer.{name}", value)]
-    return lightning_command("fit", [*settings, *own], cli=functools.partial(ProfileCLI, steps=given.steps, output=folder))
+    return run(ProfileCLI, arguments)
+
+
+class ProfileCLI(FusionCLI):
+    """`iprm profile`: the training of `iprm fit`, measured for some steps; writes profile.json and profile.png."""
+
+    command = "profile"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--steps", type=at_least_one, default=50, metavar="N", help="steps to measure (default: 50)")
+        parser.add_argument("--output", type=str, default=None, metavar="FOLDER", help="default: runs/profile-<time>")
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        self.model.check_batch_size(self.datamodule.batch_size)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        self.instrument = Instrument(self.config.steps)
+        given = as_list(self.config_init.trainer.callbacks)
+        callbacks = [callback for callback in given if not isinstance(callback, (Checkpoint, EarlyStopping, RunState))]
+        return super().instantiate_trainer(profiler=self.instrument, callbacks=callbacks, **TRAINER, **kwargs)
+
+    def execute(self) -> None:
+        folder = Path(self.config.output or f"runs/profile-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        if self.trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)  # fail before the work rather than after it
+        self.instrument.attach(self.trainer, self.model)
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
+        profile = self.instrument.result()
+        if self.trainer.is_global_zero:
+            self._write(folder, profile)
+
+    def _write(self, folder: Path, profile: Profile) -> None:
+        settings = yaml.safe_load(self.parser.dump(self.config))
+        content = record(profile) | {"settings": settings, "versions": versions(), "machine": machine(self.model.device)}
+        (folder / "profile.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        title = f"{type(self.datamodule).__name__}, {self.model.hparams['method']}: {profile.rows} rows a step"
+        plot(folder / "profile.png", profile, title)
+        console = Console()
+        console.print(rich_table(profile, title))
+        for line in remarks(profile):
+            console.print(line, highlight=False, soft_wrap=True)
+        console.print(f"profile: {folder}", highlight=False, soft_wrap=True)
 
 
 def record(profile: Profile) -> dict[str, Any]:

@@ -1,36 +1,45 @@
-"""The command `iprm resume`: a run that was killed, stopped or is to be longer goes on in its own folder."""
+"""The command `iprm resume`: continues a run that was killed or stopped, or that is to be longer, in its own folder."""
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
 from iprm.training.checkpoint import state_to_resume
 
-from .fit import lightning_command
+from .fit import FitCLI
+from .fusion_cli import run
 from .parser import Parser
 
 DESCRIPTION = """\
-Goes on with a run of iprm fit from its last saved state: after a crash, a kill, SIGTERM of a scheduler, or an interrupt. It
-ends with the weights, metrics and checkpoints it would have had. States are saved at the beginning of every epoch, and within
-one if iprm fit was told how often (--state.every_n_steps N).
+Continues a run of iprm fit from its last saved state: after a crash, a kill, a scheduler's SIGTERM, or an interrupt. The
+weights, metrics and checkpoints at its end are those of an uninterrupted run. States are saved at the beginning of every
+epoch, and within an epoch at the interval given to iprm fit (--state.every_n_batches N). Settings of iprm fit may follow.
 """
 
 EXAMPLES = """\
 examples:
   iprm resume runs/digits/fit/version_0
-  iprm resume runs/digits/fit/version_0 --previous                     the last state is broken
-  iprm resume runs/digits/fit/version_0 --trainer.max_epochs 40        and further than it was to go
+  iprm resume runs/digits/fit/version_0 --previous                     if the last state is damaged
+  iprm resume runs/digits/fit/version_0 --trainer.max_epochs 40        continue beyond the end that was set
 """
+
+
+def parser() -> Parser:
+    """The arguments of `iprm resume`, without settings of `iprm fit`."""
+    p = Parser(
+        "iprm resume", usage="iprm resume RUN [--previous] [--SETTING VALUE ...]", description=DESCRIPTION, epilog=EXAMPLES
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="the folder of the run, printed by iprm fit")
+    p.add_argument("--previous", action="store_true", help="resume from the state before the last")
+    return p
 
 
 def resume_command(arguments: Sequence[str]) -> int:
     """Runs `iprm resume` and returns the exit code."""
-    p = Parser("iprm resume", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("run", type=Path, metavar="RUN", help="the folder of the run, as iprm fit has printed it")
-    p.add_argument("--previous", action="store_true", help="go on from the state before the last")
-    given, settings = p.parse_known_args(arguments)
+    flags = [argument for argument in arguments if argument in ("-h", "--help", "--previous")]
+    run_and_settings = [argument for argument in arguments if argument not in flags]
+    given = parser().parse_args([*flags, *run_and_settings[:1]])
     state = state_to_resume(given.run, given.previous)
-    config = str(given.run / "config.yaml")
-    return lightning_command("fit", ["--config", config, "--ckpt_path", str(state), *settings], given.run)
+    settings = ["--config", str(given.run / "config.yaml"), "--ckpt_path", str(state), *run_and_settings[1:]]
+    return run(FitCLI, settings, folder=given.run)

@@ -23,6 +23,7 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -13,8 +13,8 @@ import torch
 import yaml
 from command import Outcome, iprm, table
 from iprm import __version__
-from iprm.cli.fit_parser import EXAMPLES
 from iprm.cli.main import COMMANDS
+from iprm.cli.settings_help import EXAMPLES
 from iprm.data.datasets.digits import Digits
 from sklearn.metrics import accuracy_score
 

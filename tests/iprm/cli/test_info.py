@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from command import iprm
-from iprm.cli.info import backends_by_operator, chosen_backends
+from iprm.environment import backends_by_operator, chosen_backends
 
 import iprm_kernels as ik
 

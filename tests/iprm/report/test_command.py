@@ -65,7 +65,7 @@ def test_where_there_is_no_run_none_is_suggested(tmp_path):
 
 
 def test_no_run_at_all_is_refused(tmp_path):
-    assert refused(tmp_path) == "the following arguments are required: RUN; try iprm report --help"
+    assert refused(tmp_path) == "the following arguments are required: runs; try iprm report --help"
 
 
 LIGHT = """

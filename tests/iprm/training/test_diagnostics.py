@@ -15,9 +15,8 @@ import pytest
 import torch
 from command import iprm
 from feature_files import arrays, save
-from iprm.cli.info import chosen_backends
 from iprm.data.datasets.features import Features
-from iprm.environment import versions
+from iprm.environment import chosen_backends, versions
 from iprm.methods import build
 from iprm.training.callbacks.diagnostics import Diagnostics
 from iprm.training.callbacks.modality_diagnostics import BINS, SplitMeasurement

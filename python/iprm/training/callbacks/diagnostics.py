@@ -21,9 +21,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from iprm.cli.info import chosen_backends
 from iprm.data.loading import Loader
-from iprm.environment import versions
+from iprm.environment import chosen_backends, versions
 from iprm.errors import InputError
 from iprm.fusion.module import FusionModule
 from iprm.training.callbacks.best_checkpoint import best_checkpoint

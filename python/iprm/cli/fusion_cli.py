@@ -1,0 +1,156 @@
+"""LightningCLI on `FusionClassifier` and a dataset: what `iprm fit`, `test`, `predict` and `profile` share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from iprm.configs import find_config, shipped
+from iprm.data import DATASETS, dataset_class
+from iprm.data.module import MultimodalData
+from iprm.encoders.description import plain
+from iprm.errors import InputError
+from iprm.training.callbacks.progress import RunProgress
+from iprm.training.callbacks.run_state import RunState
+from iprm.training.checkpoint import AtomicCheckpointIO, read_checkpoint
+from iprm.training.classifier import FusionClassifier
+from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.optim import LR_SCHEDULER, OPTIMIZER
+
+from .options import imported_dataset
+from .parser import OneLineErrors
+from .settings_help import checkpoint_help, help_of, set_titles
+
+
+class SettingsParser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser, in which the data are required."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if self.exit_on_error and message.endswith("arguments are required: data"):
+            raise InputError(f"no data: add --data {' or '.join(DATASETS)}, or --config {' or '.join(shipped())}")
+        super().error(message, ex)
+
+    def add_subclass_arguments(self, baseclass: Any, nested_key: str, *args: Any, **options: Any) -> Any:
+        # with jsonargparse's default, None, every error in the data would also be reported for the type None
+        required = {"default": inspect.Parameter.empty} if nested_key == "data" else {}
+        return super().add_subclass_arguments(baseclass, nested_key, *args, **(required | options))
+
+
+class FusionCLI(LightningCLI):
+    """Parses the settings of a command and builds data, model and trainer; `execute` then does the work of the command.
+
+    LightningCLI is used without its subcommands (``run=False``): one parser is built, by public methods. The model's shapes
+    and number of classes are those of the data, its other settings those of the configuration. `FusionClassifier` refuses a
+    checkpoint of a model with other settings.
+
+    Args:
+        arguments: command line arguments after the command, or all settings as config.yaml has them.
+        options: override the arguments of LightningCLI.
+    """
+
+    command: str
+    needs_checkpoint = False
+
+    def __init__(self, arguments: Sequence[str] | dict[str, Any], **options: Any) -> None:
+        settings: dict[str, Any] = {
+            "subclass_mode_data": True,
+            "auto_configure_optimizers": False,
+            "seed_everything_default": 0,
+            "save_config_callback": None,
+            "trainer_defaults": {"max_epochs": 20, "enable_model_summary": False, "log_every_n_steps": 1},
+            "parser_class": SettingsParser,
+            "parser_kwargs": help_of(self.command),
+        }
+        args = arguments if isinstance(arguments, dict) else _resolve(arguments)
+        super().__init__(FusionClassifier, MultimodalData, args=args, run=False, **(settings | options))
+
+    def execute(self) -> None:
+        """Does the work of the command."""
+        raise NotImplementedError
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.inputs", "model.inputs", compute_fn=plain, apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.add_class_arguments(RunState, "state")
+        options: dict[str, Any] = {"instantiate": False, "fail_untyped": False}
+        parser.add_subclass_arguments((Optimizer,), "optimizer", skip={"params"}, **options)
+        parser.add_subclass_arguments((LRScheduler,), "lr_scheduler", skip={"optimizer"}, **options)
+        for name in ("optimizer", "lr_scheduler"):
+            parser.link_arguments(name, f"model.{name}", compute_fn=_as_dict)
+        parser.set_defaults({"optimizer": OPTIMIZER, "lr_scheduler": LR_SCHEDULER})
+        set_titles(parser)
+        group = parser.add_argument_group("the checkpoint")
+        group.add_argument("--ckpt_path", type=str, metavar="FILE", help=checkpoint_help(self.command))
+
+    def before_instantiate_classes(self) -> None:
+        if self.config.ckpt_path:
+            read_checkpoint(self.config.ckpt_path)
+        elif self.needs_checkpoint:
+            raise InputError(f"{self.command} needs a trained model: add --ckpt_path CHECKPOINT, a path printed by iprm fit")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer of the configuration, with a progress bar; `kwargs` override its arguments."""
+        given = {**self.config_init.trainer, **kwargs}
+        if given["enable_progress_bar"] is not False:
+            self.trainer_defaults["callbacks"] = [RunProgress(), *self.trainer_defaults.get("callbacks", [])]
+        if given["strategy"] == "fsdp2":
+            kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
+        kwargs["plugins"] = [*as_list(given["plugins"]), AtomicCheckpointIO()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError, ImportError) as error:
+            raise InputError(f"trainer: {error}") from error
+
+
+def as_list(given: Any) -> list[Any]:
+    """Trainer arguments are None, one object, or a list of objects."""
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
+def run(cli: type[FusionCLI], arguments: Sequence[str] | dict[str, Any], **options: Any) -> int:
+    """Runs a command and returns the exit code.
+
+    Raises:
+        InputError: a configuration, setting, dataset or method does not exist or cannot be used.
+        NonFiniteError: training met a number that is not finite.
+    """
+    with quiet_lightning():
+        cli(arguments, **options).execute()
+    return 0
+
+
+def _resolve(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with names of shipped configurations replaced by paths, and names of datasets by import paths."""
+    resolved: list[str] = []
+    names = {"--config": _config_path, "-c": _config_path, "--data": _class_path, "--data.help": _class_path}
+    for argument in arguments:
+        option, separator, value = argument.partition("=")
+        if separator and option in names:
+            resolved.append(f"{option}={names[option](value)}")
+        elif resolved and resolved[-1] in names:
+            resolved.append(names[resolved[-1]](argument))
+        else:
+            resolved.append(argument)
+    return resolved
+
+
+def _as_dict(settings: Namespace | None) -> dict[str, Any] | None:
+    """Class path and arguments as dicts of plain values, which a checkpoint can hold."""
+    return None if settings is None else settings.as_dict()
+
+
+def _config_path(name: str) -> str:
+    return str(find_config(name))
+
+
+def _class_path(name: str) -> str:
+    """The import path of a dataset given by name or import path."""
+    cls = imported_dataset(name) if "." in name else dataset_class(name)
+    return f"{cls.__module__}.{cls.__qualname__}"
