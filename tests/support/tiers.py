@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 #: Thousands of launches, which other backends make in the default tier; and repetition, which the interpreter cannot disturb.
@@ -22,35 +23,37 @@ def thin_interpreted(items: Sequence[pytest.Item]) -> None:
     One case per test function and dtype stays in the default tier: the middle one, which is neither the smallest shape of a
     grid nor the longest. The others are marked `grid`.
     """
-    cases: dict[tuple[object, str], list[pytest.Function]] = defaultdict(list)
+    cases: dict[tuple[object, ...], list[pytest.Function]] = defaultdict(list)
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
         if item.originalname in SLOW_INTERPRETED:
             item.add_marker(pytest.mark.slow)
         elif hasattr(item, "callspec"):
-            cases[item.function, str(item.callspec.params.get("dtype"))].append(item)
+            types = (value for value in item.callspec.params.values() if isinstance(value, torch.dtype))
+            cases[(item.function, *types)].append(item)
     for group in cases.values():
         for item in group:
             if item is not group[len(group) // 2]:
                 item.add_marker(pytest.mark.grid)
 
 
-def default_tier(file: str | Path, **environment: str) -> list[str]:
-    """The node ids that plain `pytest FILE` runs, without the path."""
+def collected(path: str | Path, *options: str, **environment: str) -> list[str]:
+    """The node ids that `pytest PATH OPTIONS` runs: without options, those of the default tier."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    path = os.pathsep.join(filter(None, sys.path))
+    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(path), *options],
         cwd=ROOT,
-        env={**inherited, "PYTHONPATH": path, **environment},
+        env=inherited | environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+    return [line for line in done.stdout.splitlines() if "::" in line]
 
 
 def default_parameters(file: str | Path, test: str) -> set[str]:
     """The ids of the parameters with which plain `pytest FILE` runs a test."""
-    return {node.partition("[")[2].removesuffix("]") for node in default_tier(file) if node.startswith(f"{test}[")}
+    found = (node.partition(f"::{test}[") for node in collected(file))
+    return {parameters.removesuffix("]") for _, test, parameters in found if test}

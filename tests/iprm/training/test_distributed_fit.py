@@ -95,6 +95,7 @@ def test_pairs_at_random_are_learned_by_two_processes_that_look_for_heads_withou
     check_alike(tmp_path)
 
 
+@pytest.mark.slow
 def test_sharded_batch_norm_is_validated_by_the_statistics_that_are_saved(folder):
     """The first process's, as under DDP, whose rows of metrics are the same. An MLP is chosen by default, and has one."""
     for strategy in ("ddp", "fsdp2"):
