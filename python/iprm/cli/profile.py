@@ -63,7 +63,7 @@ class ProfileCLI(FusionCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
-        self.model.check_batch_size(self.datamodule.batch_size)
+        self.model.check_training(self.datamodule.batch_size)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         self.instrument = Instrument(self.config.steps)

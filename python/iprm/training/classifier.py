@@ -137,8 +137,11 @@ class FusionClassifier(L.LightningModule):
 
     @property
     def batches(self) -> int:
-        """Batches trained on so far: the clock of a run, whatever an optimiser's step is made of."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        """Batches trained on so far, 0 without a trainer: the clock of a run, however many steps an optimiser makes."""
+        try:
+            return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        except RuntimeError:  # Lightning's, of a module that no trainer has
+            return 0
 
     def configure_callbacks(self) -> list[Callback]:
         """Adds none. Lightning calls this before it looks at any setting itself: what the rule cannot do is refused by name.

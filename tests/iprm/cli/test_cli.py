@@ -41,10 +41,18 @@ def test_the_help_of_every_command_begins_with_how_to_call_it_and_is_free_of_typ
 
 def test_the_help_of_fit_explains_the_settings_of_data_and_model_and_the_few_of_the_trainer_that_most_runs_need(tmp_path):
     out = iprm(tmp_path, "fit", "--help").out
-    settings = ("data.path", "data.batch_size", "model.method", "model.learning_rate", "trainer.max_epochs", "ckpt_path")
+    settings = (
+        "data.path",
+        "data.batch_size",
+        "model.method",
+        "model.feature_dim",
+        "optimizer",
+        "trainer.max_epochs",
+        "ckpt_path",
+    )
     assert all(f"--{setting}" in out for setting in settings)
     assert "--trainer.sync_batchnorm" not in out
-    assert "--model.learning_rate" not in iprm(tmp_path, "test", "--help").out, "a checkpoint's is fixed"
+    assert "--model.feature_dim" not in iprm(tmp_path, "test", "--help").out, "a checkpoint's is fixed"
 
 
 def test_the_options_of_a_dataset_are_explained_by_its_name(tmp_path):
@@ -155,7 +163,7 @@ def test_a_run_that_meets_nan_leaves_with_1_naming_step_modality_and_the_checkpo
     data = ("--data", "feature_files.PoisonedFeatures", "--data.path", features, "--data.poisoned_step", "5")
     code, _, err = iprm(tmp_path, "fit", *data, "--trainer.max_epochs", "3")
     assert code == 1
-    assert err.startswith("iprm: stopped at training step 5: modality 'text': its input is not finite\n")
+    assert err.startswith("iprm: stopped at training batch 5: modality 'text': its input is not finite\n")
     assert "Traceback" not in err
     assert (tmp_path / CHECKPOINT.search(err)["path"]).is_file()
 

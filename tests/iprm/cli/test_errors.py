@@ -47,8 +47,8 @@ WORDS = {
         "expected the class_path of a MultimodalData, got iprm.training.classifier.FusionClassifier",
     ),
     "a model setting": (
-        (*DIGITS, "--model.lerning_rate", "1"),
-        "unknown option --model.lerning_rate: did you mean --model.learning_rate?",
+        (*DIGITS, "--model.feture_dim", "1"),
+        "unknown option --model.feture_dim: did you mean --model.feature_dim?",
     ),
     "a dataset setting": (
         (*DIGITS, "--data.batchsize", "3"),
@@ -81,7 +81,7 @@ def test_a_word_that_does_not_exist_is_answered_with_the_one_that_was_meant(tmp_
 
 KEYS = {
     "trainer: {max_epoch: 3}": "unknown option --trainer.max_epoch: did you mean --trainer.max_epochs?",
-    "model: {lerning_rate: 1}": "unknown option --model.lerning_rate: did you mean --model.learning_rate?",
+    "model: {feture_dim: 1}": "unknown option --model.feture_dim: did you mean --model.feature_dim?",
     "modell: {method: sum}": "unknown option --modell.method: did you mean --model.method?",
     "data: {init_args: {batchsize: 3}}": "unknown option --data.batchsize: did you mean --data.batch_size?",
     "data: {class_path: digits}": "data: Expected a dot import path string: digits",
@@ -97,13 +97,13 @@ def test_a_wrong_key_of_a_configuration_file_is_answered_like_one_of_the_command
 
 
 VALUES = {
-    "a word for a number": (("--model.learning_rate", "fast"), "model.learning_rate: Expected a float. Got value: fast"),
+    "a word for a number": (("--model.feature_dim", "wide"), "model.feature_dim: Expected a int. Got value: wide"),
     "a word for a whole number": (("--data.batch_size", "many"), "batch_size: Expected a int. Got value: many"),
     "a word for a number or none": (
         ("--trainer.max_epochs", "many"),
         "trainer.max_epochs: Does not validate against any of the Union subtypes Subtypes: [int, NoneType]",
     ),
-    "a learning rate below 0": (("--model.learning_rate", "-1"), "learning_rate: expected a number from 0 up, got -1.0"),
+    "a learning rate below 0": (("--optimizer.lr", "-1"), "optimizer.lr: expected a number from 0 up, got -1.0"),
     "no width": (("--model.feature_dim", "0"), "feature_dim: expected a whole number from 1 up, got 0"),
     "an empty batch": (("--data.batch_size", "0"), "batch_size: expected at least 1, got 0"),
     "a batch of one row": (

@@ -62,7 +62,7 @@ def test_each_operator_is_told_by_itself(monkeypatch, no_request):
 
 def test_the_choice_in_a_line_names_the_operators_that_differ(monkeypatch, no_request):
     chosen = {"cpu": {"normalize": "cpp", "batch_kl": "cpp", "average_strength": "reference"}}
-    monkeypatch.setattr("iprm.info.backends_by_operator", lambda: chosen)
+    monkeypatch.setattr("iprm.environment.backends_by_operator", lambda: chosen)
     assert chosen_backends() == {"cpu": "cpp (average_strength: reference)"}
 
 

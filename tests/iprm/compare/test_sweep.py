@@ -305,7 +305,7 @@ def test_other_settings_than_those_of_the_folder_are_refused_by_name_and_nothing
 def test_a_run_that_meets_nan_fails_and_is_listed_with_its_reason(tmp_path, features):
     code, out, err = compare(tmp_path, "--optimizer.lr", "1e30", methods="sum")
     assert (code, err) == (1, "")
-    assert re.search(r"^failed: sum, seed 0: NonFiniteError: .*training step \d+", out, re.MULTILINE)
+    assert re.search(r"^failed: sum, seed 0: NonFiniteError: .*training batch \d+", out, re.MULTILINE)
     failure = (tmp_path / "report/sum/seed=1/failed.txt").read_text()
     assert failure.startswith("NonFiniteError: ")
     assert "Traceback" in failure
@@ -315,10 +315,10 @@ def test_the_others_go_on_and_the_one_that_failed_starts_again(report, tmp_path,
     save(tmp_path, arrays())
     run_fit = command.run_fit
 
-    def failing(config, folder, *given):
+    def failing(config, folder, *given, **options):
         if folder.parts[-2:] == ("sum", "seed=1"):
             raise NonFiniteError("training step 3: <b>\nand more")
-        run_fit(config, folder, *given)
+        run_fit(config, folder, *given, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(command, "run_fit", failing)
@@ -352,7 +352,7 @@ BAD = {
     "no method": ((*ARGUMENTS, "--methods", ","), "no methods were named"),
     "an unknown dataset option": ((*ARGUMENTS, "--set", "batchsize=3"), "did you mean --data.batch_size?"),
     "an unknown model option": ((*ARGUMENTS, "--model", "feature_dm=1"), "did you mean --model.feature_dim?"),
-    "a word for a number": ((*ARGUMENTS, "--model", "feature_dim=wide"), "model.feature_dim: Expected an int"),
+    "a word for a number": ((*ARGUMENTS, "--model", "feature_dim=wide"), "model.feature_dim: Expected a int. Got value: wide"),
     "a broken mapping": ((*ARGUMENTS, "--model", "encoders={a"), "model.encoders"),
     "a number out of range": ((*ARGUMENTS, "--optimizer.momentum", "2"), "momentum: expected a number from 0 to 1, got 2"),
     "an option without value": ((*ARGUMENTS, "--set", "batch_size"), "expected KEY=VALUE, got 'batch_size'"),

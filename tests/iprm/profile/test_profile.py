@@ -437,7 +437,7 @@ def test_without_a_folder_it_writes_into_one_of_its_own_below_runs(tmp_path, fea
     [
         ((), "profile needs a configuration"),
         (("--config", "digts"), "unknown configuration 'digts': did you mean 'digits'?"),
-        (("--config", "digits", "--model.lerning_rate", "1"), "did you mean --model.learning_rate?"),
+        (("--config", "digits", "--model.feture_dim", "1"), "did you mean --model.feature_dim?"),
         (("--config", "digits", "--steps", "0"), "argument --steps: expected a whole number from 1 up, got 0"),
         (("--model.method", "sum"), "no data: add --data"),
     ],

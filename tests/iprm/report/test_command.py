@@ -73,7 +73,7 @@ import sys
 from iprm.cli.main import main
 
 assert main(sys.argv[1:]) == 0
-heavy = {"torch", "lightning", "jsonargparse", "iprm_kernels"} & set(sys.modules)
+heavy = {"torch", "lightning", "iprm_kernels"} & set(sys.modules)
 assert not heavy, heavy
 """
 
