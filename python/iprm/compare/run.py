@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from iprm.data import make_data
 from iprm.training.classifier import FusionClassifier
 from iprm.training.finite import NonFiniteError
-from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.lightning import quiet_lightning
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from iprm.compare import sweep as compare
 from iprm.compare.run import Settings, run
 from iprm.data.datasets.features import Features
 from iprm.training.finite import NonFiniteError
-from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.lightning import quiet_lightning
 from training import classifier, fit
 
 FILES = ("summary.md", "runs.csv", "history.csv", "plot.png", "settings.json")
