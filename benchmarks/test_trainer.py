@@ -30,7 +30,7 @@ from iprm.training.callbacks.progress import RunProgress
 from iprm.training.callbacks.run_state import RunState
 from iprm.training.checkpoint import AtomicCheckpointIO
 from iprm.training.classifier import FusionClassifier
-from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.lightning import quiet_lightning
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 

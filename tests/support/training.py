@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from iprm.data.module import MultimodalData
 from iprm.training.classifier import FusionClassifier
-from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.lightning import quiet_lightning
 from iprm.training.optim import OPTIMIZER
 from lightning.pytorch.callbacks import ModelCheckpoint
 

@@ -21,7 +21,7 @@ from iprm.training.callbacks.progress import RunProgress
 from iprm.training.callbacks.run_state import RunState
 from iprm.training.checkpoint import AtomicCheckpointIO, read_checkpoint
 from iprm.training.classifier import FusionClassifier
-from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.lightning import quiet_lightning
 from iprm.training.optim import LR_SCHEDULER, OPTIMIZER
 
 from .options import imported_dataset

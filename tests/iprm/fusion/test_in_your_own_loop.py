@@ -11,7 +11,7 @@ from iprm import ProbeRebalance
 from iprm.errors import InputError
 from iprm.training.callbacks.run_state import RunState
 from iprm.training.checkpoint import AtomicCheckpointIO
-from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.lightning import quiet_lightning
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 

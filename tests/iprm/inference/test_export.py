@@ -24,6 +24,8 @@ METHOD_NAMES = [*(name for name in METHODS if name != "unimodal"), "unimodal-ima
 #: Two modalities by a CNN and an MLP, three by the other encoders as well, of widths that are not the same.
 MODELS = {"two modalities": (TWO, {}), "three modalities": (THREE, {"encoders": {"sound": "linear", "text": "identity"}})}
 
+import iprm_kernels as ik
+
 
 def predicted(model, shapes, rows: int) -> torch.Tensor:
     with torch.no_grad():
@@ -155,12 +157,12 @@ def test_the_files_name_no_place_of_the_machine_that_they_were_written_on(of_two
 
 def test_a_graph_that_predicts_otherwise_is_not_written(tmp_path, monkeypatch):
     checkpoint(tmp_path)
-    plain = export._plain_geodesic_mixup
+    ((operator, plain),) = ik.decompositions().items()
 
     def other(x, y, weight, eps):
         return plain(x, y, weight + 0.01, eps)
 
-    monkeypatch.setattr(export, "_plain_geodesic_mixup", other)
+    monkeypatch.setattr(ik, "decompositions", lambda: {operator: other})
     code, out, err = iprm(tmp_path, "export", "--ckpt_path", "model.ckpt", "--output", "new")
     assert (code, out) == (2, "")
     assert "iprm: the exported graph differs from the checkpoint's logits by" in err

@@ -34,7 +34,7 @@ from iprm.profile.profiler import (
 )
 from iprm.profile.result import Profile, Spread, Step, summary
 from iprm.training.finite import FiniteGuard
-from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.lightning import quiet_lightning
 from iprm.training.metrics import EpochMeans
 from matplotlib.image import imread
 from training import classifier, fit, trainer

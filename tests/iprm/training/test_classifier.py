@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from iprm.data.datasets.features import Features
 from iprm.errors import InputError
 from iprm.training.classifier import FusionClassifier
-from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.lightning import quiet_lightning
 from sklearn.metrics import accuracy_score
 from training import classifier, fit, sgd, values
 

@@ -21,7 +21,7 @@ from iprm.methods import build
 from iprm.training.callbacks.diagnostics import Diagnostics
 from iprm.training.callbacks.modality_diagnostics import BINS, SplitMeasurement
 from iprm.training.classifier import FusionClassifier
-from iprm.training.lightning_warnings import quiet_lightning
+from iprm.training.lightning import quiet_lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, confusion_matrix

@@ -145,6 +145,6 @@ def test_sigterm_to_one_process_stops_both_and_they_resume_to_the_same_bits(fold
     told = ("--data.signal_step", "7", "--data.signal_number", str(int(signal.SIGTERM)))
     stopped = run(places[1], "fit", *NOISY, *SETTINGS, *TWO, *told)
     assert stopped.returncode == 143, stopped.stderr
-    assert f"stopped by SIGTERM; to go on: iprm resume {RUN}" in stopped.stderr
+    assert f"stopped by SIGTERM; to continue: iprm resume {RUN}" in stopped.stderr
     assert run(places[1], "resume", str(RUN), "--data.signal_step", "-1").returncode == 0
     assert difference(left(places[1]), left(places[0])) == []

@@ -124,7 +124,7 @@ def test_a_killed_run_that_is_bounded_by_steps_and_validates_within_epochs_resum
 def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_to_the_same_bits(ran, step):
     """In the middle of an epoch and in its last step, with no other save but at the beginning of epochs."""
     log = (ran / f"terminated{step}" / "log.txt").read_text()
-    assert f"stopped by SIGTERM; to go on: iprm resume {RUN}" in log
+    assert f"stopped by SIGTERM; to continue: iprm resume {RUN}" in log
     assert "Traceback" not in log
     found, expected = left(ran / f"terminated{step}"), left(ran / "alone")
     last = f"batch={STEPS - 3:08d}.ckpt"  # of the last epoch's beginning: what else is saved is saved by another rule

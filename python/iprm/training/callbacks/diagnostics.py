@@ -28,6 +28,7 @@ from iprm.fusion.module import FusionModule
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 from iprm.training.checkpoint import read_checkpoint
 from iprm.training.classifier import FusionClassifier
+from iprm.training.lightning import to_device
 
 from .modality_diagnostics import SplitMeasurement
 
@@ -133,10 +134,7 @@ def _batches(trainer: L.Trainer) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         count *= trainer.world_size
         loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
     for batch in itertools.islice(loader, None if count == math.inf else int(count)):
-        # as Lightning's own loop does: the precision's types, the hooks of data and model, the device
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        yield to_device(trainer, batch)
 
 
 def _measure(trainer: L.Trainer, module: FusionClassifier) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from iprm.data.module import MultimodalData
 from iprm.distributed import gathered, rank, world_size
 from iprm.errors import InputError
 from iprm.training.checkpoint import STATES, saved_states
+from iprm.training.lightning import at_batch_boundary, epoch_not_begun, resume_at_epoch_start, skip_sigterm_broadcast
 
 from .csv_logger import RunLog
 
@@ -66,25 +67,17 @@ class RunState(L.Callback):
         self._restored = []
         self._saved_at = batches_of(trainer)
         if self._at_epoch_start:  # else Lightning may take a run bounded by steps to be in the middle of the epoch before
-            trainer.fit_loop.epoch_loop.restarting = False
+            resume_at_epoch_start(trainer)
         # Lightning's own handler calls all processes from within a signal, in the middle of whatever they say to each other,
         # and its loop asks them every step and waits for a GPU's answer
         self._signal.catch(trainer)
-        setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010 - a method
+        skip_sigterm_broadcast(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Lightning has counted the epoch as begun, and would take a run that is restored here to be at its end
-        loop = trainer.fit_loop
-        loop.epoch_loop.batch_progress.reset_on_run()
-        loop.epoch_loop.val_loop.batch_progress.reset()  # of the last epoch
-        counts = (loop.epoch_progress.current, loop.epoch_progress.total)
-        for count in counts:
-            count.ready -= 1
         self._at_epoch_start = True
-        self._save(trainer)
+        with epoch_not_begun(trainer):
+            self._save(trainer)
         self._at_epoch_start = False
-        for count in counts:
-            count.ready += 1
         if self._signal.came_to_any():
             raise SIGTERMException
 
@@ -94,11 +87,8 @@ class RunState(L.Callback):
         due = self.every_n_batches and batches_of(trainer) >= self._saved_at + self.every_n_batches
         if world_size() == 1 and not due and not self._signal.came_to_any():
             return
-        loop = trainer.fit_loop.epoch_loop
         self._unasked += 1
-        # neither gradients that are being accumulated nor a validation that is due would be found in what was saved before them
-        validates = trainer.fit_loop._data_fetcher and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-        if loop._should_accumulate() or loop.batch_progress.is_last_batch or validates:
+        if not at_batch_boundary(trainer):
             return
         stops = (world_size() == 1 or self._unasked >= ASK_EVERY) and self._signal.came_to_any()
         self._unasked = 0 if self._unasked >= ASK_EVERY else self._unasked
