@@ -1,4 +1,4 @@
-"""Keeps Lightning's remarks out of a small run's way."""
+"""Silences Lightning's messages that do not apply to small runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Without Lightning's remarks on workers, devices and the logging interval, which say nothing here."""
+    """Silences Lightning's messages on workers, devices and the logging interval within the context."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
