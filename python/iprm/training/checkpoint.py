@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code, and kept so that a killed run goes on where it was."""
+"""Checkpoint files: atomic writes, reads that run no code, and the saved states that a run resumes from."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from iprm.errors import InputError
 
 STATES = "states"
 STATE = re.compile(r"batch=(?P<batch>\d+)\.ckpt")
-#: Of the weights that do not fit a model, how many are named.
+#: Largest number of mismatched weights named in an error message.
 MOST_MISFITS = 4
-#: Seconds without a write after which a file that was being written is nobody's: a save that lives writes all the time.
+#: Seconds without a write after which a partial file is considered abandoned: a running save writes continually.
 ABANDONED = 3600
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's plugin for reading and writing checkpoints of one file, for ``Trainer(plugins=[AtomicCheckpointIO()])``.
+    """Lightning plugin that writes single-file checkpoints atomically: ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
-    A checkpoint is written beside its place, flushed to the disk, and renamed into it: a run that is killed at any moment
-    leaves the old file or the new one; a save in that folder an hour later removes what a killed one has left beside it.
-    Whatever is read holds tensors and plain values alone; anything else is refused.
+    A checkpoint is written to a temporary file in the same folder, flushed to disk, and renamed: a run killed at any moment
+    leaves either the old file or the new one. Temporary files of killed saves are removed by later saves in that folder, an
+    hour after their last write. Files that hold anything but tensors and plain values are refused.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):
-            return super().save_checkpoint(checkpoint, path, storage_options)  # another file system than this one
+            return super().save_checkpoint(checkpoint, path, storage_options)  # a remote file system
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_parts(path.parent)
@@ -60,7 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _remove_parts(folder: Path) -> None:
-    """Removes what saves that were killed have left in a folder."""
+    """Removes temporary files that killed saves have left in a folder."""
     for part in folder.glob(".*.????????.part"):
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > ABANDONED:
@@ -68,20 +68,20 @@ def _remove_parts(folder: Path) -> None:
 
 
 def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint of a `FusionClassifier`, on the CPU. No code that the file may hold is run.
+    """Loads a checkpoint of a `FusionClassifier` on the CPU, without running any code that the file may hold.
 
     Args:
         path: the file.
-        mmap: leave tensors in the file until they are read.
+        mmap: map tensors from the file instead of copying them into memory.
 
     Raises:
-        InputError: there is none, or it is truncated, foreign, or holds more than tensors and plain values.
+        InputError: the file is missing, truncated, no such checkpoint, or holds more than tensors and plain values.
     """
     return _read(path, ("hyper_parameters", "state_dict"), "checkpoint of iprm fit", mmap=mmap)
 
 
 def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint file whose `parts` must each be a dict. `what` names the kind of file in error messages.
+    """Loads a checkpoint file and verifies that each key in `parts` is a dict. `what` names the file type in errors.
 
     The checksum of every member of the archive is verified first, because torch's own reader ignores them: one flipped bit
     would otherwise be one silently changed weight. The checksums of 100 MB take 32 ms where loading takes 47 (one core).
@@ -91,7 +91,7 @@ def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = Fal
     content = damaged = None
     # the readers raise many errors for broken archives and pickles: BadZipFile, IndexError, AttributeError, AssertionError
     with contextlib.suppress(Exception):
-        if zipfile.is_zipfile(path):  # for anything else torch's reader would try formats of long ago
+        if zipfile.is_zipfile(path):  # for other files torch.load would try its legacy formats
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if not damaged:
@@ -104,14 +104,14 @@ def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = Fal
 
 
 def logged_steps(checkpoint: Mapping[str, Any]) -> int:
-    """The step that the next row of a resumed run's loggers has."""
+    """The step at which the loggers of a resumed run write their next row."""
     return int(checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
 
 
 def misfit(here: Mapping[str, Any], there: Mapping[str, Any], strict: bool) -> str:
-    """What of the state that a checkpoint has, `there`, does not fit a model's; empty where all of it does.
+    """Describes mismatches between a model's state `here` and a checkpoint's `there`; "" if they match.
 
-    Unless `strict`, only what both have is to fit.
+    With ``strict=False`` only keys present in both are compared.
     """
     expected, came = ({name: tuple(getattr(x, "shape", ())) for name, x in state.items()} for state in (here, there))
     wrong = [f"it has no {name}" for name in expected if name not in came] if strict else []
@@ -121,32 +121,32 @@ def misfit(here: Mapping[str, Any], there: Mapping[str, Any], strict: bool) -> s
     if not wrong:
         return ""
     more = f", and {len(wrong) - MOST_MISFITS} more" if len(wrong) > MOST_MISFITS else ""
-    hint = "; if encoders were replaced in the model that was saved, replace them alike in the one that is to have its weights"
+    hint = "; if encoders of the saved model were replaced, replace them in this model in the same way"
     return f"the checkpoint's weights do not fit the model: {', '.join(wrong[:MOST_MISFITS])}{more}{hint}"
 
 
 def saved_states(run: Path) -> list[Path]:
-    """The states that a run can go on from, oldest first."""
+    """The saved states of a run, oldest first."""
     steps = {path: STATE.fullmatch(path.name) for path in (run / STATES).glob("*.ckpt")}
     return sorted((path for path, match in steps.items() if match), key=lambda path: int(STATE.fullmatch(path.name)["batch"]))  # type: ignore[index]
 
 
 def state_to_resume(run: Path, previous: bool = False) -> Path:
-    """The last state of a run, or with `previous` the one before; it was found to be whole.
+    """The last saved state of a run, or with `previous` the one before it, after checking that it can be read.
 
     Raises:
-        InputError: no such run or state, or it cannot be read.
+        InputError: there is no such run or state, or the state cannot be read.
     """
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: there is no such run; expected the folder of one, such as runs/digits/fit/version_0")
     states = saved_states(run)
     if len(states) < 1 + previous:
         which = "no state before the last" if states else "no state"
-        raise InputError(f"{run}: {which} was saved to go on from")
+        raise InputError(f"{run}: {which} was saved to resume from")
     state = states[-2 if previous else -1]
     try:
         read_checkpoint(state)
     except InputError as error:
-        other = f"; to go on from the state before it: iprm resume {run} --previous" if not previous and states[1:] else ""
+        other = f"; to resume from the state before it: iprm resume {run} --previous" if not previous and states[1:] else ""
         raise InputError(f"{error}{other}") from error
     return state

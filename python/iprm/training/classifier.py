@@ -43,39 +43,40 @@ from .train_step import compile_modules
 
 
 class FusionClassifier(L.LightningModule):
-    """A classifier of several modalities: one encoder per modality, a fusion module, and the rule of a method that trains them.
+    """A multimodal classifier: one encoder per modality, a fusion module, and the training rule of a method.
 
     Logged once per epoch: `train_loss`, `train_loss_<head>`, `train_accuracy`, `train_accuracy_<head>`, and every measure of
     the method by its own name (IPRM has `weight`, λ at the end of the epoch, and `strength_<modality>`, mean ω); for validation
     and test `<split>_loss`, `_accuracy`, `_macro_f1`, `_map` (mean average precision over classes) and `_accuracy_<head>`. A
-    head is a modality, "mix" or "fused". No step waits for a GPU.
+    head is a modality, "mix" or "fused". No training step synchronises with a GPU.
 
-    A step whose input, features or loss is not finite ends the run with `NonFiniteError` (see `FiniteGuard`), and a
-    checkpoint is written only of a model whose steps and parameters are finite.
+    A non-finite input, feature or loss ends the run with `NonFiniteError` (see `FiniteGuard`). A checkpoint is written only
+    if all steps so far and all parameters are finite.
 
     Args:
-        inputs: modality -> description of its input, as `MultimodalData.inputs` has it: a tensor, or a dict of tensors.
+        inputs: modality -> description of its input, a tensor or a dict of tensors, as `MultimodalData.inputs` returns it.
         num_classes: C.
         method: a key of `iprm.methods.METHODS`, or "unimodal-<modality>".
         method_options: options of the method, such as {"alpha": 0.9}.
-        encoders: modality -> "cnn", "mlp", "linear", "identity", "resnet18", or the import path of an nn.Module of yours; with
-            arguments, a mapping of both (see docs/your-model.md). A modality that is not named gets an encoder by its shape.
-        feature_dim: width of the features; those of "identity", "resnet18" and of a class of yours have a width of their own.
-        optimizer: any of torch.optim, {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}; None for SGD with a
-            learning rate of 0.01, momentum 0.9 and weight decay 1e-4.
-        lr_scheduler: any of torch.optim.lr_scheduler, or `iprm.training.optim.StepAtFraction` (the default) or `WarmupCosine`,
-            in the same form, stepped after every epoch; None for a constant rate. A run bounded by steps alone has no fraction
-            of its epochs: there the default keeps the rate.
+        encoders: modality -> "cnn", "mlp", "linear", "identity", "resnet18", or the import path of your own nn.Module; with
+            arguments, a mapping of class_path and init_args (see docs/your-model.md). For a modality that is not named, the
+            encoder is chosen by the shape of its input.
+        feature_dim: width of the features; "identity", "resnet18" and your own classes determine their width themselves.
+        optimizer: any class of torch.optim, {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}; None for SGD with
+            a learning rate of 0.01, momentum 0.9 and weight decay 1e-4.
+        lr_scheduler: any class of torch.optim.lr_scheduler, or `iprm.training.optim.StepAtFraction` (the default) or
+            `WarmupCosine`, in the same form, stepped after every epoch; None for a constant rate. The default keeps the rate
+            constant in a run that is bounded by steps alone, because the number of epochs is unknown there.
         modality_options: modality -> {"lr_scale": factor of the learning rate of its encoder, "weight_decay": of its encoder,
             "freeze": true, or the number of first epochs in which its encoder is not trained}, each optional.
-        channels_last: images and convolutions in the channels-last memory format, which oneDNN and GPUs with tensor cores
-            prefer; under FSDP2 the images alone.
+        channels_last: store images and convolution weights in the channels-last memory format, which is faster on oneDNN and
+            on GPUs with tensor cores; under FSDP2, only the images.
         compile: a backend of torch.compile for encoders and fusion, such as "inductor"; none by default.
-        cuda_graph: whole training steps, except the optimiser's, as CUDA graphs; on a CPU, in mixed precision, in several
-            processes and for batches of another shape, steps run without a graph, and the log says so (see `GraphedStep`).
+        cuda_graph: capture forward and backward pass as CUDA graphs. On a CPU, in mixed precision, in several processes and
+            for batches of another shape, steps run without a graph, and a warning is logged (see `GraphedStep`).
 
     Raises:
-        InputError: an unknown method, option or encoder (the message suggests the closest), or a value out of its range.
+        InputError: an unknown method, option or encoder (the message suggests the closest name), or a value out of range.
     """
 
     encoders: nn.ModuleDict
@@ -111,10 +112,10 @@ class FusionClassifier(L.LightningModule):
         self.fusion, self.rule = built
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         model = FusionModel(every, self.fusion, memory_format)
-        # of the modalities that the method reads alone: DistributedDataParallel refuses parameters without a gradient
+        # only the modalities that the method reads: DistributedDataParallel refuses parameters without a gradient
         self.encoders = model.encoders
         compile_modules(model, compile)
-        self._model = (model,)  # in a tuple: as a submodule it would name every parameter a second time
+        self._model = (model,)  # in a tuple: a submodule would register every parameter under a second name
         self.graphed = GraphedStep(model) if cuda_graph else None
         for modality in modality_options or {}:
             if modality not in inputs:
@@ -125,7 +126,7 @@ class FusionClassifier(L.LightningModule):
         self.optimizer_settings, self.scheduler_settings = optimizer or OPTIMIZER, lr_scheduler
         self._configured: Configured | None = None
         self.means = EpochMeans()
-        self._restored_means: list[dict[str, Any]] = []  # of each process
+        self._restored_means: list[dict[str, Any]] = []  # one per process
         self.guard = FiniteGuard("training batch")
         self.val_metrics, self.test_metrics = EpochMetrics(num_classes), EpochMetrics(num_classes)
         self.evaluation_guard = FiniteGuard("evaluation batch")
@@ -144,7 +145,7 @@ class FusionClassifier(L.LightningModule):
             return 0
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds none. Lightning calls this before it looks at any setting itself: what the rule cannot do is refused by name.
+        """Adds no callback. Lightning calls this before it checks any setting, so `check_trainer` can refuse first.
 
         Raises:
             InputError: a setting of the trainer that this method cannot be trained with.
@@ -154,7 +155,7 @@ class FusionClassifier(L.LightningModule):
         return []
 
     def check_trainer(self, trainer: L.Trainer) -> None:
-        """Whether the method can be trained by this trainer.
+        """Checks that the method can be trained with this trainer.
 
         Raises:
             InputError: naming the method and the setting.
@@ -173,12 +174,12 @@ class FusionClassifier(L.LightningModule):
             raise InputError(f"{method} needs {VALIDATION}: expected check_val_every_n_epoch 1 and a validation split")
 
     def configure_model(self) -> None:
-        """Under FSDP2 (Lightning's ``ModelParallelStrategy``): shards each encoder, and the fusion module as a whole, for its
-        operator takes the weights of all heads at once."""
+        """Under FSDP2 (Lightning's ``ModelParallelStrategy``), shards each encoder, and the fusion module as one unit, because
+        its operator reads the weights of all heads at once."""
         if self.device_mesh is None or isinstance(self, FSDPModule):
             return
-        self.encoders.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 shards no other parameters
-        # over all processes: of Lightning's mesh those of one machine share tensors by default
+        self.encoders.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP2 shards contiguous parameters only
+        # over all processes: Lightning's default mesh uses tensor parallelism within a machine
         mesh = init_device_mesh(self.device_mesh.device_type, (world_size(),))
         for module in (*self.encoders.values(), self.fusion):
             if any(True for _ in module.parameters()):
@@ -186,14 +187,14 @@ class FusionClassifier(L.LightningModule):
         fully_shard(self, mesh=mesh)
 
     def check_training(self, rows: int) -> None:
-        """Whether the model can be trained with its optimiser and schedule, on batches of so many rows per process.
+        """Checks that optimiser and schedule can be made, and that `rows` per batch and process suffice for the encoders.
 
         Raises:
-            InputError: an optimiser or schedule that cannot be made; or one row, and an encoder that normalises over the batch.
+            InputError: the optimiser or schedule cannot be made; or `rows` is 1 and an encoder normalises over the batch.
         """
         optimizer = make_optimizer(parameter_groups(self.model, self.rule, self.modality_options), self.optimizer_settings)
         if self.scheduler_settings is not None:
-            make_scheduler(optimizer, self.scheduler_settings, epochs=100)  # any number: what is refused does not depend on it
+            make_scheduler(optimizer, self.scheduler_settings, epochs=100)  # any number: the checks do not depend on it
         if rows == 1 and any(isinstance(module, _BatchNorm) for module in self.encoders.modules()):
             raise InputError("batch_size: expected at least 2 to train encoders that normalise over a batch, got 1")
 
@@ -202,18 +203,18 @@ class FusionClassifier(L.LightningModule):
         return self.model.encode(inputs)
 
     def forward(self, inputs: Mapping[str, Input], target: Tensor | None = None) -> FusionOutput:
-        """modality -> (B, ...), target (B,) int64 or None -> FusionOutput; in evaluation with the prediction of the rule."""
+        """modality -> (B, ...), target (B,) int64 or None -> FusionOutput; in evaluation mode, with `Rule.predict`'s logits."""
         output = self.model(inputs, target)
         return output if self.training else self.driver.predicted(output)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As Lightning does it; on a CPU, where every batch is already, it would walk through all of it."""
+        """As in Lightning, except that a CPU batch is returned unchanged: Lightning would traverse it for nothing."""
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     # training
 
     def on_train_start(self) -> None:
-        if self._configured is not None:  # a subclass may have others
+        if self._configured is not None:  # None if a subclass overrides configure_optimizers
             self._configured.apply()
         if self.graphed is not None:
             self.graphed.accumulates = self.trainer.accumulate_grad_batches > 1
@@ -241,7 +242,7 @@ class FusionClassifier(L.LightningModule):
             optimizer.zero_grad()
             self.manual_backward(loss_of(update))
             with self.driver.scaled_rates(optimizer.optimizer):
-                optimizer.step()  # in which Lightning calls on_before_optimizer_step
+                optimizer.step()  # Lightning calls on_before_optimizer_step within
         self.means.update(update.output, target)
         return None
 
@@ -251,7 +252,7 @@ class FusionClassifier(L.LightningModule):
             self.means.update(update.output, target)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Lightning calls this when gradients are reduced and unscaled, and not yet clipped."""
+        """Lightning calls this after gradients are reduced and unscaled, before they are clipped."""
         self.driver.modulate()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -266,17 +267,17 @@ class FusionClassifier(L.LightningModule):
             self._configured.scheduler.step()
 
     def train_metrics(self, *, joint: bool = True) -> dict[str, Tensor]:
-        """Those of the epoch so far: of all processes, which must all call this, or of this one's rows."""
+        """Metrics of the epoch so far. If `joint`, of the rows of all processes, all of which must call this; else of its own rows."""
         return self.means.compute(self.fusion.state_measures(), joint=joint)
 
     def _own_loader(self) -> Any:
-        """The training split for `Rule.start_epoch`, apart from the loop's own loader; None where it is not asked for."""
+        """A separate loader of the training split for `Rule.start_epoch`; None if the rule does not override that hook."""
         data = getattr(self.trainer, "datamodule", None)
         asked = type(self.rule).start_epoch is not Rule.start_epoch
         return data.rule_dataloader(self.current_epoch) if asked and isinstance(data, MultimodalData) else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning calls this before it writes a checkpoint: an error here leaves the last one as it was."""
+        """Lightning calls this before it writes a checkpoint: an error here leaves the previous file untouched."""
         self.guard.look()
         check_state(self, self.batches)
         checkpoint["epoch_means"] = gathered(self.means.state_dict())
@@ -285,7 +286,7 @@ class FusionClassifier(L.LightningModule):
         """Lightning calls this before it loads the state.
 
         Raises:
-            InputError: the checkpoint is of a model made with other settings, or of another module.
+            InputError: the checkpoint belongs to a model with other settings, or to another module.
         """
         settings = checkpoint.get("hyper_parameters", {})
         try:
@@ -300,10 +301,10 @@ class FusionClassifier(L.LightningModule):
         self._restored_means = means if len(means) == world_size() else []
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's.
+        """As `torch.nn.Module.load_state_dict`.
 
         Raises:
-            InputError: the state does not fit; the message names what of it.
+            InputError: the state does not fit the model; the message names the parameters and shapes that differ.
         """
         try:
             return super().load_state_dict(state_dict, strict, assign)
@@ -314,7 +315,7 @@ class FusionClassifier(L.LightningModule):
         groups = parameter_groups(self.model, self.rule, self.modality_options)
         optimizer = make_optimizer(groups, self.optimizer_settings)
         epochs = self.trainer.max_epochs
-        epochs = None if epochs is None or epochs < 1 else epochs  # a run bounded by steps or time
+        epochs = None if epochs is None or epochs < 1 else epochs  # unknown in a run bounded by steps or time
         scheduler = None
         settings = self.scheduler_settings
         if settings is not None and (epochs is not None or not is_step_at_fraction(settings)):
@@ -328,7 +329,7 @@ class FusionClassifier(L.LightningModule):
     # evaluation
 
     def on_validation_start(self) -> None:
-        if isinstance(self, FSDPModule):  # which leaves buffers to each process: batch norm's are then the first's, as saved
+        if isinstance(self, FSDPModule):  # FSDP2 does not synchronise buffers; checkpoints hold those of rank 0
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)
         self.evaluation_guard.place = f"training batch {self.batches}, validation batch"
@@ -355,7 +356,7 @@ class FusionClassifier(L.LightningModule):
         inputs, target = batch
         features, output = self.model.with_features(inputs, target)
         output = self.driver.predicted(output)
-        if len(target):  # of a split's last batch a process may have no rows
+        if len(target):  # a process may have no rows of a split's last batch
             self.evaluation_guard.watch(batch_idx, inputs, features, output)
         metrics.update(output, target)
 
@@ -375,10 +376,10 @@ class FusionClassifier(L.LightningModule):
 def _modality_options(
     options: Mapping[str, Mapping[str, Any]], modalities: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, bool | int]]:
-    """Entries of the parameter groups, and what is frozen, by modality; those of modalities that are not read are left out.
+    """Parameter group entries and `freeze` values by modality. Modalities that the method does not read are left out.
 
     Raises:
-        InputError: an unknown option, or one out of its range.
+        InputError: an unknown option, or a value out of range.
     """
     groups: dict[str, dict[str, Any]] = {}
     freeze = {}
@@ -404,7 +405,7 @@ def _structure(
     feature_dim: int,
     **_: Any,
 ) -> dict[str, Any]:
-    """The hyperparameters that decide which parameters a model has, in one form."""
+    """The hyperparameters that decide which parameters a model has, in canonical form."""
     return {
         "inputs": plain(inputs),
         "num_classes": num_classes,

@@ -1,4 +1,4 @@
-"""A training step of fixed shapes as one CUDA graph: forward and backward pass are launched as a whole, each."""
+"""A training step of fixed shapes as CUDA graphs: one for the forward pass, one for the backward pass."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Shapes = list[tuple[str, torch.Size, torch.dtype]]
 
 
 class GraphedStep:
-    """Runs a model's training step through a CUDA graph captured of the first step, and without one where no graph can serve.
+    """Replays `FusionModel.with_features` in training mode from a CUDA graph that is captured at the first step.
 
-    `FusionModel.with_features` in training mode, with inputs of the shapes of the first step: the last, smaller batch of an
-    epoch runs without a graph. The log says once why no graph is captured.
+    The graph holds the shapes of the first step: the last, smaller batch of an epoch runs without a graph. If no graph can
+    be captured, steps run eagerly, and the reason is logged once.
 
     Args:
-        model: a graph refers to its parameters and buffers, which must stay where they are.
+        model: its parameters and buffers must keep their addresses, which the graph refers to.
     """
 
     def __init__(self, model: FusionModel) -> None:
         self.model = model
-        self.accumulates = False  # gradients over batches
+        self.accumulates = False  # whether gradients are accumulated over batches
         self._graphed: _Flat | None = None
         self._shapes: Shapes = []
         self._told: set[str] = set()
@@ -51,21 +51,21 @@ class GraphedStep:
         return self._graphed.unpacked(self._graphed(*flat(inputs).values(), target))
 
     def _obstacle(self, target: Tensor) -> str:
-        """Why this step cannot be a graph; empty if it can."""
+        """Why this step cannot run as a graph; "" if it can."""
         if target.device.type != "cuda":
             return f"a graph needs a GPU, and the batch is on {target.device.type!r}"
         if torch.is_autocast_enabled("cuda"):
             return "mixed precision casts weights anew every step, which a captured graph would not; use precision 32-true"
         if self.accumulates:
-            return "gradients are accumulated over batches, and a replay writes over those of the last"
+            return "gradients are accumulated over batches, and a replay overwrites those of the previous batch"
         if world_size() > 1:
-            return "a step of several processes waits for others between its launches"
+            return "a step of several processes communicates between its launches"
         if any(getattr(module, "sampling", None) == "random" for module in self.model.modules()):
             return "pairs='random' draws on the host"
         return ""
 
     def _capture(self, inputs: Mapping[str, Input], target: Tensor) -> None:
-        # the warm-up runs the module for real, and would be training steps that no optimiser took
+        # the warm-up calls update buffers (λ, batch statistics), so they are restored afterwards
         kept = [buffer.clone() for buffer in self.model.buffers()]
         tensors = flat(inputs)
         graphed = _Flat(self.model, tuple(tensors))
@@ -78,7 +78,7 @@ class GraphedStep:
 
 
 class _Flat(nn.Module):
-    """A step from tensors to tensors alone, as a graph requires. `labels` are those of the inputs, in order."""
+    """The step with tensors as its only arguments and results, as a graph requires. `labels` name the inputs, in order."""
 
     def __init__(self, model: FusionModel, labels: tuple[str, ...]) -> None:
         super().__init__()

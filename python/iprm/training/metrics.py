@@ -1,4 +1,4 @@
-"""What is measured over an epoch. Values stay on the device until the epoch ends."""
+"""Metrics over an epoch. Values stay on the device until the epoch ends."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def loss_of(output: FusionOutput) -> Tensor:
 class EpochMetrics(Metric):
     """Loss, accuracy, macro-F1, mean average precision over classes, and the accuracy of every head, of a whole split.
 
-    Logits are kept to the end, when each metric is computed once: updating three metrics at every step costs more than the
-    step of a small model. Across processes the rows are gathered, so the values are those of one process.
+    Logits are stored until the end, when each metric is computed once: updating three metrics at every step costs more than
+    the step of a small model. Rows are gathered from all processes, so the values equal those of a single process.
     """
 
     full_state_update = False
@@ -48,7 +48,7 @@ class EpochMetrics(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, output: FusionOutput, target: Tensor) -> None:
-        """Keeps one batch: logits and loss of `output`, target (B,)."""
+        """Stores one batch: logits and loss of `output`, target (B,)."""
         self.heads = tuple(output.logits_by)
         self.logits.append(stacked_logits(output).float().transpose(0, 1))
         self.target.append(target)
@@ -71,15 +71,15 @@ class EpochMetrics(Metric):
 
 
 class EpochMeans:
-    """Running means of a training epoch, in a few small operations per step. Losses and accuracies are those of the rows of all
-    processes; measures, which are equal on all processes, are means over the steps that gave them."""
+    """Running means of a training epoch, in a few small operations per step. Losses and accuracies are means over the rows of
+    all processes; measures, which are equal on all processes, are means over the steps that reported them."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.rows: list[int] = []  # of each step
-        self.losses: list[Tensor] = []  # (1 + L,), of each step
+        self.rows: list[int] = []  # one per step
+        self.losses: list[Tensor] = []  # (1 + L,) per step
         self.loss_heads: list[str] = []
         self.heads: list[str] = []
         self.correct: Tensor | None = None  # (1 + H,), counts
@@ -114,13 +114,14 @@ class EpochMeans:
         """train_loss, train_loss_<head>, train_accuracy, train_accuracy_<head>; each measure by its own name.
 
         Args:
-            state_measures: name -> (), logged as they are: those of `FusionModule.state_measures`.
-            joint: of all processes, which must all call this; else of this one's rows.
+            state_measures: name -> (), logged unchanged: the result of `FusionModule.state_measures`.
+            joint: over the rows of all processes, each of which must call this; else over this process's rows.
         """
         if self.correct is None:
             return {}
         group, processes = (process_group(), world_size()) if joint else (None, 1)
-        losses = all_reduce_sum(torch.stack(self.losses), group) / processes  # each process has its share: see `joint_sums`
+        # each loss is scaled by the process's share of rows: see `joint_sums`
+        losses = all_reduce_sum(torch.stack(self.losses), group) / processes
         rows = all_reduce_sum(torch.tensor(self.rows, device=losses.device), group)
         correct = all_reduce_sum(self.correct.clone(), group)
         means = (losses * rows[:, None]).sum(0) / rows.sum()

@@ -1,4 +1,4 @@
-"""Optimisers and learning rate schedules from plain settings, and how a resumed run takes new ones."""
+"""Optimisers and learning rate schedules from plain settings, and how a resumed run applies new settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIMIZER: dict[str, Any] = {
 LR_SCHEDULER: dict[str, Any] = {"class_path": "iprm.training.optim.StepAtFraction", "init_args": {}}
 
 
-#: The greatest value of arguments that torch does not check against NaN, infinity or a useless size; the least is 0.
+#: Upper bounds of arguments that torch does not check for NaN, infinity or meaningless values; the lower bound is 0.
 BOUNDS = {"lr": math.inf, "weight_decay": math.inf, "momentum": 1.0}
 
 
@@ -32,8 +32,8 @@ class StepAtFraction(LambdaLR):
     """Multiplies the learning rates by `gamma` once, after a fraction of all epochs.
 
     Args:
-        optimizer: whose rates are scheduled.
-        epochs: of the run; `iprm fit` fills it in.
+        optimizer: the optimiser to schedule.
+        epochs: number of epochs of the run; `iprm fit` fills it in.
         fraction: from 0 to 1; the rates change after ``max(1, round(fraction · epochs))`` epochs.
         gamma: from 0 up.
     """
@@ -53,10 +53,10 @@ class WarmupCosine(LambdaLR):
         lr(e) = lr · (floor + (1 - floor) · (1 + cos(π (e - w) / (epochs - w))) / 2)   from then on
 
     Args:
-        optimizer: whose rates are scheduled.
-        epochs: of the run; `iprm fit` fills it in.
+        optimizer: the optimiser to schedule.
+        epochs: number of epochs of the run; `iprm fit` fills it in.
         warmup_epochs: w, from 0 to below `epochs`.
-        floor: the part of the rate, from 0 to 1, that the cosine ends at.
+        floor: final rate as a fraction of the base rate, from 0 to 1.
     """
 
     def __init__(self, optimizer: Optimizer, epochs: int | None = None, warmup_epochs: int = 0, floor: float = 0.0) -> None:
@@ -77,7 +77,7 @@ def checked(kind: str, base: type, settings: Settings | str) -> tuple[type, dict
     """The class and the arguments that settings name.
 
     Raises:
-        InputError: there is no such class, or it is none of `base`.
+        InputError: there is no such class, or it is not a subclass of `base`.
     """
     if isinstance(settings, str):
         settings = {"class_path": settings}
@@ -99,10 +99,10 @@ def checked(kind: str, base: type, settings: Settings | str) -> tuple[type, dict
 
 
 def make_optimizer(groups: Iterable[dict[str, Any]], settings: Settings | str) -> Optimizer:
-    """The optimiser of parameter groups, each of which may have entries of its own, and ``lr_scale``, a factor of its rate.
+    """The optimiser of parameter groups. A group may override any argument, and may have ``lr_scale``, a factor of its rate.
 
     Raises:
-        InputError: it cannot be made from these settings.
+        InputError: the optimiser cannot be made from these settings.
     """
     cls, arguments = checked("optimizer", Optimizer, settings)
     for name, highest in BOUNDS.items():
@@ -122,10 +122,10 @@ def make_optimizer(groups: Iterable[dict[str, Any]], settings: Settings | str) -
 
 
 def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int | None) -> LRScheduler:
-    """The schedule of an optimiser's rates, stepped after every epoch; those of this module are given `epochs`.
+    """The learning rate schedule of an optimiser, stepped after every epoch. Classes of this module receive `epochs`.
 
     Raises:
-        InputError: it cannot be made from these settings, or has to know the number of epochs of a run that has none.
+        InputError: the schedule cannot be made from these settings, or needs a number of epochs and `epochs` is None.
     """
     cls, arguments = checked("lr_scheduler", LRScheduler, settings)
     if cls in (StepAtFraction, WarmupCosine) and arguments.get("epochs") is None:
@@ -139,15 +139,15 @@ def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int |
 
 
 def is_step_at_fraction(settings: Settings | str) -> bool:
-    """Whether settings name `StepAtFraction`, which a run without a number of epochs leaves out."""
+    """Whether settings name `StepAtFraction`, which is skipped in a run without a number of epochs."""
     return checked("lr_scheduler", LRScheduler, settings)[0] is StepAtFraction
 
 
 class Configured:
-    """What an optimiser and its schedule were made with, to be applied again after a state was restored into them.
+    """The settings that an optimiser and its schedule were made with, to be applied again after a state is restored.
 
-    A restored state brings every group's values of the run that saved it. The settings of this run replace them: where a
-    group's initial rate is the saved one, its present rate stays; else that is scaled by their ratio.
+    Restoring a state overwrites the settings of every parameter group with those of the run that saved it. `apply` replaces
+    them by the settings of this run. The current rate of a group is scaled by the ratio of the new to the saved initial rate.
     """
 
     def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
@@ -155,14 +155,14 @@ class Configured:
         self.groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
     def apply(self) -> None:
-        """After a state was restored; without one it changes nothing."""
+        """Call after restoring a state; without a restored state this changes nothing."""
         initial = [group.get("initial_lr", group["lr"]) for group in self.groups]
         if self.scheduler is not None:
             self.scheduler.base_lrs = list(initial)
         for place, (group, configured, rate) in enumerate(zip(self.optimizer.param_groups, self.groups, initial, strict=True)):
             saved, present = group.get("initial_lr"), group["lr"]
             group.update(configured)
-            if isinstance(self.scheduler, LambdaLR):  # known at any epoch, also where the number of epochs was changed
+            if isinstance(self.scheduler, LambdaLR):  # a function of the epoch: a changed number of epochs takes effect
                 group["lr"] = rate * self.scheduler.lr_lambdas[place](self.scheduler.last_epoch)
             elif saved is not None:
                 group["lr"] = present if saved == rate else present * (rate / saved)

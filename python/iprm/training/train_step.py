@@ -1,4 +1,4 @@
-"""Encoders and fusion compiled where they are."""
+"""In-place compilation of encoders and fusion module."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from iprm.fusion.model import FusionModel
 
 
 def compile_modules(model: FusionModel, backend: str | None) -> None:
-    """Puts the weights into the model's memory format, and compiles encoders and fusion in place, so that no name of a
-    checkpoint changes.
+    """Converts the encoders' weights to the model's memory format, and compiles encoders and fusion module in place, so that
+    the keys of checkpoints do not change.
 
     Args:
         model: encoders and fusion module.
-        backend: of torch.compile; None compiles nothing.
+        backend: a backend of torch.compile; None compiles nothing.
 
     Raises:
         InputError: torch.compile has no such backend.

@@ -19,12 +19,12 @@ from iprm.inference.model import load_inference
 from iprm.methods import METHODS
 from safetensors.torch import load_file
 
+import iprm_kernels as ik
+
 FILES = ["model.json", "model.pt2", "model.safetensors"]
 METHOD_NAMES = [*(name for name in METHODS if name != "unimodal"), "unimodal-image", "unimodal-sound"]
 #: Two modalities by a CNN and an MLP, three by the other encoders as well, of widths that are not the same.
 MODELS = {"two modalities": (TWO, {}), "three modalities": (THREE, {"encoders": {"sound": "linear", "text": "identity"}})}
-
-import iprm_kernels as ik
 
 
 def predicted(model, shapes, rows: int) -> torch.Tensor:

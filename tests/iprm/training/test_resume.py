@@ -195,7 +195,7 @@ def test_a_truncated_state_is_refused_and_the_one_before_is_offered(run, tmp_pat
     code, _, err = iprm(tmp_path, "resume", str(run))
     assert code == 2
     assert err == (
-        f"iprm: {last}: not a checkpoint of iprm fit, or a part of one; to go on from the state before it: "
+        f"iprm: {last}: not a checkpoint of iprm fit, or a part of one; to resume from the state before it: "
         f"iprm resume {run} --previous\n"
     )
 
@@ -233,8 +233,8 @@ def test_a_checkpoint_that_holds_code_is_refused_and_the_code_not_run(run, tmp_p
     ("made", "options", "message"),
     [
         ("", (), "there is no such run; expected the folder of one, such as runs/digits/fit/version_0"),
-        ("config.yaml", (), "no state was saved to go on from"),
-        ("config.yaml", ("--previous",), "no state was saved to go on from"),
+        ("config.yaml", (), "no state was saved to resume from"),
+        ("config.yaml", ("--previous",), "no state was saved to resume from"),
     ],
 )
 def test_a_folder_without_a_run_or_a_state_is_refused(tmp_path, made, options, message):

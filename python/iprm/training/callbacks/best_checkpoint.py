@@ -1,4 +1,4 @@
-"""Keeps the checkpoint that is best on validation, of a run whose folder may move."""
+"""Keeps the best checkpoint on validation, in a run folder that may be moved."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's callback that keeps the checkpoint best on validation, of a run whose folder may move before it goes on."""
+    """`ModelCheckpoint` for the best epoch on validation. Its state stays valid if the run folder is moved before resuming."""
 
     def __init__(self, monitor: str = "val_accuracy", mode: str = "max", **options: Any) -> None:
-        # of a file that a killed run has left, the run that goes on writes the same again
+        # no version counter: a resumed run overwrites the file that the killed run left
         super().__init__(monitor=monitor, mode=mode, **{"filename": FILENAME, "enable_version_counter": False, **options})
 
     def state_dict(self) -> dict[str, Any]:
-        """With the names of files, and no folder."""
+        """The state with file names only, without folders."""
         state = super().state_dict()
         paths = {name: Path(path).name if path else "" for name, path in state.items() if name in PATHS}
         best = {Path(path).name: score for path, score in state["best_k_models"].items()}
@@ -30,7 +30,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         folder = Path(self.dirpath or "")
         if not (folder / state_dict["best_model_path"]).is_file():
-            return  # a new run begins from the checkpoint of another
+            return  # a new run that starts from another run's checkpoint
         paths = {name: str(folder / path) if path else "" for name, path in state_dict.items() if name in PATHS}
         best = {str(folder / path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class RunLog(CSVLogger):
-    """Lightning's CSV logger with one row a step that anything was logged at, which `RunState` can take back to where a run
-    was interrupted. The file is written anew as a whole, at most once a second and at the end of a run."""
+    """Lightning's CSV logger with one row per logged step, which `RunState` rewinds to the point where a run was interrupted.
+    The whole file is rewritten, at most once per second and at the end of a run."""
 
     def __init__(self, save_dir: str | Path, name: str = "fit", version: int | str | None = None) -> None:
         super().__init__(save_dir, name, version)
@@ -23,7 +23,7 @@ class RunLog(CSVLogger):
 
     @property
     def experiment(self) -> Any:
-        """Lightning's own writer would delete the file of a run that goes on."""
+        """Replaces Lightning's writer, which would delete the file of a resumed run."""
         return self
 
     @property
@@ -42,10 +42,10 @@ class RunLog(CSVLogger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """config.yaml holds them."""
+        """Does nothing: config.yaml holds the hyperparameters."""
 
     def restore(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Goes on from these rows."""
+        """Replaces all rows by `rows`; logging continues after them."""
         self.rows = [dict(row) for row in rows]
         self._changed = True
 

@@ -1,4 +1,4 @@
-"""What a run measures of itself at its end, so that a report of it needs neither data nor model: diagnostics.json."""
+"""diagnostics.json: measurements at the end of a run, so that a report needs neither the data nor the model."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ FILE = "diagnostics.json"
 
 
 class Diagnostics(Callback):
-    """Writes diagnostics.json into the run's folder when training has ended, for `iprm report`.
+    """Writes diagnostics.json into the run's folder at the end of training, for `iprm report`.
 
-    `iprm fit` has it. In a Lightning run of your own it is one more callback of the trainer::
+    `iprm fit` adds it. In your own Lightning script, pass it to the trainer::
 
         trainer = L.Trainer(callbacks=[ModelCheckpoint(monitor="val_accuracy", mode="max"), Diagnostics()])
         trainer.fit(FusionClassifier(data.inputs, data.num_classes), datamodule=data)
 
-    It goes once through the validation split, with the weights that a `ModelCheckpoint` with a monitor has kept as the best,
-    or else with the last ones, and on process 0 alone. Weights, module modes and random states are afterwards what they were.
-    Nothing is read back from a GPU before the last batch. With M modalities and C classes the file holds
+    Process 0 evaluates the validation split once, with the best weights of a `ModelCheckpoint` that has a monitor, or else
+    with the last weights. Weights, module modes and random states are restored afterwards. Nothing is read back from a GPU
+    before the last batch. With M modalities and C classes the file holds
 
     - ``weights``: ``{"from": "best", "epoch", "monitor", "value"}``, or ``{"from": "last", "epoch"}``;
     - ``method``, ``modalities``, ``num_classes``, ``rows`` (samples that have a label);
     - ``class_counts``: C counts;
-    - ``confusion``: counts of the C×C matrix that are not zero, ``{"target": [...], "prediction": [...], "count": [...]}``;
-    - ``angles``: for each pair of modalities whose features have one width, θ = ∠(x, y) in radians:
-      ``{"pair": [a, b], "counts": 36 over [0, π], "mean", "undirected"}``, the last counting rows of which one vector is zero;
+    - ``confusion``: the non-zero counts of the C×C matrix, ``{"target": [...], "prediction": [...], "count": [...]}``;
+    - ``angles``: for each pair of modalities with features of equal width, θ = ∠(x, y) in radians:
+      ``{"pair": [a, b], "counts": 36 over [0, π], "mean", "undirected"}``; "undirected" counts rows with a zero vector;
     - ``strength``: for each pair that IPRM mixes, with its newest λ, by class:
       ``{"pair": [a, b], "kl": [C sums, C sums], "omega": [C, C]}``, ω = `iprm_kernels.strength_weights` of the two sums;
       null for classes without a sample;
     - ``versions``, ``platform``, ``device``, ``precision``, ``backends``.
 
-    It needs a `FusionClassifier`, a validation split, and a strategy that has the whole model in every process; where one is
-    missing, or the file cannot be written, it warns and leaves the run as it is.
+    It needs a `FusionClassifier`, a validation split, and a strategy that keeps the whole model in every process. Without one
+    of them, or if the file cannot be written, it warns and does nothing.
     """
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # not on_fit_end: by then Lightning has moved the model off its device
-        folder = trainer.log_dir or trainer.default_root_dir  # asked of all processes, which agree on it
-        fast = getattr(trainer, "fast_dev_run", False)  # leaves no folder
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective call: before rank 0 is singled out
+        fast = getattr(trainer, "fast_dev_run", False)  # creates no folder
         if fast or not trainer.is_global_zero or not trainer.enable_validation:
             return
         if not isinstance(pl_module, FusionClassifier):
@@ -84,7 +84,7 @@ class Diagnostics(Callback):
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Every submodule in the mode of evaluation, and afterwards in its own."""
+    """Sets every submodule to evaluation mode within the context, and restores its own mode afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -96,13 +96,13 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _best_weights(trainer: L.Trainer, module: nn.Module) -> Iterator[dict[str, Any]]:
-    """The parameters and buffers best on validation, where a checkpoint has them; afterwards the last again, bit for bit."""
+    """Loads the best parameters and buffers, if there is a checkpoint; restores the last ones bit-identically afterwards."""
     kept = best_checkpoint(trainer)
     checkpoint = _load(kept.best_model_path) if kept is not None and kept.best_model_path else None
     if kept is None or checkpoint is None:
-        yield {"from": "last", "epoch": trainer.current_epoch - 1}  # by now it counts one further
+        yield {"from": "last", "epoch": trainer.current_epoch - 1}  # current_epoch is already incremented here
         return
-    # tensors are copied in place: load_state_dict has hooks, and a module may derive more than its state from them
+    # copied in place rather than by load_state_dict, whose hooks may change attributes that are not restored
     state = {name: x for name, x in module.state_dict().items() if isinstance(x, Tensor)}
     last = {name: x.clone() for name, x in state.items()}
     try:
@@ -124,7 +124,7 @@ def _load(path: str) -> dict[str, Any] | None:
 
 
 def _batches(trainer: L.Trainer) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """The validation split on the model's device; all of it, where the processes of a run have divided it."""
+    """Batches of the validation split on the model's device: the whole split, even if it is divided among processes."""
     loader: Any = trainer.val_dataloaders
     count = trainer.num_val_batches[0]
     if isinstance(loader, Loader):
@@ -138,7 +138,7 @@ def _batches(trainer: L.Trainer) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
 
 
 def _measure(trainer: L.Trainer, module: FusionClassifier) -> dict[str, Any]:
-    """What `SplitMeasurement` says of the validation split."""
+    """`SplitMeasurement` of the validation split."""
     assert isinstance(module.fusion, FusionModule)
     measurement = SplitMeasurement(module.fusion)
     for inputs, target in _batches(trainer):
@@ -160,7 +160,7 @@ def _environment(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    """Whole or not at all: a report may read it meanwhile."""
+    """Writes atomically, because a report may read the file at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a fusion module does on a whole split: confusion, angles between modalities, and their strength by class."""
+"""Measurements of a fusion module on a whole split: confusion, angles between modalities, and their strength by class."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ BINS = 36  # of θ over [0, π]: 5 degrees each
 
 
 class SplitMeasurement:
-    """Measures a fusion module in evaluation mode, a batch at a time.
+    """Measures a fusion module in evaluation mode, batch by batch.
 
-    Of each sample the target, the prediction, and an angle and two divergences a pair are kept on the device; everything
-    else is done once, at the end, with one transfer to the host.
+    Per sample, the target, the prediction, and one angle and two divergences per pair are kept on the device; everything else
+    is computed at the end, with one transfer to the host.
 
     Args:
-        fusion: any; what it has no pairs or common widths for is left out.
+        fusion: any fusion module. Divergences need pairs that it mixes, angles need features of equal width; otherwise they
+            are left out.
     """
 
     def __init__(self, fusion: FusionModule) -> None:
@@ -95,14 +96,14 @@ class SplitMeasurement:
 
 
 def _rows(rows: list[Tensor], like: Tensor) -> Tensor:
-    """(R, B) of rows (B,), with R = 0 as well."""
+    """Stacks R rows (B,) to (R, B), including R = 0."""
     return torch.stack(rows) if rows else like.new_zeros((0, len(like)), dtype=torch.float32)
 
 
 def _angle(x: Tensor, y: Tensor) -> Tensor:
-    """θ of two batches of vectors (B, D) -> (B,); NaN where one of a row's vectors is zero.
+    """θ between the rows of two batches.  (B, D) each -> (B,); NaN where either vector is zero.
 
-    As 2 atan2(‖x̂ - ŷ‖, ‖x̂ + ŷ‖): near 0 and π the cosine of a float32 has lost half of the digits of θ.
+    Computed as 2 atan2(‖x̂ - ŷ‖, ‖x̂ + ŷ‖): near 0 and π, a float32 cosine loses half of the digits of θ.
     """
     directed = (x != 0).any(1) & (y != 0).any(1)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -117,7 +118,7 @@ def _by_class(values: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 def _histograms(angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of angles (P, N): counts (P, BINS) over [0, π], means (P,), and how many (P,) are none."""
+    """Angles (P, N) -> counts (P, BINS) over [0, π], means (P,), and numbers (P,) of undefined (NaN) angles."""
     angles = angles.double()
     none = angles.isnan()
     bins = (angles.nan_to_num() * (BINS / math.pi)).long().clamp(max=BINS - 1)
@@ -126,7 +127,7 @@ def _histograms(angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _strengths(kl: Tensor) -> Tensor:
-    """ω (P, 2, C) of KL sums (P, 2, C): a small operator a class, once a run."""
+    """ω (P, 2, C) of KL sums (P, 2, C), by one small operator call per class and pair, once per run."""
     pairs, _, classes = kl.shape
     omega = [ik.strength_weights(both) for both in kl.transpose(1, 2).reshape(-1, 2)]
     return torch.stack(omega).view(pairs, classes, 2).transpose(1, 2) if omega else kl
@@ -143,6 +144,6 @@ def _integers(values: Tensor) -> list[int]:
 
 
 def _numbers(values: Tensor, present: Tensor | None = None) -> list[float | None]:
-    """In seven digits, which float32 has; None for what is not present, or not finite, which JSON cannot say."""
+    """Numbers rounded to seven digits, the precision of float32; None for absent and non-finite values, which JSON lacks."""
     known = values.isfinite() if present is None else values.isfinite() & present
     return [float(f"{value:.7g}") if good else None for value, good in zip(values.tolist(), known.tolist(), strict=True)]

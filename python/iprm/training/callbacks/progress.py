@@ -11,15 +11,15 @@ from torch import Tensor
 
 from iprm.training.classifier import FusionClassifier
 
-#: How often a second the bar is drawn. Lightning's 100 took an eighth of the time of small steps on a CPU.
+#: Refreshes of the bar per second. Lightning's default of 100 took an eighth of the time of small steps on a CPU.
 DRAWN_A_SECOND = 10
-#: Steps between readings within an epoch: a reading takes a tenth of a small step, and on a GPU waits for it.
+#: Steps between updates within an epoch: an update takes a tenth of a small step, and synchronises with a GPU.
 READ_EVERY = 50
 
 
 class RunProgress(RichProgressBar):
-    """Lightning's bar with what matters, in few letters: loss, λ and ω of the epoch so far (of the first process) or, when it
-    has ended, of all of it; and validation accuracies in percent, of the prediction and of every head."""
+    """Lightning's progress bar with a short summary: loss, λ and ω of the epoch so far (on the first process) or, after it has
+    ended, of the whole epoch; and validation accuracies in percent, of the prediction and of every head."""
 
     def __init__(self, refresh_rate: int = DRAWN_A_SECOND, **options: Any) -> None:
         super().__init__(refresh_rate, **options)
@@ -40,7 +40,7 @@ class RunProgress(RichProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:  # of two batches
+        if not trainer.sanity_checking:  # which evaluates two batches only
             self._read(trainer)
         super().on_validation_end(trainer, pl_module)
 
@@ -49,7 +49,7 @@ class RunProgress(RichProgressBar):
 
 
 def summary(metrics: dict[str, float]) -> dict[str, str]:
-    """What the bar says of the metrics of an epoch."""
+    """The columns of the bar from the metrics of an epoch."""
 
     def of(prefix: str) -> list[float]:
         return [value for name, value in metrics.items() if name.startswith(prefix)]

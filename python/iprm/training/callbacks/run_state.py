@@ -1,4 +1,4 @@
-"""What a run that was killed needs to go on to the very bits it would have had."""
+"""The saved state of a run, from which a killed run resumes bit-identically."""
 
 from __future__ import annotations
 
@@ -23,25 +23,29 @@ from iprm.training.lightning import at_batch_boundary, epoch_not_begun, resume_a
 
 from .csv_logger import RunLog
 
-#: Batches after which several processes ask each other whether SIGTERM came: the answer takes them a wait for the GPU.
+#: Batches between all-reduces of the SIGTERM flag, each of which synchronises with the GPU.
 ASK_EVERY = 20
 
 
 class RunState(L.Callback):
     """Saves the whole state of a run, at the beginning of every epoch, every `every_n_batches` batches and at SIGTERM, as
-    ``states/batch=<N>.ckpt`` in the run's folder: weights, λ and ω, optimiser, schedule, the place in the epoch, the states of
-    the random number generators of all processes, and the metrics so far.
+    ``states/batch=<N>.ckpt`` in the run's folder: weights, λ and ω, optimiser, schedule, the position in the epoch, the states
+    of the random number generators of all processes, and the metrics so far.
 
-    A run that continues from one (``Trainer.fit(ckpt_path=...)`` with this callback, `iprm resume`) computes what it would
-    have computed, bit for bit where the operators are deterministic, if the order of its data depends on seed and epoch alone
-    (those of `MultimodalData`; a loader that shuffles by torch's generator draws before this restores it), their randomness
-    on torch's, numpy's and Python's generators (those of workers are not saved: `iprm.data.loading.Loader` seeds them for each
-    batch), and its number of processes is the same.
+    A run resumed from a state (``Trainer.fit(ckpt_path=...)`` with this callback, or `iprm resume`) is bit-identical to an
+    uninterrupted one under these conditions:
+
+    - the operators are deterministic;
+    - the order of the data depends on seed and epoch alone, as in `MultimodalData`. A loader that shuffles by torch's
+      generator draws from it before this callback restores it;
+    - random augmentation uses torch's, numpy's or Python's generators. Those of workers are not saved:
+      `iprm.data.loading.Loader` seeds them for each batch;
+    - the number of processes is the same.
 
     Args:
-        every_n_batches: batches between saves within an epoch, or a few more where a validation is due then or gradients
-            are being accumulated; 0 saves at an epoch's beginning alone.
-        keep: how many of the last states are kept, at least 2: of the last one a disk may lose a part.
+        every_n_batches: batches between saves within an epoch. A save is postponed by a few batches if a validation is due or
+            gradients are being accumulated. 0 saves at the beginning of each epoch only.
+        keep: number of most recent states to keep, at least 2, because a disk failure may truncate the last one.
     """
 
     def __init__(self, every_n_batches: int = 0, keep: int = 2) -> None:
@@ -50,12 +54,12 @@ class RunState(L.Callback):
         if keep < 2:
             raise InputError(f"keep: expected at least 2, got {keep}")
         self.every_n_batches, self.keep = every_n_batches, keep
-        self.saved: Path | None = None  # the last one
+        self.saved: Path | None = None  # the most recent state
         self._trainer: L.Trainer | None = None
-        self._restored: list[dict[str, Any]] = []  # the generators of each process
-        self._at_epoch_start = False  # of the state that is saved, or was restored
+        self._restored: list[dict[str, Any]] = []  # generator states, one per process
+        self._at_epoch_start = False  # whether the state being saved, or restored, is at the beginning of an epoch
         self._saved_at = 0  # batches
-        self._unasked = 0  # batches since all processes asked each other
+        self._unasked = 0  # batches since the last all-reduce of the SIGTERM flag
         self._signal = _Termination()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -66,10 +70,10 @@ class RunState(L.Callback):
             restore_generators(self._restored[rank()])
         self._restored = []
         self._saved_at = batches_of(trainer)
-        if self._at_epoch_start:  # else Lightning may take a run bounded by steps to be in the middle of the epoch before
+        if self._at_epoch_start:  # otherwise Lightning may place a run limited by steps in the middle of the previous epoch
             resume_at_epoch_start(trainer)
-        # Lightning's own handler calls all processes from within a signal, in the middle of whatever they say to each other,
-        # and its loop asks them every step and waits for a GPU's answer
+        # Lightning's own handler starts a collective inside the signal handler, possibly in the middle of another one, and its
+        # loop synchronises with the GPU at every step to read the flag
         self._signal.catch(trainer)
         skip_sigterm_broadcast(trainer)
 
@@ -104,7 +108,7 @@ class RunState(L.Callback):
         self._signal.release()
 
     def _save(self, trainer: L.Trainer) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # the same on every process
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # equal on all processes
         self.saved = folder / STATES / f"batch={batches_of(trainer):08d}.ckpt"
         self._saved_at = batches_of(trainer)
         trainer.save_checkpoint(self.saved)
@@ -132,7 +136,7 @@ class RunState(L.Callback):
             log.restore(state["metrics"])
 
     def _data(self) -> dict[str, Any]:
-        """What decides the rows of each batch: sizes and digests of the splits, and the size of a joint batch."""
+        """What determines the rows of each batch: the seed, sizes and digests of the splits, and the size of a joint batch."""
         data = getattr(self._trainer, "datamodule", None)
         if not isinstance(data, MultimodalData):
             return {}
@@ -146,22 +150,22 @@ class RunState(L.Callback):
 
 
 def batches_of(trainer: L.Trainer) -> int:
-    """Batches that a run has trained on: its clock, whatever its optimisers' steps are made of."""
+    """Batches that a run has trained on. Unlike Lightning's global step, this does not depend on optimiser steps per batch."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
 class _Termination:
-    """Remembers that SIGTERM came, to this process or to any."""
+    """Records SIGTERM, to this process or to any other of the run."""
 
     def __init__(self) -> None:
         self._came = False
-        self._before: Any = None  # the handler; None while none is set
+        self._before: Any = None  # the previous handler; None while ours is not installed
 
     def catch(self, trainer: L.Trainer) -> None:
         def remember(number: int, frame: Any) -> None:
             launcher = trainer.strategy.launcher
             if not self._came and launcher is not None:
-                launcher.kill(number)  # the processes that this one has started
+                launcher.kill(number)  # forwards the signal to the processes that this one started
             self._came = True
 
         if threading.current_thread() is threading.main_thread():
@@ -173,7 +177,7 @@ class _Termination:
             self._before = None
 
     def came_to_any(self) -> bool:
-        """Asks all processes, and waits for their answers."""
+        """Whether any process received SIGTERM: an all-reduce, which synchronises with the device."""
         if world_size() == 1:
             return self._came
         device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
@@ -183,8 +187,8 @@ class _Termination:
 
 
 def generators() -> dict[str, Any]:
-    """The states of torch's, numpy's and Python's generators of random numbers, in tensors and plain values."""
-    name, key, *rest = np.random.get_state()  # noqa: NPY002 - the generator that others use
+    """The states of torch's, numpy's and Python's random number generators, as tensors and plain values."""
+    name, key, *rest = np.random.get_state()  # noqa: NPY002 - the global generator, which other libraries use
     states = {
         "torch": torch.get_rng_state(),
         "numpy": [name, torch.from_numpy(np.asarray(key).astype(np.int64)), *rest],
