@@ -16,7 +16,7 @@ DESCRIPTIONS = {
     "test": "Evaluates a checkpoint on the test split of its data.",
     "predict": "Writes the predictions of a checkpoint as CSV: row, target, prediction, and the probability of every class.",
     "profile": """\
-Reports where the time of an epoch goes. Trains for a few steps with the settings of iprm fit and prints the time per batch
+Reports where the time of an epoch goes. Trains for a few batches with the settings of iprm fit and prints the time per batch
 of every stage: fetching a batch, moving it to the device, forward and backward pass of each encoder and of the head,
 optimiser, metrics, and the rest. Writes profile.png and profile.json; no checkpoints, states or logs.
 

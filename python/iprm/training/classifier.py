@@ -267,7 +267,7 @@ class FusionClassifier(L.LightningModule):
             self._configured.scheduler.step()
 
     def train_metrics(self, *, joint: bool = True) -> dict[str, Tensor]:
-        """Metrics of the epoch so far. If `joint`, of the rows of all processes, all of which must call this; else of its own rows."""
+        """Those of the epoch so far, over all processes, which must all call this, or over the rows of this process."""
         return self.means.compute(self.fusion.state_measures(), joint=joint)
 
     def _own_loader(self) -> Any:

@@ -16,6 +16,7 @@ import torch
 from iprm.data.datasets.features import Features
 from iprm.training import lightning
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.profilers import Profiler
 from training import classifier, fit, trainer
 
 
@@ -251,6 +252,7 @@ def test_no_class_overrides_a_private_method_of_lightning_or_jsonargparse():
         L.LightningModule,
         L.LightningDataModule,
         L.Callback,
+        Profiler,
         LightningCLI,
         jsonargparse.ArgumentParser,
     )
