@@ -196,9 +196,7 @@ def test_features_are_read_once_in_either_direction(case: tuple, launches: list[
     for name, writes in (("project", 0), ("gradients", modalities)):
         launch = found[name]
         rows, classes, columns = (launch.arguments[f"BLOCK_{what}"] for what in "BCD")
-        alike = (
-            3 * (modalities - 1) if classes == rows else 0
-        )  # three modalities have six heads, whose tiles then have the same shape
+        alike = 3 * (modalities - 1) if classes == rows else 0  # tiles of six heads then have the same shape
         ir = launch.compile(TARGETS["sm_90"]).asm["ttir"]
         assert len(re.findall(rf"tt\.load .*tensor<{rows}x{columns}x!tt\.ptr", ir)) == modalities + alike
         assert len(re.findall(rf"tt\.store .*tensor<{rows}x{columns}x!tt\.ptr", ir)) == writes + (alike if writes else 0)
