@@ -20,7 +20,7 @@ MOST_MODALITIES = 3
 ENOUGH_PROGRAMS = 256
 #: Programs that gradients are spread over.
 GRADIENT_PROGRAMS = 1024
-#: 4 MB minus the parts of the KL sums and losses; and the bytes of scratch that parts of head gradients may use.
+#: 4 MB minus the parts of the KL sums and losses; and the bytes of scratch reserved at most for parts of head gradients.
 SPARE, LEAST_PARTS = 3_840_000, 1 << 21
 #: The fewest rows per chunk. Memory leaves fewer only if the saved state has used it up, as for one class.
 LEAST_ROWS = 8192
@@ -34,8 +34,7 @@ def projects_itself(features: Sequence[Tensor], classes: int) -> bool:
 
 def differentiates_itself(features: Sequence[Tensor], classes: int) -> bool:
     """True if the gradient tiles fit in registers: for two modalities whenever the projection tiles do; for three only in
-    bfloat16
-    with aligned rows."""
+    bfloat16 with aligned rows."""
     of_two = len(features) == 2 or (features[0].dtype == torch.bfloat16 and not unaligned(features))
     return of_two and projects_itself(features, classes)
 
