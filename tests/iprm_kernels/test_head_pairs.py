@@ -214,7 +214,7 @@ def test_fullgraph_compile_equals_eager(place: Place) -> None:
         ({"heads": []}, ValueError, "heads: expected 3 heads"),
         ({"mix_heads": [(torch.zeros(6, 31), None)]}, ValueError, "mix_heads: expected 3 heads"),
         ({"pairs": [(0, 1), (0, 2), (1, 3)]}, ValueError, r"pairs\[2\]: expected two different modalities, 0 to 2"),
-        ({"pairs": [(0, 1), (0, 2), (1, 1)]}, ValueError, r"pairs\[2\]: expected two different places"),
+        ({"pairs": [(0, 1), (0, 2), (1, 1)]}, ValueError, r"pairs\[2\]: expected two different modalities"),
         ({"pairs": []}, ValueError, "pairs: expected at least one"),
         ({"pairs": 3}, TypeError, "pairs: expected a list or tuple"),
         ({"weight": torch.zeros(2)}, ValueError, "weight: expected a float, shape"),
