@@ -1,4 +1,4 @@
-// The Python module: the schemas of the kernels, filled in by the sources of each device, and what was built.
+// The Python module: the schemas of the kernels, which each device's sources implement, and the build information.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
@@ -16,7 +16,7 @@ namespace exported {
 }  // namespace exported
 }  // namespace iprm
 
-// The calling convention of iprm_kernels/convention.py, its named tuples spread: inputs, then outputs that the caller has
+// The calling convention of iprm_kernels/convention.py with its named tuples unpacked: inputs, then outputs that the caller has
 // allocated.
 STABLE_TORCH_LIBRARY(iprm_cpp, m) {
   m.def("normalize(Tensor x, float eps, Tensor(a!) out, Tensor(b!) norm) -> ()");
@@ -65,7 +65,7 @@ PYBIND11_MODULE(_C, module) {
         found["REBALANCE"] = iprm::kRebalance;
         return found;
       },
-      "The constants that iprm_kernels/convention.py has too, those by type as (float32, float64).");
+      "The constants shared with iprm_kernels/convention.py; type-dependent ones are (float32, float64).");
   module.def(
       "head_layout",
       [](int64_t rows, int64_t classes, int64_t modalities, int64_t pairs, bool narrow) {
@@ -87,5 +87,5 @@ PYBIND11_MODULE(_C, module) {
         info["instruction_set"] = iprm::isa_name();
         return info;
       },
-      "Compiler, flags, CUDA version and architectures, and the torch this was built against; the instruction set in use here.");
+      "Compiler, flags, CUDA version and architectures, and the torch version of the build; the instruction set in use.");
 }

@@ -1,6 +1,7 @@
 """Argument checks, shared by the public functions and by modules built on them.
 
-Each takes the name of the argument first, and raises TypeError or ValueError with that name, what was expected and what came.
+Each function takes the name of the argument first, and raises TypeError or ValueError with the name, the expected value and the
+value that was passed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LARGEST_WEIGHT = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, tor
 
 
 def rows(name: str, value: Any, shape: str = "(..., D)") -> None:
-    """`value` is a floating tensor with at least one dimension, the last of them not empty."""
+    """`value` is a floating tensor with at least one dimension; the last dimension is not empty."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
     if value.dtype not in FLOATING:
@@ -33,7 +34,7 @@ def rows(name: str, value: Any, shape: str = "(..., D)") -> None:
 
 
 def dense(name: str, value: Tensor) -> None:
-    """`value` has elements at strides: it is neither sparse, nor nested, nor in a layout of a library's own."""
+    """`value` has elements at strides: it is neither sparse, nor nested, nor in a library-specific layout (such as mkldnn)."""
     if value.layout is not torch.strided or value.is_nested:
         came = "a nested tensor" if value.is_nested else str(value.layout)
         raise TypeError(f"{name}: expected a dense tensor (layout torch.strided), got {came}")
@@ -62,7 +63,7 @@ def same_place(name: str, value: Tensor, other_name: str, other: Tensor, *, auto
 
 
 def epsilon(eps: Any, like: Tensor) -> float:
-    """`eps` is a finite number that can be divided by twice in the arithmetic of `like`."""
+    """`eps` is a positive finite number whose 1 / eps² is representable in the arithmetic type of `like`."""
     if not isinstance(eps, (int, float)) or isinstance(eps, bool):
         raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
     if not (0 < eps < math.inf):
@@ -76,9 +77,9 @@ def epsilon(eps: Any, like: Tensor) -> float:
 
 
 def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
-    """The weight as a tensor: 0-d, or one dimension with a value a row. A float becomes a 0-d tensor on the device.
+    """The weight as a tensor: 0-d, or 1-d with one value per row. A float becomes a 0-d tensor on the device.
 
-    Filling a 0-d tensor is a launch and no synchronisation, where copying a host tensor would be one.
+    Filling a 0-d tensor costs a launch but no synchronisation; copying a host tensor would synchronise.
     """
     if isinstance(weight, Tensor):
         if not weight.is_floating_point():
@@ -92,7 +93,7 @@ def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
         return weight.reshape(-1) if weight.dim() > 1 else weight
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"weight: expected a float or a tensor, got {type(weight).__name__}")
-    if not -math.inf < weight < math.inf:  # and not math.isfinite, which torch.compile cannot trace
+    if not -math.inf < weight < math.inf:  # instead of math.isfinite, which torch.compile cannot trace
         raise ValueError(f"weight: expected a finite number, got {weight}")
     dtype = arithmetic_dtype(like.dtype)
     if not -LARGEST_WEIGHT[dtype] <= weight <= LARGEST_WEIGHT[dtype]:
@@ -104,30 +105,30 @@ def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
 
 
 def sequence(name: str, value: Any, wanted: str) -> None:
-    """`value` is a list or tuple; `wanted` says of what."""
+    """`value` is a list or tuple; `wanted` names its elements in the error."""
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name}: expected a list or tuple of {wanted}, got {type(value).__name__}")
 
 
 def pairs(value: Any, modalities: int) -> list[int]:
-    """Pairs of two different modalities each, as one list."""
+    """`value` is a non-empty list of pairs of different modalities.  -> the pairs as one flat list"""
     sequence("pairs", value, "pairs of modalities")
     if not value:
         raise ValueError("pairs: expected at least one pair of modalities, got none")
     for k, pair in enumerate(value):
-        sequence(f"pairs[{k}]", pair, "two places in features")
+        sequence(f"pairs[{k}]", pair, "two indices into features")
         whole = all(isinstance(place, int) and not isinstance(place, bool) for place in pair)
         if len(pair) != 2 or not whole or pair[0] == pair[1] or not all(0 <= place < modalities for place in pair):
-            raise ValueError(f"pairs[{k}]: expected two different places in features, 0 to {modalities - 1}, got {tuple(pair)}")
+            raise ValueError(f"pairs[{k}]: expected two different modalities, 0 to {modalities - 1}, got {tuple(pair)}")
     return [place for pair in value for place in pair]
 
 
 def linear_heads(heads: Mapping[str, Any], x: Tensor, autocast: bool) -> None:
-    """Each head is (weight (C, D), bias (C,) or None), all of the same C, for the features."""
+    """Each head is (weight (C, D), bias (C,) or None) for features `x` (B, D); all heads have the same C."""
     classes = None
     for name, head in heads.items():
         if classes is not None and _fits(head, classes, x):
-            continue  # the usual case in few comparisons: one by one they cost 10 µs a step
+            continue  # the usual case, in few comparisons: the separate checks below cost 10 µs per step
         if not isinstance(head, (tuple, list)) or len(head) != 2:
             came = f"a {type(head).__name__} of {len(head)}" if isinstance(head, (tuple, list)) else type(head).__name__
             raise TypeError(f"{name}: expected (weight (C, D), bias (C,) or None), got {came}")
@@ -176,7 +177,7 @@ def target(value: Any, x: Tensor) -> None:
 
 
 def labels(value: Tensor, classes: int, ignore_index: int) -> None:
-    """Labels on the CPU are in [0, C) or `ignore_index`; on a GPU looking would synchronise."""
+    """Labels on the CPU are in [0, C) or `ignore_index`; on a GPU the check would synchronise, so it is left out."""
     if value.device.type != "cpu" or len(value) == 0:
         return
     lowest, highest = (end.item() for end in value.aminmax())

@@ -1,4 +1,4 @@
-"""Autocast, as the operators follow it: for heads and modules built on them."""
+"""How the operators follow autocast, for heads and modules built on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: The device types that have autocast; asking PyTorch for others is an error, or in older versions not to be compiled.
+#: The device types that have autocast; asking PyTorch about others is an error, and does not compile in older versions.
 DEVICES = frozenset(("cpu", "cuda", "hpu", "mps", "xpu"))
 
 
@@ -19,10 +19,10 @@ def enabled(tensor: Tensor) -> bool:
 
 
 def uncached(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context with autocast as it is on the device of `tensor`, but without its cache of casts.
+    """A context that keeps the autocast state of the device of `tensor` but disables its weight cache.
 
-    Autocast keeps the cast of a parameter until its outermost context ends; torch 2.10 keeps one made under ``torch.no_grad``
-    too, and a later pass with gradient through it then leaves the parameter without one.
+    Autocast caches the cast of a parameter until its outermost context ends. torch 2.10 also caches casts made under
+    ``torch.no_grad``; a later pass with gradients would reuse such a cast and leave the parameter without a gradient.
     """
     device = tensor.device.type
     if not enabled(tensor):
@@ -31,7 +31,7 @@ def uncached(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def widest(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the widest of their dtypes: what autocast does for operators of several inputs, such as `cat`."""
+    """The tensors cast to the widest of their dtypes, as autocast does for operators of several inputs such as `cat`."""
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)

@@ -1,6 +1,7 @@
-"""λ, the moving average of measured strengths: `average_strength`, all of a step's bookkeeping in one launch.
+"""λ, the moving average of measured strengths: `average_strength`, updated in one launch per step.
 
-In single operations it takes twelve per pair: 83 µs of a step on a CPU, and on a GPU more launches than the head step.
+As separate torch operations the update takes twelve per pair: 83 µs per step on a CPU, and on a GPU more launches than the head
+step.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ def _average_strength_kernel(
 ) -> None:
     state = (weight, eval_weight, last, steps)
     kernels(weight.device).average_strength(strength, alpha, released, *state)
-    # autograd is told of what was written, so that it refuses a backward pass that needs what was there
+    # the version counters are bumped so that autograd refuses a backward pass that needs the overwritten values
     torch.autograd.graph.increment_version([tensor for tensor in state if not tensor.is_inference()])
 
 
 def _average_strength_fake(
     strength: Tensor, alpha: float, released: bool, weight: Tensor, eval_weight: Tensor, last: Tensor, steps: Tensor
 ) -> None:
-    """Nothing is returned."""
+    """The operator returns nothing."""
 
 
 _average_strength = register(
@@ -40,23 +41,24 @@ def average_strength(
 ) -> None:
     r"""Updates the λ of P pairs by their measured ω, in place, without a synchronisation::
 
-        λ  <- ω_x if steps = 0 else α λ + (1-α) ω_x           released: the latter always
-        λ_eval <- the new λ                                   released: the old
+        λ  <- ω_x if steps = 0 else α λ + (1-α) ω_x           released: always the average
+        λ_eval <- the new λ                                   released: the old λ
         last   <- ω,    steps <- steps + 1
 
-    An ω_x that is not finite leaves λ and the count of steps as they are; a part of ω that is not leaves its last value.
+    If ω_x is not finite, λ and the step count stay unchanged. If an element of ω is not finite, its entry in `last` stays
+    unchanged.
 
     Args:
-        strength: ω, of 2P numbers, the first modality's of each pair before the second's.
+        strength: ω, 2P elements; for each pair the first modality, then the second.
         alpha: α in [0, 1].
-        released: follow the released code, which averages from the first step on.
-        weight: λ, of P numbers.
-        eval_weight: λ of evaluation, of P numbers.
-        last: the last ω that was finite, of 2P numbers.
-        steps: of P numbers, int64.
+        released: average from the first step on, as the released code does.
+        weight: λ, P elements.
+        eval_weight: λ used in evaluation, P elements.
+        last: the last finite ω, 2P elements.
+        steps: number of updates, P elements, int64.
 
-    All are contiguous, on one device, of any shapes with so many elements, and all but `steps` float32 or all float64. Nothing
-    is checked: this is for modules, which own these tensors.
+    All tensors are contiguous and on one device, with any shape of the stated number of elements. All but `steps` have one
+    dtype, float32 or float64. Arguments are not checked: the function is meant for modules, which own these tensors.
 
     Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
     """

@@ -1,4 +1,4 @@
-"""Which backend serves a call, by operator, device type and shape: the one place that loads a backend."""
+"""Selects the backend of a call by operator, device type and shape. No other file loads a backend."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ NAMES = ("reference", "cpp", "triton", "cuda")
 
 
 class Choice(NamedTuple):
-    """A row of the table below: a backend that is tried for tensors of a device when none was asked for."""
+    """A row of the table below: a backend that is tried for tensors on a device when the user has requested none."""
 
     device: str  #: a device type, or "any"
     backend: str
-    measured: str  #: what put it there
+    measured: str  #: the measurement that justifies this row
 
 
-#: Which backend serves what, best first: the first that has the kernel and takes the shape. A kernel that no GPU has run is
-#: never a default: rows of "cuda" come here, by size of the step, when `make gpu-check` has passed on one and measured them.
+#: Default backends, best first: a call is served by the first one that has the kernel and accepts the shape. A kernel that has
+#: never run on a GPU is no default: rows for "cuda", by size of the step, are added after `make gpu-check` has passed and
+#: measured them on a GPU.
 TABLE = (
     Choice("cpu", "cpp", "head step forward + backward, two Zen 4 cores: 0.30 ms at (64, 512, 6) where the released code's two "
            "passes take 1.11, 23.6 at (256, 512, 1000) where they take 28.5 and the library's products with the rows in plain "
@@ -44,16 +45,16 @@ TABLE = (
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for that cannot run here, or cannot run this operator; the message gives the reason."""
+    """The requested backend cannot run here, or cannot run this operator; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class OperatorStatus:
-    """What `backends` reports of one operator of one backend."""
+    """The report of `backends` on one operator of one backend."""
 
     available: bool
-    default_for: tuple[str, ...]  #: device types it serves here when no backend was asked for, within its limits
-    limits: str  #: the shapes that it serves; empty for all
+    default_for: tuple[str, ...]  #: device types it serves here if no backend is requested, within its limits
+    limits: str  #: the shapes it serves; empty if it serves all
     reason: str  #: why it is not available; empty if it is
 
     def __str__(self) -> str:
@@ -64,7 +65,7 @@ class OperatorStatus:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """What `backends` reports of one backend."""
+    """The report of `backends` on one backend."""
 
     name: str
     available: bool
@@ -86,7 +87,7 @@ class _Loaded:
     reason: str
 
     def obstacle(self, kernel: str, device_type: str) -> str:
-        """Why a kernel cannot serve tensors of a device type; empty if it can, for some shapes at least."""
+        """Why a kernel cannot serve tensors of a device type; empty if it serves at least some shapes."""
         if not self.kernels:
             return self.reason
         if "any" not in self.devices and device_type not in self.devices:
@@ -110,7 +111,7 @@ def _load_triton() -> _Loaded:
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
-        return _Loaded({}, (), f"Triton is not there: {error}; pip install triton (Linux)")
+        return _Loaded({}, (), f"Triton cannot be imported: {error}; pip install triton (Linux)")
     if triton.knobs.runtime.interpret:
         reason = "interpreted, for tests: TRITON_INTERPRET is set"
     elif torch.cuda.is_available():
@@ -124,11 +125,11 @@ def _load_triton() -> _Loaded:
 def _load_cuda() -> _Loaded:
     built = extension.build_info()
     if built["extension"] != "cuda":
-        found = "holds no CUDA kernels" if built["extension"] == "cpu" else f"is not there ({built['reason']})"
+        found = "holds no CUDA kernels" if built["extension"] == "cpu" else f"cannot be loaded ({built['reason']})"
         return _Loaded({}, (), f"the C++ extension {found}: reinstall with IPRM_KERNELS_BUILD=cuda, nvcc and a CUDA torch")
     if not torch.cuda.is_available() or torch.version.hip:
         return _Loaded({}, (), "no NVIDIA GPU is visible")
-    return _Loaded(extension.cuda_kernels(), ("cuda",), "the head step alone; not yet verified on a GPU")
+    return _Loaded(extension.cuda_kernels(), ("cuda",), "serves only the head step; not yet verified on a GPU")
 
 
 @functools.cache
@@ -143,15 +144,15 @@ def _known(name: str) -> str:
     return name
 
 
-# Process-wide and not thread-local: autograd runs backward passes of GPU tensors in threads of its own. Each entry is a list,
-# so that each of two threads removes its own.
+# Process-wide instead of thread-local, because autograd runs the backward passes of GPU tensors in its own threads. Each entry
+# is a list, so that entries are removed by identity and two threads can request the same backend.
 _requested: list[list[str]] = []
-# Read once: a look into os.environ takes 4 µs, a tenth of a small forward pass.
+# Read once: a lookup in os.environ takes 4 µs, a tenth of a small forward pass.
 _from_environment = os.environ.get("IPRM_KERNELS_BACKEND")
 
 
 def requested() -> str | None:
-    """The backend asked for by `use_backend` or IPRM_KERNELS_BACKEND; None leaves the choice to the table."""
+    """The backend requested by `use_backend` or IPRM_KERNELS_BACKEND; None if the table decides."""
     return _requested[-1][0] if _requested else _from_environment
 
 
@@ -166,7 +167,7 @@ def _select(name: str | None, device_type: str) -> SimpleNamespace:
 
 
 def _serving(kernel: str, candidates: Sequence[str], device_type: str) -> Callable[..., None]:
-    """The first candidate's kernel that serves the device, or a function that chooses among several by the arguments."""
+    """The kernel of the first candidate that serves the device, or a function that selects one by the arguments."""
     obstacles = {name: _load(name).obstacle(kernel, device_type) for name in candidates}
     found = [(name, _load(name).kernels[kernel]) for name, obstacle in obstacles.items() if not obstacle]
     if found and found[0][1].refuses is None:
@@ -188,7 +189,7 @@ def _serving(kernel: str, candidates: Sequence[str], device_type: str) -> Callab
 def kernels(device: torch.device) -> Kernels:
     """The kernels that serve tensors on `device` now.
 
-    A kernel raises BackendUnavailableError if the backend asked for cannot run it: it is never silently replaced.
+    A kernel raises BackendUnavailableError if the requested backend cannot run it; no other backend silently takes its place.
 
     Raises:
         ValueError: IPRM_KERNELS_BACKEND asks for an unknown backend.
@@ -198,17 +199,18 @@ def kernels(device: torch.device) -> Kernels:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the operators called inside by one backend, on every thread of the process. Use it around a compiled function, not
-    within: torch.compile cannot trace it.
+    """Context manager: one backend runs all operators called inside, on every thread of the process. Use it around a compiled
+    function, not inside one: torch.compile cannot trace it.
 
-    An operator that the backend lacks, or refuses for a shape or a device, raises BackendUnavailableError when it is called; no
-    other backend takes its place. `backends` lists both.
+    An operator that the backend lacks, or does not support for a shape or device, raises BackendUnavailableError when it is
+    called; no other backend takes its place. `backends` lists missing operators and limits.
 
     Args:
-        name: "reference", "cpp", "triton" or "cuda". The variable IPRM_KERNELS_BACKEND does the same for a whole run.
+        name: "reference", "cpp", "triton" or "cuda". The environment variable IPRM_KERNELS_BACKEND does the same for a whole
+            run.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: `name` is unknown.
         BackendUnavailableError: the backend cannot run here; the message says why.
     """
     loaded = _load(_known(name))
@@ -223,12 +225,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """The operators of inference in plain torch, so that an exported program needs torch alone.
+    """The inference operators in plain torch, so that an exported program needs only torch.
 
     >>> program = torch.export.export(model, inputs).run_decompositions(ik.decompositions())
 
     Returns:
-        overload -> function, for normalize, geodesic_mixup, batch_kl and strength_weights.
+        A dict from operator overload to function, for normalize, geodesic_mixup, batch_kl and strength_weights.
     """
     module = importlib.import_module(".reference.decompositions", __package__)
     names = ("normalize", "geodesic_mixup", "batch_kl", "strength_weights")
@@ -236,7 +238,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """What can run here, and what cannot and why: one status per backend, by name, with one status per operator.
+    """Reports what can run here, and why the rest cannot: one status per backend, by name, with one status per operator.
 
     >>> ik.backends()["cpp"].operators["batch_kl"].default_for
     ('cpu',)
@@ -262,6 +264,6 @@ def _status(name: str) -> BackendStatus:
 
 
 def _first(names: Sequence[str], device_type: str) -> str | None:
-    """The backend that the table tries first for kernels on a device, of those that have all of them."""
+    """The first backend in the table that serves all `names` on a device."""
     candidates = _candidates(None, device_type)
     return next((name for name in candidates if not any(_load(name).obstacle(kernel, device_type) for kernel in names)), None)

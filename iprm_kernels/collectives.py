@@ -1,4 +1,4 @@
-"""Sums across processes: what makes losses and strengths those of the joint batch, for operators and modules built on them."""
+"""Sums across processes, which give losses and strengths of the joint batch, for operators and modules built on them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 
 def group_name(group: ProcessGroup | None) -> str:
-    """The name of the group, which operators take in its place; "" for none."""
+    """The name of the group, which operators take instead of the group itself; "" for None."""
     return "" if group is None else group.group_name
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`values` added over the processes of the group, in place.
+    """Sums `values` over the processes of the group, in place.
 
     Args:
         values: (...) on a device that the group's backend serves.
-        group: None leaves `values` as they are.
+        group: with None, `values` stays unchanged.
 
     Returns:
         `values`.
@@ -30,20 +30,20 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def joint_sums(sums: Tensor, target: Tensor, ignore_index: int, group: ProcessGroup | str) -> tuple[Tensor, Tensor]:
-    """`sums` added over the processes of a group, and the share of this process in a mean over the rows of all, in one call.
+    """Sums over the processes of a group, and this process's share in a mean over all rows, with one all-reduce.
 
-    The mean over this process's n rows times its share, averaged over the W processes (as DistributedDataParallel does with
-    gradients), is the mean over all N rows::
+    Each process multiplies the mean over its n rows by its share. Averaged over the W processes, as DistributedDataParallel
+    does with gradients, the products give the mean over all N rows::
 
         share = W n / N,    1 for equal batches
 
     Args:
         sums: (K,) local sums.
-        target: (B,) labels; those that are `ignore_index` count in no mean.
-        group: the processes, or their name.
+        target: (B,) labels; rows labelled `ignore_index` count in no mean.
+        group: the process group, or its name.
 
     Returns:
-        (K,) and ().
+        (K,) sums over the processes, and () the share.
     """
     if isinstance(group, str):
         group = _resolve_process_group(group)  # type: ignore[arg-type]

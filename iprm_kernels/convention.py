@@ -1,8 +1,9 @@
-"""What all backends share: the signature of every kernel, the layout of what a head step saves, and the numbers they agree on.
+"""What all backends share: the signature of every kernel, the layout of the state that a head step saves, and the constants.
 
 A kernel takes its inputs first and then the outputs to fill, which the operator has allocated; a gradient output is None where
-the gradient is not needed. Features and logits are 2-D with any strides, outputs are contiguous. What a forward pass saves
-(`norm`, `stats`, `state`) means the same in every backend, so that one backend can run the backward pass of another.
+the gradient is not needed. Features and logits are 2-D with any strides, outputs are contiguous. The tensors that a forward
+pass saves (`norm`, `stats`, `state`) have the same meaning in every backend, so that one backend can run the backward pass of
+another.
 
 The head step has M modalities and P pairs of them. Everything that exists once per head (weights, biases, logits, losses and
 their gradients) lists the P mixtures first and then the M modalities.
@@ -33,8 +34,8 @@ EXCESS_SERIES_TERMS = {torch.float32: 9, torch.float64: 15}
 #: The reductions of `batch_kl`; the C++ kernels take the index.
 REDUCTIONS = ("sum", "mean", "none")
 
-#: The two parts of a head step's forward pass: up to the KL sums, and from there on. `parts` is one of them, or both added up;
-#: between the two parts the sums can be added over processes.
+#: The two parts of a head step's forward pass: up to the KL sums, and from the KL sums on. `parts` is one of them, or their sum
+#: for both. Between the two parts the KL sums can be all-reduced.
 PROBE, REBALANCE = 1, 2
 
 
@@ -45,7 +46,7 @@ class HeadInputs(NamedTuple):
     weights: Sequence[Tensor]  #: P + M of (C, D)
     biases: Sequence[Tensor | None]  #: P + M of (C,), or None
     pairs: Sequence[int]  #: P times two indices into `features`, in one list
-    target: Tensor  #: (B,) int64; on the CPU a label out of range is an error before anything is computed
+    target: Tensor  #: (B,) int64; on the CPU a label out of range raises before anything is computed
     probe_weight: Tensor  #: (P,) λ of the first modality of each pair, in the arithmetic type
     label_smoothing: float
     ignore_index: int
@@ -70,7 +71,7 @@ class HeadBackwardInputs(NamedTuple):
     grad_logits: Sequence[Tensor | None]  #: P + M of (B, C)
     features: Sequence[Tensor]  #: M of (B, D)
     weights: Sequence[Tensor]  #: P + M of (C, D)
-    biases: Sequence[Tensor | None]  #: P of (C,), those of the mixtures
+    biases: Sequence[Tensor | None]  #: P of (C,), the biases of the mixture heads
     pairs: Sequence[int]
     target: Tensor
     state: Tensor
@@ -93,8 +94,8 @@ class HeadState(NamedTuple):
 
     stats: Tensor  #: (P, 3, B) holding ‖x‖, ‖y‖, c of each pair
     projected: Tensor  #: (P, 2, B, C) A = X W_mᵀ and V = Y W_mᵀ
-    unimodal: tuple[Tensor, ...]  #: M of (B, C) unimodal logits: in the state where those returned are narrower, else these
-    counted: Tensor  #: () rows that the losses are means over
+    unimodal: tuple[Tensor, ...]  #: M of (B, C), in the arithmetic type; stored only if the returned logits are narrower
+    counted: Tensor  #: () number of rows that the losses average over
 
     @staticmethod
     def size(batch: int, classes: int, modalities: int, pairs: int, narrow: bool) -> int:
@@ -108,7 +109,7 @@ class HeadState(NamedTuple):
 
     @staticmethod
     def views(state: Tensor, unimodal: Sequence[Tensor], pairs: int) -> HeadState:
-        """All fields. unimodal: M of (B, C), as they were returned"""
+        """All fields. unimodal: M of (B, C) returned logits"""
         modalities, (batch, classes) = len(unimodal), unimodal[0].shape
         projected, wide = 3 * pairs * batch, (3 + 2 * classes) * pairs * batch
         narrow = unimodal[0].dtype != state.dtype
@@ -121,7 +122,7 @@ class HeadState(NamedTuple):
 
 
 def pairs_of(flat: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of modalities from the flat list that operators and kernels take."""
+    """The pairs of modalities in the flat list that operators and kernels take."""
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
@@ -132,7 +133,7 @@ class Kernels(Protocol):
     def normalize(self, x: Tensor, eps: float, out: Tensor, norm: Tensor, /) -> None: ...
     def normalize_backward(self, grad: Tensor, x: Tensor, norm: Tensor, eps: float, grad_x: Tensor, /) -> None: ...
 
-    # weight (B,), of stride 0 where one value serves all rows; stats (3, B) holding ‖x‖, ‖y‖, c; grad_w (B,)
+    # weight (B,), with stride 0 if one value serves all rows; stats (3, B) holding ‖x‖, ‖y‖, c; grad_w (B,)
     def geodesic_mixup(self, x: Tensor, y: Tensor, weight: Tensor, eps: float, z: Tensor, stats: Tensor, /) -> None: ...
     def geodesic_mixup_backward(
         self, grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float,
@@ -140,7 +141,7 @@ class Kernels(Protocol):
     ) -> None: ...  # fmt: skip
     def geodesic_remix(self, x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float, z: Tensor, /) -> None: ...
 
-    # value and its gradient () or (B,); stats (5, B) holding max p, Σ exp(p - max p), the same of q, and KL; kl (2,)
+    # value and its gradient () or (B,); stats (5, B) holding max p, Σ exp(p - max p), the same two for q, and KL; kl (2,)
     def batch_kl(self, p_logits: Tensor, q_logits: Tensor, reduction: str, value: Tensor, stats: Tensor, /) -> None: ...
     def batch_kl_backward(
         self, grad: Tensor, p_logits: Tensor, q_logits: Tensor, stats: Tensor, reduction: str,
@@ -152,7 +153,7 @@ class Kernels(Protocol):
     def strength_weights(self, kl: Tensor, strength: Tensor, /) -> None: ...
     def strength_weights_backward(self, grad: Tensor, kl: Tensor, grad_kl: Tensor, /) -> None: ...
 
-    # strength of 2P elements; the last four are read and written, contiguous, and of P, P, 2P and P elements in any shape
+    # strength has 2P elements; the last four are read and written, contiguous, with P, P, 2P and P elements in any shape
     def average_strength(
         self, strength: Tensor, alpha: float, released: bool,
         weight: Tensor, eval_weight: Tensor, last: Tensor, steps: Tensor, /,
@@ -167,16 +168,16 @@ KERNELS = tuple(name for name in vars(Kernels) if not name.startswith("_"))
 
 
 class Kernel(NamedTuple):
-    """A kernel as one backend has it."""
+    """One backend's implementation of a kernel."""
 
     run: Callable[..., None]
-    #: Called with the arguments of the kernel: why it cannot take them, for a shape or a type; empty if it can.
+    #: Called with the arguments of the kernel; returns why it does not support their shapes or types, empty if it does.
     refuses: Callable[..., str] | None = None
-    #: What `refuses` refuses, in a few words.
+    #: The supported shapes, in a few words.
     limits: str = ""
 
 
-#: The operators as users know them, and the kernels that each consists of.
+#: The public operators, and the kernels that each of them calls.
 OPERATORS = {
     "normalize": ("normalize", "normalize_backward"),
     "geodesic_mixup": ("geodesic_mixup", "geodesic_mixup_backward"),

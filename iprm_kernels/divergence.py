@@ -1,4 +1,4 @@
-"""How far each modality stands from the mixture, and what share that earns it: `batch_kl`, `strength_weights`."""
+"""Divergence of each modality from the mixture, and the strength weights computed from it: `batch_kl`, `strength_weights`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def batch_kl(p_logits: Tensor, q_logits: Tensor, *, reduction: str = "sum") -> T
         P, Q = softmax(p_logits), softmax(q_logits)
         KL_i = Σ_k P_ik (log P_ik - log Q_ik)
 
-    Summed as ``Σ P φ(d)`` with ``d = log P - log Q`` and ``φ(d) = d + exp(-d) - 1 >= 0``, which is the same number without
-    cancellation: never negative, never NaN for finite logits, zero for equal rows, right to the last digits for close ones,
-    and unmoved by what the logits of a row have in common.
+    Computed as ``Σ P φ(d)`` with ``d = log P - log Q`` and ``φ(d) = d + exp(-d) - 1 >= 0``, which is the same number without
+    cancellation: never negative, never NaN for finite logits, zero for equal rows, accurate to the last digits for close
+    rows, and unchanged by a constant added to the logits of a row.
     No softmax is written to memory. Differentiable in both arguments.
 
     Args:
         p_logits: (B, C) logits of P; a class with ``-inf`` has probability zero.
-        q_logits: (B, C) logits of Q, same dtype and device. Under autocast the dtypes may differ; the widest is taken.
+        q_logits: (B, C) logits of Q, same dtype and device. Under autocast the dtypes may differ; both are cast to the widest.
         reduction: "sum" over the batch, "mean" over the batch, or "none".
 
     Returns:
         () in nats, or (B,) for "none"; float64 for float64 logits, otherwise float32. Infinite where Q is zero and P is not.
 
     Raises:
-        TypeError: an argument that is no floating tensor, or dtypes that differ.
-        ValueError: shapes or devices that differ, or an unknown reduction.
+        TypeError: an argument is not a floating tensor, or the dtypes differ.
+        ValueError: shapes or devices differ, or `reduction` is unknown.
     """
     casting = isinstance(p_logits, Tensor) and autocast.enabled(p_logits)
     arguments.matrix("p_logits", p_logits, "(B, C)")
@@ -53,18 +53,19 @@ def strength_weights(kl: Tensor) -> Tensor:
 
         ω_m = (1 / KL_m) / Σ_j (1 / KL_j)            two modalities: ω_0 = KL_1 / (KL_0 + KL_1)
 
-    The modality that stands closer to the mixture is the stronger, and weighs more. Computed on the device, without a
-    synchronisation. Differentiable wherever ω is; zero gradient elsewhere (several KL zero, or one infinite); a NaN spreads.
+    The modality whose prediction is closer to the mixture is the stronger one and gets the larger weight. Computed on the
+    device without a synchronisation. Where ω has no derivative (several KL zero, or one infinite) the gradient is zero. A NaN
+    in `kl` makes all weights NaN.
 
     Args:
         kl: (M,) divergences, none negative.
 
     Returns:
-        (M,), the dtype of `kl`, summing to one. KL that are zero share everything equally; an infinite one gets 0; all
-        equal: uniform.
+        (M,), the dtype of `kl`, summing to one. If any KL are zero, those modalities share the weight equally; an infinite KL
+        gets 0; equal KL give uniform weights.
 
     Raises:
-        TypeError: `kl` is no floating tensor.
+        TypeError: `kl` is not a floating tensor.
         ValueError: `kl` is not of shape (M,) with M at least 1.
 
     Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
@@ -75,7 +76,7 @@ def strength_weights(kl: Tensor) -> Tensor:
     return _strength_weights(kl)
 
 
-# batch_kl: (B, C) x2 -> () or (B,), stats (5, B) holding max p, Σ exp(p - max p), the same of q, and KL
+# batch_kl: (B, C) x2 -> () or (B,), stats (5, B) holding max p, Σ exp(p - max p), the same two for q, and KL
 
 
 def _batch_kl_kernel(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -111,7 +112,7 @@ def _batch_kl_autograd(ctx: Any, saved: Any, grad: Tensor | None, _: Any) -> tup
 def _batch_kl_backward_kernel(
     grad: Tensor, p_logits: Tensor, q_logits: Tensor, stats: Tensor, reduction: str, needed: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    # a gradient nobody asked for is neither computed nor written; an operator must still return a tensor for it
+    # gradients that are not required are returned as empty placeholders, because an operator must return a tensor
     grad_p = torch.empty(p_logits.shape if needed[0] else (0,), dtype=p_logits.dtype, device=p_logits.device)
     grad_q = torch.empty(q_logits.shape if needed[1] else (0,), dtype=q_logits.dtype, device=q_logits.device)
     kernels(p_logits.device).batch_kl_backward(
@@ -144,7 +145,7 @@ _batch_kl_backward = register(
 )
 
 
-# batch_kl_pair: the sums of two predictions' KL from a third, without gradient: (B, C) x3 -> (2,)
+# batch_kl_pair: KL sums of two predictions from a third, without gradient: (B, C) x3 -> (2,)
 
 
 def _batch_kl_pair_kernel(p_logits: Tensor, other_logits: Tensor, q_logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which floating types there are, and which each is computed in."""
+"""The supported floating types, and the arithmetic type of each."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type rows are computed in: float64 for float64, float32 for everything narrower."""
+    """The type that rows are computed in: float64 for float64, float32 for all narrower types."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""The C++ extension: what it was built with, and its kernels in the calling convention of `convention`."""
+"""The C++ extension: its build information, and its kernels in the calling convention of `convention`."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ def load() -> Any:
     """The extension module.
 
     Raises:
-        ImportError: it is not there or cannot be loaded; the message says what to do.
+        ImportError: the extension is missing or cannot be loaded; the message says what to do.
     """
     try:
         return importlib.import_module("._C", __package__)
     except ImportError as error:
         raise ImportError(
-            f"the C++ extension is not there: {error}; reinstall iprm-kernels where a C++20 compiler is on the PATH, "
+            f"the C++ extension cannot be imported: {error}; reinstall iprm-kernels where a C++20 compiler is on the PATH, "
             "with IPRM_KERNELS_BUILD=cpu to make a failed build an error"
         ) from error
 
 
 def build_info() -> dict[str, Any]:
-    """What the C++ extension was built with: compiler, flags, CUDA version and architectures, torch.
+    """Build information of the C++ extension: compiler, flags, CUDA version and architectures, torch.
 
     Returns:
-        A dict whose "extension" is "cpu" or "cuda"; without the extension, "none" and the "reason".
+        A dict whose "extension" is "cpu" or "cuda". Without the extension, "extension" is "none" and "reason" says why.
     """
     try:
         extension = load()
@@ -81,7 +81,8 @@ def _head_backward(operator: Callable[..., None]) -> Callable[..., None]:
     return head_backward
 
 
-#: Kernels whose C++ operator takes its arguments in another form: the stable ABI has no strings, and schemas no named tuples.
+#: Kernels whose C++ operator takes its arguments in another form: strings leak in the stable ABI, and schemas have no named
+#: tuples.
 ADAPTERS = {
     "batch_kl": _batch_kl,
     "batch_kl_backward": _batch_kl_backward,

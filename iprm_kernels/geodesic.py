@@ -19,7 +19,7 @@ def normalize(x: Tensor, *, eps: float = EPS) -> Tensor:
     r"""Rows scaled to unit length: ``x / max(‖x‖, eps)``.
 
     Equal to ``torch.nn.functional.normalize(x, dim=-1, eps=eps)``, except that a row with ``‖x‖ <= eps`` receives a zero
-    gradient, where that function's is ``g / eps``.
+    gradient instead of ``g / eps``.
 
     Args:
         x: (..., D) features; float16 and bfloat16 are computed in float32.
@@ -29,8 +29,8 @@ def normalize(x: Tensor, *, eps: float = EPS) -> Tensor:
         (..., D), the dtype of `x`. A row that is not finite, or whose squared length overflows, is NaN throughout.
 
     Raises:
-        TypeError: `x` is no floating tensor.
-        ValueError: `x` has no last dimension to normalise, or `eps` is not positive.
+        TypeError: `x` is not a floating tensor.
+        ValueError: `x` has no last dimension of at least 1, or `eps` is out of range.
     """
     arguments.rows("x", x)
     unit, _ = _normalize(_as_rows(x), arguments.epsilon(eps, x))
@@ -43,24 +43,25 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float =
         x̂, ŷ = normalize(x), normalize(y);   θ = arccos ⟨x̂, ŷ⟩
         z = sin(wθ)/sin θ · x̂ + sin((1-w)θ)/sin θ · ŷ
 
-    Also called slerp. Value and gradient are exact down to identical vectors (``z = x̂``), where the quotient is taken as
-    the analytic function that it is. Opposite vectors have no unique geodesic: ⟨x̂, ŷ⟩ is clamped to at least -1 + 1e-6
+    Also called slerp. Value and gradient are exact down to identical vectors (``z = x̂``), where the quotient is
+    evaluated as an analytic function. Opposite vectors have no unique geodesic: ⟨x̂, ŷ⟩ is clamped to at least -1 + 1e-6
     (1e-12 in float64), which keeps z finite and no longer than 1, with no gradient through the clamp.
 
     Args:
         x: (..., D) features; float16 and bfloat16 are computed in float32.
-        y: (..., D) features of the same shape, dtype and device. Under autocast the dtypes may differ; the widest is taken.
-        weight: of `x`: a float, a 0-d tensor, or a tensor of shape (...) with a weight a row; on the device of `x`.
-            Values outside [0, 1] continue the circle beyond x̂ or ŷ. A tensor receives a gradient if it asks for one.
+        y: (..., D) features of the same shape, dtype and device. Under autocast the dtypes may differ; both are cast to the
+            widest.
+        weight: w, the weight of `x`: a float, a 0-d tensor, or a tensor of shape (...) with one weight per row; on the device
+            of `x`. Values outside [0, 1] continue the circle beyond x̂ or ŷ. A tensor receives a gradient if it requires one.
         eps: the smallest length divided by, as in :func:`normalize`.
 
     Returns:
         (..., D), the dtype of `x`, under autocast the widest. A row that is not finite, or whose squared length overflows, is
-        NaN throughout and touches no other; a row with ``‖x‖ <= eps`` receives a zero gradient.
+        NaN throughout and affects no other row; a row with ``‖x‖ <= eps`` receives a zero gradient.
 
     Raises:
-        TypeError: an argument that is no floating tensor, or dtypes that differ.
-        ValueError: shapes or devices that differ, a weight of the wrong shape or not finite, an `eps` not positive.
+        TypeError: an argument is not a floating tensor, or the dtypes differ.
+        ValueError: shapes or devices differ, `weight` has the wrong shape or is not finite, or `eps` is out of range.
 
     Source: Oh et al., "Geodesic Multi-Modal Mixup for Robust Fine-Tuning", NeurIPS 2023; the gradient is this project's.
     """
@@ -76,7 +77,7 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float =
 
 
 def _as_rows(features: Tensor) -> Tensor:
-    """(..., D) -> (B, D). A matrix is passed on as it is: a view of it would be one more node in the autograd graph."""
+    """(..., D) -> (B, D). A matrix is returned unchanged: a view would add a node to the autograd graph."""
     return features if features.dim() == 2 else features.reshape(-1, features.shape[-1])
 
 
@@ -136,7 +137,7 @@ _normalize_backward = register(
 
 
 def _row_weight(x: Tensor, weight: Tensor) -> Tensor:
-    """The weight in the arithmetic type with one value a row, by stride 0 where it is one for all.  -> (B,)"""
+    """The weight in the arithmetic type, one value per row; a 0-d weight is expanded with stride 0.  -> (B,)"""
     return weight.to(arithmetic_dtype(x.dtype)).expand(x.shape[0])
 
 
@@ -170,7 +171,7 @@ def _geodesic_mixup_autograd(ctx: Any, saved: Any, grad: Tensor | None, _: Any) 
 def _geodesic_mixup_backward_kernel(
     grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # a gradient nobody asked for is neither computed nor written; an operator must still return a tensor for it
+    # gradients that are not required are returned as empty placeholders, because an operator must return a tensor
     grad_x = torch.empty(x.shape if needed[0] else (0,), dtype=x.dtype, device=x.device)  # (B, D)
     grad_y = torch.empty(y.shape if needed[1] else (0,), dtype=y.dtype, device=y.device)  # (B, D)
     grad_w = torch.empty(x.shape[:1] if needed[2] else (0,), dtype=stats.dtype, device=x.device)  # (B,)
@@ -215,7 +216,7 @@ _geodesic_mixup_backward = register(
 )
 
 
-# geodesic_remix: the same from the statistics of an earlier mixture of the same features
+# geodesic_remix: geodesic_mixup from the statistics of an earlier mixture of the same features
 
 
 def _geodesic_remix_kernel(x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float) -> Tensor:
@@ -248,7 +249,7 @@ _geodesic_remix = register(
 
 
 def mixed_twice(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`geodesic_mixup` of matrices of one type without gradient, and a function that mixes them again, with gradient and by
-    another weight, from the norms and inner products just taken."""
+    """`geodesic_mixup` of two matrices of one dtype, without gradient, and a function that mixes them again by another weight,
+    with gradient, from the same norms and inner products."""
     z, stats = _geodesic_mixup(x.detach(), y.detach(), weight, EPS)
     return z, lambda other: _geodesic_remix(x, y, other, stats, EPS)

@@ -1,5 +1,5 @@
 """Probe, measure, rebalance with linear heads, in one operator: `linear_probe_rebalance` for two modalities,
-`linear_probe_rebalance_pairs` for more. probe_rebalance.py has the step through any other head."""
+`linear_probe_rebalance_pairs` for more. probe_rebalance.py has the step for any other head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StepResult(NamedTuple):
     """What `linear_probe_rebalance` returns."""
 
     loss: Tensor  #: () the sum of `losses`
-    losses: Tensor  #: (3,) mean cross entropies of the mixture, of x, of y
+    losses: Tensor  #: (3,) mean cross entropies of the mixture, x and y
     logits_mix: Tensor  #: (B, C)
     logits_x: Tensor  #: (B, C)
     logits_y: Tensor  #: (B, C)
@@ -47,31 +47,32 @@ def linear_probe_rebalance(
         logits_mix, ω, KL = probe_rebalance(x, y, logits_x, logits_y, head_mix, weight)
         losses = cross_entropy(logits_mix), cross_entropy(logits_x), cross_entropy(logits_y);   loss = Σ losses
 
-    Mixing commutes with a linear head, so that each feature matrix is multiplied once, by the two heads it meets stacked,
-    and probe and rebalance are arithmetic on (B, C) matrices. Gradients follow the closed form, from all outputs but strength
-    and kl, to the features and every head.
+    Mixing commutes with a linear head. Each feature matrix is therefore multiplied once, by its own head and the mixture head
+    stacked, and probe and rebalance are arithmetic on (B, C) matrices. Gradients follow a closed form; they flow from all
+    outputs except strength and kl to the features and all heads.
 
     Args:
         x: (B, D) features of the first modality.
-        y: (B, D) features of the second, same dtype and device. Under autocast features and heads are cast to its dtype.
-        head_x: (weight (C, D), bias (C,) or None) of the head on x.
-        head_y: likewise on y.
-        head_mix: likewise on the mixture.
+        y: (B, D) features of the second, same dtype and device. Under autocast, features and heads are cast to the autocast
+            dtype.
+        head_x: (weight (C, D), bias (C,) or None), the head of x.
+        head_y: likewise, the head of y.
+        head_mix: likewise, the head of the mixture.
         target: (B,) int64 class indices.
         weight: the probing weight λ of x: a float or a 0-d tensor on the device; receives no gradient.
         label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
-        ignore_index: rows with this target count in the KL, which needs no labels, and not in the losses.
-        group: processes whose KL sums and counts of rows are added, in one call, before ω is taken; None takes the local batch
-            alone. ω is that of the joint batch; loss and losses are this process's share: their mean over the processes, and
-            that of the gradients, are those of the joint batch, however many rows each process has.
+        ignore_index: rows with this target count in the KL, which needs no labels, but not in the losses.
+        group: processes whose KL sums and row counts are all-reduced, in one call, before ω is computed; None uses only the
+            local batch. ω is that of the joint batch. `loss` and `losses` are this process's share: the mean over the processes
+            of losses and of gradients equals that of the joint batch, even if the processes have different numbers of rows.
 
     Returns:
         StepResult: logits in the dtype of the features, the rest float32 (float64 for float64 features).
 
     Raises:
-        TypeError: an argument that is no floating tensor, a `target` not int64, or dtypes that differ.
-        ValueError: shapes or devices that differ, a label outside [0, C) on the CPU. On a GPU, where looking would
-            synchronise, the losses such a row enters and its gradients are NaN.
+        TypeError: an argument is not a floating tensor, `target` is not int64, or the dtypes differ.
+        ValueError: shapes or devices differ, or on the CPU a label is outside [0, C). On a GPU, where the check would
+            synchronise, such a row makes the losses that include it and its own gradients NaN.
 
     Source: Yang, Wu, Jiang, IJCAI 2025; the closed form is this project's.
     """
@@ -98,9 +99,9 @@ class PairsResult(NamedTuple):
 
     loss: Tensor  #: () mean of `mix_losses` and sum of `losses`
     losses: Tensor  #: (M,) mean cross entropies of the modalities
-    mix_losses: Tensor  #: (P,) of the mixtures
-    logits: tuple[Tensor, ...]  #: M of (B, C), of the modalities
-    mix_logits: tuple[Tensor, ...]  #: P of (B, C), of the mixtures
+    mix_losses: Tensor  #: (P,) mean cross entropies of the mixtures
+    logits: tuple[Tensor, ...]  #: M of (B, C), one per modality
+    mix_logits: tuple[Tensor, ...]  #: P of (B, C), one per mixture
     strength: Tensor  #: (P, 2) ω of both modalities of a pair, without gradient
     kl: Tensor  #: (P, 2) batch KL of both from the probed mixture, without gradient
 
@@ -123,23 +124,23 @@ def linear_probe_rebalance_pairs(
         mix_logits_p, ω_p, KL_p = probe_rebalance(x_i, x_j, logits_i, logits_j, mix_heads_p, λ_p)      for each pair p = (i, j)
         loss = 1/P Σ_p cross_entropy(mix_logits_p) + Σ_m cross_entropy(logits_m)
 
-    Each feature matrix is read once for all the heads it meets; the KL sums of all pairs are added over `group` in one call.
+    Each feature matrix is read once for all heads that are applied to it; the KL sums of all pairs are all-reduced in one call.
 
     Args:
         features: M matrices (B, D) of one dtype and device, M at least 2.
-        heads: M times (weight (C, D), bias (C,) or None), one a modality.
-        mix_heads: likewise P, one a pair; the same head may serve several.
+        heads: M times (weight (C, D), bias (C,) or None), one per modality.
+        mix_heads: P times likewise, one per pair; several pairs may share a head.
         target: (B,) int64 class indices.
-        weight: the probing weights λ of the first modality of each pair: a float or a 0-d tensor for all, or (P,).
-        pairs: P pairs of modalities by their place in `features`; None is all of them, (0, 1), (0, 2), ... (M-2, M-1).
+        weight: the probing weights λ of the first modality of each pair: (P,), or a float or 0-d tensor for all pairs.
+        pairs: P pairs of indices into `features`; None means all pairs, (0, 1), (0, 2), ... (M-2, M-1).
         label_smoothing, ignore_index, group: as in `linear_probe_rebalance`.
 
     Returns:
         PairsResult: logits in the dtype of the features, the rest float32 (float64 for float64 features).
 
     Raises:
-        TypeError, ValueError: as `linear_probe_rebalance`; a number of heads that fits neither features nor pairs, a pair that
-            names no two modalities.
+        TypeError, ValueError: as `linear_probe_rebalance`; also if the number of heads does not match the features or pairs, or
+            a pair is not two different modalities.
 
     Source: Yang, Wu, Jiang, IJCAI 2025 (Tri-CLS); the closed form is this project's.
     """

@@ -27,7 +27,7 @@ def check_step(
     ignore_index: int,
     group: ProcessGroup | None,
 ) -> torch.dtype | None:
-    """Checks arguments by name.  -> the dtype that autocast casts features and heads to, None to leave them as they are"""
+    """Checks arguments by name.  -> the dtype that autocast casts features and heads to; None if they are not cast"""
     (first, x), *others = features.items()
     casting = isinstance(x, Tensor) and autocast.enabled(x)
     arguments.matrix(first, x)
@@ -55,7 +55,8 @@ def new_outputs(x: Tensor, classes: int, modalities: int, pairs: int) -> HeadOut
 
 
 def _returned(outputs: HeadOutputs) -> list[Tensor]:
-    """What the operator returns: loss, losses, P + M logits, all differentiable; strength, kl, state."""
+    """The operator's results: loss, losses and P + M logits, which are differentiable; then strength, kl and state, which are
+    not."""
     return [outputs.loss, outputs.losses, *outputs.logits, outputs.strength, outputs.kl, outputs.state]
 
 
@@ -85,13 +86,13 @@ def _forward(
         else:
             run(inputs, PROBE | REBALANCE, outputs)
     except RuntimeError:
-        arguments.labels(target, classes, ignore_index)  # a C++ kernel raises RuntimeError for such a label, this ValueError
+        arguments.labels(target, classes, ignore_index)  # a ValueError for a bad label, where C++ raises RuntimeError
         raise
     return _returned(outputs)
 
 
 def _take_share(share: Tensor, outputs: HeadOutputs) -> None:
-    """Turns means over the local rows into this process's share of the means over all rows, and likewise their gradients."""
+    """Turns means over the local rows, and their gradients, into this process's share of the means over all rows."""
     for mean in (outputs.loss, outputs.losses):
         mean.copy_(weighted(mean, share))
     counted = HeadState.counted_of(outputs.state)
@@ -169,14 +170,14 @@ def _backward_fake(
 
 
 def _new_gradients(features: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-    """Gradients of features, weights and biases, empty where they are not needed: an operator must return a tensor for each."""
+    """Gradients of features, weights and biases, allocated; empty where not needed, since an operator must return tensors."""
     new, classes = features[0].new_empty, weights[0].shape[0]
     shapes: list[Any] = [*(tensor.shape for tensor in (*features, *weights)), *([classes] * len(weights))]
     return [new(shape if need else 0) for shape, need in zip(shapes, needed, strict=True)]
 
 
 def _where(needed: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """None in the place of a gradient that is not needed."""
+    """The gradients, with None for each that is not needed."""
     return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Probe, measure, rebalance through any head: `probe_rebalance`."""
+"""Probe, measure, rebalance with any head: `probe_rebalance`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .geodesic import mixed_twice
 class ProbeResult(NamedTuple):
     """What `probe_rebalance` returns."""
 
-    logits: Tensor  #: (B, C) of the mixture with the weights just measured
+    logits: Tensor  #: (B, C) logits of the mixture with the measured weights
     strength: Tensor  #: (2,) ω of x and y, without gradient
     kl: Tensor  #: (2,) batch KL of x and y from the probed mixture, without gradient
 
@@ -33,7 +33,7 @@ def probe_rebalance(
     *,
     group: ProcessGroup | None = None,
 ) -> ProbeResult:
-    r"""One probe-and-rebalance step through any head::
+    r"""One probe-and-rebalance step with any head::
 
         P̄  = head(geodesic_mixup(x, y, weight))               # the probe, without gradient
         KL  = batch_kl(logits_x, P̄), batch_kl(logits_y, P̄)
@@ -43,18 +43,19 @@ def probe_rebalance(
     Args:
         x: (B, D) features of the first modality.
         y: (B, D) features of the second, same dtype and device.
-        logits_x: (B, C) unimodal prediction from x; only measured, receives no gradient here.
-        logits_y: (B, C) unimodal prediction from y, likewise.
-        head: (B, D) -> (B, C), called twice in the mode it is in, the first time under ``torch.no_grad``. A head with batch
-            normalisation updates its running statistics twice, one with dropout draws twice.
+        logits_x: (B, C) unimodal logits of x; used only to measure KL, so they receive no gradient here.
+        logits_y: (B, C) unimodal logits of y, likewise.
+        head: (B, D) -> (B, C), called twice in its current mode, the first time under ``torch.no_grad``. In training mode,
+            batch normalisation updates its running statistics twice, and dropout draws two masks.
         weight: the probing weight λ of x: a float or a 0-d tensor on the device.
-        group: processes whose KL sums are added before ω is taken; None measures the local batch alone.
+        group: processes whose KL sums are all-reduced before ω is computed; None uses only the local batch.
 
     Returns:
         ProbeResult: logits (B, C), strength (2,), kl (2,).
 
     Raises:
-        TypeError, ValueError: as `geodesic_mixup` and `batch_kl`; a head whose output is not shaped as the unimodal logits.
+        TypeError, ValueError: as `geodesic_mixup` and `batch_kl`; also if the head's output and the unimodal logits differ in
+            shape.
 
     Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
     """
@@ -62,7 +63,7 @@ def probe_rebalance(
     weight = arguments.mixing_weight(weight, x, torch.Size(()))
     arguments.process_group(group)
     if autocast.enabled(x):
-        x, y = autocast.widest(x, y)  # with gradient, and so before the probe
+        x, y = autocast.widest(x, y)  # outside no_grad, so that gradients flow through the casts
     with torch.no_grad(), autocast.uncached(x):
         mixture, remix = mixed_twice(x, y, weight)
         probe = head(mixture)

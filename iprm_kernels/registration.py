@@ -19,7 +19,8 @@ def _keys(*names: str) -> DispatchKeySet:
     return functools.reduce(operator.or_, (DispatchKeySet(getattr(DispatchKey, name)) for name in names))
 
 
-#: A kernel in plain torch runs below these too, for it computes in the types it was given, and autocast would narrow them.
+#: A kernel in plain torch also runs below these, because it computes in the types of its arguments and autocast would narrow
+#: them.
 AUTOCAST = _keys(*(name for name in dir(DispatchKey) if name.startswith("Autocast")))
 AUTOGRAD = _keys("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
 
@@ -27,18 +28,18 @@ LIBRARY = torch.library.Library("iprm", "DEF")
 
 
 def below(keys: DispatchKeySet) -> Any:
-    """A context in which calls go to the kernels below `keys`."""
+    """A context in which calls are dispatched to the kernels below `keys`."""
     return torch._C._ExcludeDispatchKeyGuard(keys)
 
 
-#: The types that are tensors and nothing more: of a subclass its own dispatch must see the operator.
+#: Tensor types without a dispatch of their own. The dispatch of any other subclass must see the operator.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def unobserved(arguments: Sequence[Any]) -> bool:
-    """Whether nothing but autograd needs to see a call of these arguments, which are `flattened`: no tracing or compiling, no
-    mode of `__torch_dispatch__` or `__torch_function__`, no transform, profiler or tensor subclass."""
-    if torch.compiler.is_compiling():  # first, as torch.compile cannot trace the others
+    """Whether only autograd needs to see a call with these `flattened` arguments: no tracing or compiling, no
+    `__torch_dispatch__` or `__torch_function__` mode, no transform, profiler or tensor subclass."""
+    if torch.compiler.is_compiling():  # first, because torch.compile cannot trace the other checks
         return False
     if (
         torch._C._len_torch_dispatch_stack()
@@ -63,7 +64,7 @@ def _all_plain(arguments: Sequence[Any]) -> bool:
 
 
 def flattened(arguments: tuple[Any, ...]) -> list[Any]:
-    """Arguments with the elements of lists in the place of these: autograd sees no tensor inside a list."""
+    """Arguments with lists replaced by their elements: autograd does not see tensors inside a list."""
     flat = []
     for argument in arguments:
         if type(argument) is list:
@@ -84,14 +85,14 @@ def register(
     """Defines `iprm::<schema>` and returns the function that calls it.
 
     `kernel` runs below autograd, on every device; it selects the backend itself. `setup_context(ctx, inputs,
-    outputs)` saves tensors, which come to `backward(ctx, saved, *grads)` unpacked; of an operator that takes lists, gradients
-    and `ctx.needs_input_grad` are in the order of the tensors, list after list. An operator without a `backward` (every
-    `*_backward` operator) refuses to be differentiated, and all refuse forward mode and torch.func's transforms, rather than
-    returning silently wrong derivatives.
+    outputs)` saves tensors, and `backward(ctx, saved, *grads)` receives them unpacked. If an operator takes lists, gradients
+    and `ctx.needs_input_grad` follow the order of the tensors, list after list. An operator without a `backward` (every
+    `*_backward` operator) cannot be differentiated: it raises. All operators raise under forward mode and torch.func's
+    transforms, rather than return silently wrong derivatives.
 
-    The function returned runs the same kernel, setup and backward, with the same results, without PyTorch's dispatcher where
-    nothing observes it (`unobserved`). Forward and backward, through the dispatcher and past it, medians on one core of a Xeon
-    with AVX-512: batch_kl at (64, 31) 134 and 114 µs, the head step at (64, 512, 6) 469 and 420 µs.
+    Where nothing observes the call (`unobserved`), the returned function bypasses PyTorch's dispatcher and runs the same
+    kernel, setup and backward, with the same results. Forward and backward with the dispatcher and without it, medians on one
+    core of a Xeon with AVX-512: batch_kl at (64, 31) 134 and 114 µs, the head step at (64, 512, 6) 469 and 420 µs.
     """
     name = schema.split("(")[0]
     run: Callable[..., Any] = kernel
@@ -146,11 +147,12 @@ def _function(
     backward: Callable[..., Any] | None,
     lists: bool,
 ) -> Any:
-    """The operator as autograd sees it; where it takes lists, its arguments as `flattened` left them, and last as they were.
+    """The autograd function of an operator. If the operator takes lists, the function takes the `flattened` arguments, followed
+    by the original ones.
 
-    This is `torch.library.register_autograd`'s without its bookkeeping for keyword-only and default arguments, which no
-    schema here has: geodesic_mixup forward and backward at (64, 512) take 178 µs with that, of which 26 in kernels, and 101 µs
-    with this (one core, medians).
+    It does what `torch.library.register_autograd` does, without the bookkeeping for keyword-only and default arguments, which
+    no schema here has: geodesic_mixup forward and backward at (64, 512) take 178 µs with register_autograd, of which 26 in
+    kernels, and 101 µs with this function (one core, medians).
     """
 
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -167,7 +169,7 @@ def _function(
                 f"iprm::{name} is not differentiable: second derivatives are not provided; call .backward() without "
                 "create_graph, or differentiate the formula in plain torch"
             )
-        # activation checkpointing computes the saved tensors again here: with autograd, and so before any guard
+        # activation checkpointing recomputes the saved tensors here; that needs autograd, so it happens outside any guard
         found = backward(ctx, ctx.saved_tensors, *grads)
         return (*found, None) if lists else found
 

@@ -1,4 +1,4 @@
-"""What every test runs under."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from places import INTERPRETED, Place
 
 import iprm_kernels as ik
 
-# Inductor's caches of whole graphs know nothing of this package's version: one from before a change would be tested here.
+# Inductor's graph caches do not depend on this package's version, so tests could run code from before a change.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 hypothesis.settings.register_profile(
@@ -24,7 +24,7 @@ hypothesis.settings.register_profile(
     database=None,
     deadline=None,
     max_examples=12 if INTERPRETED else 100,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # poison and backend outlive an example by design
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # fixtures outlive an example by design
 )
 hypothesis.settings.load_profile("repeatable")
 hypothesis.settings.register_profile("fuzz", hypothesis.settings.get_profile("repeatable"), max_examples=600)  # make fuzz
@@ -55,19 +55,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """Runs the test once by every backend, in use while the test runs."""
+    """Runs the test once per backend, which is in use during the test."""
     yield from _at(request.param)
 
 
 @pytest.fixture
 def fused(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """Runs the test once by every backend but the reference, which it is compared with."""
+    """Runs the test once per backend except the reference, which results are compared with."""
     yield from _at(request.param)
 
 
 @pytest.fixture
 def gpu(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """Runs the test once by every backend that has kernels for a GPU."""
+    """Runs the test once per backend that has GPU kernels."""
     yield from _at(request.param)
 
 
@@ -79,7 +79,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
-    """As many threads on every machine, and the number a test changes is put back."""
+    """Two threads on every machine; restores the number of threads if a test changes it."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(2)

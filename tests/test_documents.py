@@ -1,4 +1,4 @@
-"""README.md and docs/: every block of code and every command is executed, page by page; links, folders and targets exist."""
+"""README.md and docs/: every code block and command is executed, page by page; links, folders and targets exist."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 from documents import PAGES, ROOT, Block, blocks, commands, execute
 
-EXECUTED = {"python", "console", "bash", "yaml"}  # a file of YAML is written, for the commands that follow
+EXECUTED = {"python", "console", "bash", "yaml"}  # YAML blocks are written to files, for later commands
 SHOWN = {"text"}  # what a command prints
 DISTRIBUTED = "docs/distributed.md"
 
 
 def parts() -> list[object]:
-    """The blocks that one test executes, in order and in one folder: those of a page.
+    """The blocks that one test executes, in order and in one folder: the blocks of a page.
 
     Each command of docs/distributed.md is a test of its own. They start several processes each, they are independent of each
     other, and test_distributed_fit.py runs the same strategies with assertions; so all but the first belong to the tier `slow`.
@@ -56,7 +56,7 @@ def test_there_is_something_to_execute_and_nothing_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_have_targets(page: str) -> None:
     text = PAGES[page].read_text(encoding="utf-8")
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (PAGES[page].parent / path).exists(), path

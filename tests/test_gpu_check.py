@@ -1,4 +1,5 @@
-"""benchmarks/gpu_check.sh, with a Python that only says what it was asked for: what it runs, and what it says of the rest."""
+"""benchmarks/gpu_check.sh, with a Python that only records its arguments: the tests it runs, and those it reports as left
+out."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: The import of lightning ends with LIGHTNING, any other command with 0.
+#: The import of lightning exits with $LIGHTNING, any other command with 0.
 PYTHON = """#!/usr/bin/env bash
 if [[ $* == "-c import lightning" ]]; then exit "$LIGHTNING"; fi
 echo "$*" >> "$ASKED"
@@ -17,7 +18,7 @@ echo "$*" >> "$ASKED"
 
 
 def check(folder: Path, lightning: bool) -> tuple[str, list[str]]:
-    """What the script printed, and the commands it gave to Python, after a run that passed."""
+    """The output of the script, and its Python commands, in a run that passed."""
     for name in ("python", "nvidia-smi", "compute-sanitizer"):
         (folder / name).write_text(PYTHON)
         (folder / name).chmod(0o755)

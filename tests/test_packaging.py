@@ -1,4 +1,4 @@
-"""What gets built, what is in it, and that it works away from this folder."""
+"""Source distribution and wheel: how they are built, their contents, and that they work outside this folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytest.importorskip("build")
 needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++").split()[0]), reason="needs a C++ compiler")
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 
-#: Told by an import from another folder: which package it was, what it can do, and what it pulled in.
+#: Printed by an import from another folder: the imported packages, what they can do, and the heavy modules they import.
 PROBE = """
 import json, sys, torch, iprm_kernels as ik, iprm, iprm.configs
 from importlib.resources import files
@@ -71,7 +71,7 @@ def python(command: list[str], folder: Path, choice: str | None, **environment: 
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    """Builds an "sdist" or a "wheel" from a folder into tmp_path/dist, without isolation and so without a network."""
+    """Builds an "sdist" or a "wheel" from a folder into tmp_path/dist, without isolation and therefore without a network."""
 
     def run(kind: str, folder: Path, choice: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         command = ["-m", "build", f"--{kind}", "-nx", "--outdir", str(tmp_path / "dist"), str(folder)]
@@ -96,7 +96,7 @@ def install(wheel: Path, tmp_path: Path) -> Path:
 def probe(target: Path, tmp_path: Path) -> dict:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    # -S and the paths by hand: an editable install's .pth file would serve from this folder what the target lacks
+    # -S and explicit paths: an editable install's .pth file would find in this folder what the target lacks
     paths = [str(target), *(path for path in sys.path if path.endswith("-packages"))]
     environment = {name: value for name, value in os.environ.items() if name != "IPRM_KERNELS_BACKEND"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -114,13 +114,14 @@ def files_of(folder: Path, *patterns: str) -> set[str]:
 
 
 def package_files(source: Path) -> set[str]:
-    """What a wheel holds beside its extension."""
+    """The files of a wheel except its extension."""
     operators = files_of(source / "iprm_kernels", "*.py", "py.typed")
     return operators | files_of(source / "python" / "iprm", "*.py", "*.yaml", "*.jinja", "*.css", "py.typed")
 
 
 def quick_compiler(tmp_path: Path) -> str:
-    """The compiler with the last word -O0, a third of the time: the package is what is tested here, not the code in it."""
+    """The compiler with a final -O0, which takes a third of the time: these tests concern the package, not the compiled
+    code."""
     script = tmp_path / "compiler"
     script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
     script.chmod(0o755)
@@ -159,7 +160,7 @@ def test_a_wheel_from_the_source_distribution_works_elsewhere(source: Path, buil
 
 
 def check_stable_abi(library: Path) -> None:
-    """Of libtorch only the C shims are used, which every torch from 2.10 on has: no C++ symbols, no other library."""
+    """The library uses only the C shims of libtorch, which every torch from 2.10 on has: no C++ symbols, no other library."""
     symbols = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True).split()
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
     assert [symbol for symbol in symbols if re.match(r"_Z\w*(?<!\d)(3c10|2at|5torch)", symbol)] == []
@@ -181,7 +182,7 @@ def test_none_makes_a_pure_package_that_says_what_it_misses(source: Path, build:
         assert {name for name in zipped.namelist() if ".dist-info/" not in name} == package_files(source)
     found = probe(target, tmp_path)
     assert found["extension"] == "none"
-    assert "the C++ extension is not there" in found["refusal"]
+    assert "the C++ extension cannot be imported" in found["refusal"]
     assert "IPRM_KERNELS_BUILD=cpu" in found["refusal"]
 
 
@@ -232,10 +233,10 @@ def test_an_unknown_choice_of_sanitizers_is_refused(source: Path, build: Build) 
 def test_sanitizers_come_and_optimisation_goes_by_one_variable(
     source: Path, tmp_path: Path, choice: str, instrumented: bool
 ) -> None:
-    """Seen by a compiler that compiles nothing and says how it was called."""
+    """Tested with a compiler that compiles nothing and records its arguments."""
     calls = tmp_path / "calls"
     compiler = tmp_path / "compiler"
-    real = os.environ.get("CXX", "c++")  # for torch, which asks the compiler what it is
+    real = os.environ.get("CXX", "c++")  # for torch, which queries the compiler's version
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *.cpp*) echo "$@" >> {calls}; exit 1;; *) exec {real} "$@";; esac\n')
     compiler.chmod(0o755)
     command = ["setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "objects")]
@@ -261,7 +262,7 @@ def test_a_failed_compilation_is_an_error(source: Path, build: Build, choice: st
 @needs_make
 @pytest.mark.parametrize("target", ["demo", "install"])
 def test_make_builds_again_after_any_change_to_a_source(source: Path, target: str) -> None:
-    """Stamp files in .venv say what is installed; the last one of `demo` is .venv/installed."""
+    """Stamp files in .venv record what is installed; the last one of `demo` is .venv/installed."""
     stamps = [source / ".venv" / name for name in ("torch", "extension", "packages", "installed", "tools")]
     last = ".venv/installed" if target == "demo" else ".venv/tools"
 

@@ -1,4 +1,4 @@
-"""Under `make sanitize`: that the operators under test are those built with the sanitizers."""
+"""`make sanitize` tests the operators that were built with the sanitizers."""
 
 from __future__ import annotations
 

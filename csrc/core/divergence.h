@@ -1,7 +1,7 @@
 // The terms of the Kullback-Leibler divergence, for scalars (device) and for vectors of them (CPU). Included inside the
 // namespace that uses it, once for every instruction set on the CPU, so it has no include guard.
 
-// phi(d) = d + exp(-d) - 1 >= 0. Below this |d| the sum cancels, and its series is taken.
+// phi(d) = d + exp(-d) - 1 >= 0. Below this |d| the sum cancels, and the series is used instead.
 constexpr double kExcessSeriesBelow = 0.5;
 
 template <class T>
@@ -21,13 +21,13 @@ IPRM_INLINE V excess_series(V d) {
   return sum;
 }
 
-// What a row's softmax is made of: its maximum, and the sum of its exponentials from there.
+// The statistics of a row's softmax: its maximum, and the sum of exp(logit - maximum).
 template <class S>
 struct Softmax {
   S top, sum;
 };
 
-// x - y rounded, and what rounding took from it (Knuth's two-sum), NaN where the difference is infinite
+// x - y rounded, and its rounding error (Knuth's two-sum), which is NaN where the difference is infinite
 template <class V>
 IPRM_INLINE V difference(V x, V y, V* rest) {
   const V high = x - y, back = high - x;
@@ -35,9 +35,9 @@ IPRM_INLINE V difference(V x, V y, V* rest) {
   return high;
 }
 
-// d = log P - log Q. Logits are taken relative to their row's maximum, and the rounding of that goes into d: so a common offset
-// changes nothing, and the difference of close logits is exact. log_ratio: log(p.sum / q.sum), not the difference of two rounded
-// logarithms, which is 5 times less exact.
+// d = log P - log Q. Logits are taken relative to their row's maximum, and d includes the rounding error of that subtraction: a
+// common offset changes nothing, and the difference of close logits is exact. log_ratio is log(p.sum / q.sum), because the
+// difference of two rounded logarithms is 5 times less exact.
 template <class V, class S>
 IPRM_INLINE V log_quotient(V p_logits, V q_logits, const Softmax<S>& p, const Softmax<S>& q, S log_ratio) {
   V p_rest, q_rest;
@@ -45,8 +45,8 @@ IPRM_INLINE V log_quotient(V p_logits, V q_logits, const Softmax<S>& p, const So
   return (a - b) + (p_rest - q_rest) - log_ratio;
 }
 
-// P phi(d) = P d + Q - P, by the series where that cancels; Q where P is zero; infinite where Q alone is impossible. A d that is
-// NaN, of an infinite difference, is in none of these.
+// P phi(d) = P d + Q - P, by the series where the sum cancels; Q where P is zero; infinite where only Q is zero. A NaN in d, from
+// an infinite difference, enters none of these.
 template <class S, class V>
 IPRM_INLINE V kl_terms(V p, V q, V d, V p_logits, V q_logits) {
   constexpr S kClose = S(kExcessSeriesBelow);

@@ -7,7 +7,8 @@
 
 namespace iprm {
 
-// What a label asks of a row: to be `index`; or it does not count; or it is out of range, which makes loss and gradient NaN.
+// The label of a row: the class `index`; or the row does not count; or the label is out of range, which makes loss and gradient
+// NaN.
 struct Label {
   int64_t index;
   bool counted, wrong;

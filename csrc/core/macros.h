@@ -4,11 +4,11 @@
 #if defined(__CUDACC__)
 #define IPRM_INLINE __host__ __device__ __forceinline__
 #else
-// always, so that a row kernel compiled for AVX-512 never calls into code compiled for less
+// always inline, so that a row kernel compiled for AVX-512 never calls code compiled for a narrower instruction set
 #define IPRM_INLINE inline __attribute__((always_inline))
 #endif
 
-// before a loop over a register tile: the compilers keep its sums in registers only when it is gone
+// for loops over a register tile: the compilers keep the sums in registers only if the loop is fully unrolled
 #if defined(__CUDACC__)
 #define IPRM_UNROLL _Pragma("unroll")
 #elif defined(__clang__)

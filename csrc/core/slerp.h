@@ -1,7 +1,7 @@
 // S(s, c) = sin(s theta) / sin(theta), theta = arccos c, and its derivatives: the row mathematics of geodesic mixup, for one row
 // (device) or a vector of them (CPU). Included inside the namespace that uses it, behind its square_root(V), once for every
-// instruction set on the CPU, so it has no include guard. T is the arithmetic type, V that or a vector of it; a comparison of
-// two V selects by ?:, and a NaN passes through every one of them. tests/iprm_kernels/test_convention.py compares the constants
+// instruction set on the CPU, so it has no include guard. T is the arithmetic type, V is T or a vector of T; a comparison of
+// two V selects by ?:, and a NaN passes through every comparison. tests/iprm_kernels/test_convention.py compares the constants
 // here with those of iprm_kernels/convention.py.
 
 // The smallest norm that features are divided by in the head step.
@@ -14,12 +14,12 @@ template <>
 struct SlerpLimits<float> {
   static constexpr float kAntipodeMargin = 1e-6f;  // c is clamped to at least -1 + this
   static constexpr int kSeriesTerms = 10;          // the next one is below half an ulp at h = kSeriesBelow
-  static constexpr int kAngleTerms = 8;            // of asin; the next one is 2.5e-9 of the sum
+  static constexpr int kAngleTerms = 8;            // of asin; the next term is 2.5e-9 of the sum
   static constexpr int kSineTerms = 6;             // to r^11; the next one is below 1e-10
   static constexpr float kPiRest = -8.742278000372485e-08f;  // pi less pi as a float
   // pi/2 in three parts, the first short enough for exact products with n < 2^15
   static constexpr float kHalfPiHigh = 1.5703125f, kHalfPiMiddle = 4.837512969970703125e-4f, kHalfPiLow = 7.54978995489188216e-8f;
-  static constexpr float kRound = 12582912.0f;  // added and taken away, leaves the nearest integer
+  static constexpr float kRound = 12582912.0f;  // adding and subtracting it rounds to the nearest integer
 };
 
 template <>
@@ -37,9 +37,9 @@ struct SlerpLimits<double> {
 template <class T>
 constexpr T kSeriesBelow = T(0.125);
 
-// theta in [0, pi] of h = sin^2(theta / 2) and k = cos^2(theta / 2), to full relative accuracy. With m the smaller of the two,
-// theta or pi - theta is 2 asin sqrt(m) = 4 asin sqrt(v), where v = m / (2 + 2 sqrt(1-m)) <= 0.1465 is the half angle's; and
-// asin(sqrt v) / sqrt v is a series in v, of ratios (2n+1)^2 / ((2n+2)(2n+3)).
+// theta in [0, pi] from h = sin^2(theta / 2) and k = cos^2(theta / 2), to full relative accuracy. With m the smaller of the two,
+// theta or pi - theta is 2 asin sqrt(m) = 4 asin sqrt(v), where v = m / (2 + 2 sqrt(1-m)) <= 0.1465 belongs to the half
+// angle, and asin(sqrt v) / sqrt v is a series in v with ratios (2n+1)^2 / ((2n+2)(2n+3)).
 template <class T, class V>
 IPRM_INLINE V angle_of(V h, V k) {
   const V smaller = h < k ? h : k, larger = h < k ? k : h;
@@ -57,7 +57,7 @@ IPRM_INLINE void sine_cosine(V a, V* sine, V* cosine) {
   constexpr T kRound = SlerpLimits<T>::kRound, kMost = T(0.8);
   const V n = (a * T(0.63661977236758134308) + kRound) - kRound;
   V r = ((a - n * SlerpLimits<T>::kHalfPiHigh) - n * SlerpLimits<T>::kHalfPiMiddle) - n * SlerpLimits<T>::kHalfPiLow;
-  r = r > kMost ? V{} + kMost : r;  // of an angle that long no digit is known; the sine at least is one
+  r = r > kMost ? V{} + kMost : r;  // for an angle so long that no digit of r is known, the result is at least a sine
   r = r < -kMost ? V{} - kMost : r;
   const V square = r * r;
   V of_sine = V{} + T(1), of_cosine = V{} + T(1);
@@ -100,14 +100,14 @@ struct Angle {
 // S(s, c) = sin(s theta) / sin(theta) and its derivatives, from one sine and one cosine.
 template <class T, class V>
 struct SlerpWeight {
-  V s, sine, cosine;  // the latter of s theta
+  V s, sine, cosine;  // sine and cosine of s theta
 
   IPRM_INLINE SlerpWeight(V s, const Angle<T, V>& angle) : s(s) { sine_cosine<T>(s * angle.theta, &sine, &cosine); }
 
   // S(s, c), which is s at c = 1
   IPRM_INLINE V value(const Angle<T, V>& angle) const { return angle.at_one ? s : sine / angle.sine; }
 
-  // dS/ds = theta cos(s theta) / sin(theta), at c = 1 its limit 1, which cos(s 0) is but for an s that is not finite
+  // dS/ds = theta cos(s theta) / sin(theta), at c = 1 its limit cos(s 0), which is 1 unless s is not finite
   IPRM_INLINE V ds(const Angle<T, V>& angle) const { return angle.at_one ? cosine : angle.theta * cosine / angle.sine; }
 
   // dS/dc, zero where c is clamped. The closed form cancels like theta^3 near c = 1; there it is -(s/2) sum n a_n h^(n-1)
@@ -115,7 +115,7 @@ struct SlerpWeight {
   // 2 radians, nothing cancels and the series would alternate.
   IPRM_INLINE V dc(const Angle<T, V>& angle) const {
     const V closed = (angle.c * sine - s * cosine * angle.sine) / (angle.sine * angle.sine * angle.sine);
-    V sum = V{}, term = V{} + T(1);  // a_n h^(n-1), which stays small where a_n alone would overflow
+    V sum = V{}, term = V{} + T(1);  // a_n h^(n-1) stays small where a_n alone would overflow
     for (int n = 1; n <= SlerpLimits<T>::kSeriesTerms; ++n) {
       term = term * ((T(n * n) - s * s) * (T(1) / (T(n) * (T(n) + T(0.5)))));
       sum = sum + T(n) * term;
@@ -127,26 +127,26 @@ struct SlerpWeight {
   }
 };
 
-// 1 / max(norm, eps), and NaN for a norm that is not finite: such a row is NaN throughout.
+// 1 / max(norm, eps), and NaN for a norm that is not finite, so that the whole row becomes NaN.
 template <class T, class V>
 IPRM_INLINE V inverse_norm(V norm, T eps) {
   const V nothing = norm - norm;  // NaN if infinite or NaN
   return nothing == T(0) ? T(1) / (norm > eps ? norm : V{} + eps) : nothing;
 }
 
-// <x^, y^> of one row from its inner products, in double: rounded norms would cost two ulps of it, which near the antipode the
-// gradients multiply by ten; and of equal rows it is 1.
+// <x^, y^> of one row from its inner products, in double: rounded norms would cost two ulps, which near the antipode the
+// gradients multiply by ten. For equal rows the result is exactly 1.
 template <class T>
 IPRM_INLINE T cosine(T xx, T yy, T xy, T eps) {
   return T(double(xy) * inverse_norm(::sqrt(double(xx)), double(eps)) * inverse_norm(::sqrt(double(yy)), double(eps)));
 }
 
-// Below this c the two terms of z are over twice as long as z, which their rounding may then make longer than 1: rows there are
-// measured, and shortened to it.
+// Below this c the two terms of z are over twice as long as z, and their rounding may make z longer than 1: such rows are measured
+// and shortened to length 1.
 template <class T>
 constexpr T kNearAntipode = T(-0.9);
 
-// What the rows of z = p x^ + q y^ are made of: z = x * from_x + y * from_y.
+// The coefficients of a row of z = p x^ + q y^: z = x * from_x + y * from_y.
 template <class T, class V>
 struct MixCoefficients {
   V from_x, from_y;
@@ -158,7 +158,7 @@ struct MixCoefficients {
   }
 };
 
-// A mixed row and its gradient from one angle: the coefficients first, then, with what comes back, those of the gradients.
+// A mixed row: its angle and norms, from which follow the coefficients of the row and, with MixGradient, of its gradients.
 template <class T, class V>
 struct MixRow {
   Angle<T, V> angle;
@@ -179,7 +179,7 @@ struct MixRow {
   IPRM_INLINE V from_y() const { return of_y.value(angle) * inv_y; }
 };
 
-// What the rows of the gradients are made of: dx = g * x_from_g + y * x_from_y + x * x_from_x, likewise dy, and dw.
+// The coefficients of the gradients of a row: dx = g * x_from_g + y * x_from_y + x * x_from_x, likewise dy; and dw.
 template <class T, class V>
 struct MixGradient {
   V x_from_g, x_from_x, x_from_y;

@@ -7,8 +7,8 @@
 
 namespace iprm {
 
-// w_m = r_m / sum r with r_m = min KL / KL_m, one where they are equal: zeros share everything, an infinite KL gets nothing, all
-// infinite are equal, a NaN spreads. Kl: anything with kl[m].
+// w_m = r_m / sum r with r_m = min KL / KL_m, one where both are equal: modalities with zero KL share the weight equally, an
+// infinite KL gets 0 (uniform weights if all are infinite), a NaN makes all weights NaN. Kl: any type with kl[m].
 template <class Kl, class S>
 IPRM_INLINE void strength_weights_of(const Kl& kl, int64_t count, S* strength) {
   S smallest = kl[0];

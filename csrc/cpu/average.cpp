@@ -1,4 +1,4 @@
-// average_strength on the CPU: a few numbers.
+// average_strength on the CPU.
 #include "../core/average.h"
 #include "rows.h"
 

@@ -1,4 +1,5 @@
-// batch_kl and strength_weights on the CPU. No softmax is written: a row's maximum and sum are taken, then its terms.
+// batch_kl and strength_weights on the CPU. No softmax is written to memory: a row is read for its maximum and sum, then for its
+// terms.
 #include <cstring>
 #include <memory>
 
@@ -9,17 +10,17 @@ namespace iprm {
 
 struct KlArgs {
   MatrixView p, q;
-  void* stats;  // (5, B): max p, sum exp(p - max p), the same of q, KL
+  void* stats;  // (5, B): max p, sum exp(p - max p), the same two for q, KL
   int64_t rows, columns;
 };
 
 struct KlBackwardArgs {
   const void* grad;  // () or (B,)
-  int64_t grad_stride;  // 0 where one serves all rows
+  int64_t grad_stride;  // 0 if one value serves all rows
   double scale;         // of grad
   MatrixView p, q;
   const void* stats;
-  void *grad_p, *grad_q;  // null: not wanted
+  void *grad_p, *grad_q;  // null if not needed
   int64_t rows, columns;
 };
 
@@ -31,8 +32,8 @@ struct KlBackwardArgs {
 namespace iprm {
 namespace {
 
-// Places in REDUCTIONS of iprm_kernels/backends.py, after "sum". A number and no string: of each that comes through the stable ABI
-// torch 2.13 loses one (ToImpl<std::string>), 48 bytes a call and more.
+// Indices into REDUCTIONS of iprm_kernels/convention.py, after "sum". The schema takes an int because torch 2.13 leaks every string
+// that passes through the stable ABI (ToImpl<std::string>), at least 48 bytes per call.
 constexpr int64_t kMean = 1, kNone = 2;
 
 void batch_kl(
@@ -103,8 +104,8 @@ void batch_kl_backward(
   });
 }
 
-// dw_m/dKL_j = 1 / (KL_m (sum_i KL_j / KL_i)^2) for m != j; a column sums to zero; zero where there is no derivative (several KL
-// zero, or one infinite), but a NaN spreads
+// dw_m/dKL_j = 1 / (KL_m (sum_i KL_j / KL_i)^2) for m != j; columns sum to zero; zero where there is no derivative (several KL
+// zero, or one infinite); NaN if any KL is NaN
 template <class S>
 void strength_weights_backward_of(const VectorView<S>& grad, const VectorView<S>& kl, int64_t count, S* grad_kl) {
   bool any_nan = false;

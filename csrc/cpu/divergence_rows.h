@@ -2,9 +2,9 @@
 
 #include "divergence_terms.h"
 
-// A row is one long chain: maximum, exponentials, their sum, its logarithm, terms, their sum. Rows therefore go through each
-// link together, some 2,048 logits at a time, so that the pipeline is filled by their independence and what the next link
-// reads is still in the first-level cache.
+// A row is one long dependency chain: maximum, exponentials, their sum, its logarithm, terms, their sum. Rows therefore go
+// through each stage together, some 2,048 logits at a time: independent rows fill the pipeline, and the inputs of the next stage
+// are still in the first-level cache.
 template <class T>
 void batch_kl_rows(const KlArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
@@ -42,7 +42,7 @@ void batch_kl_rows(const KlArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// dp = g P (d - KL), dq = g (Q - P), the latter as P (phi(d) - d) where P and Q are close
+// dp = g P (d - KL), dq = g (Q - P); where P and Q are close, Q - P is P (phi(d) - d)
 template <class V, class S>
 IPRM_INLINE void kl_gradients(V p, V q, V d, S kl, S grad, V* dp, V* dq) {
   constexpr S kClose = S(kExcessSeriesBelow);

@@ -13,7 +13,7 @@ IPRM_INLINE typename Lanes<T>::Scalar row_max(const T* row, const Tail<T>& tail)
   return max_lanes<S>(largest);
 }
 
-// high + value, and into low what rounding takes from it
+// adds value to high, and the rounding error to low
 template <class V>
 IPRM_INLINE void add_exactly(V& high, V& low, V value) {
   const V sum = high + value, back = sum - high;
@@ -21,7 +21,7 @@ IPRM_INLINE void add_exactly(V& high, V& low, V value) {
   high = sum;
 }
 
-// The sum over the lanes of both.
+// The sum of high and low over all lanes.
 template <class S, class V>
 IPRM_INLINE S sum_lanes_exactly(V high, V low) {
   if constexpr (sizeof(V) == 2 * sizeof(S)) {
@@ -39,8 +39,8 @@ IPRM_INLINE S sum_lanes_exactly(V high, V low) {
   }
 }
 
-// sum exp(row - top), the exponentials left in `exps`, zero in lanes past the end. Of close rows log P - log Q is as small as an
-// ulp or two of the sums, so these are rounded once, whatever the order that the lanes of an instruction set add them up in.
+// sum exp(row - top); stores the exponentials in `exps`, zero in lanes past the end. For close rows log P - log Q is as small as
+// an ulp or two of the sums, so the sums are rounded only once, for any order in which an instruction set adds its lanes.
 template <class T>
 IPRM_INLINE typename Lanes<T>::Scalar exp_sum(
     const T* row, const Tail<T>& tail, typename Lanes<T>::Scalar top, typename Lanes<T>::Scalar* exps) {
@@ -49,7 +49,7 @@ IPRM_INLINE typename Lanes<T>::Scalar exp_sum(
   constexpr int64_t kCount = Lanes<T>::kCount;
   constexpr S kLowest = -std::numeric_limits<S>::infinity();
   V sum = {}, rest = {};
-  if (tail) {  // first, as its lanes that overlap are written again
+  if (tail) {  // first, because the main loop overwrites its overlapping lanes
     sum = exp(tail.unseen(row, kLowest) - top);
     store(exps + (tail.whole > 0 ? tail.columns - kCount : 0), sum);
   }
@@ -61,7 +61,7 @@ IPRM_INLINE typename Lanes<T>::Scalar exp_sum(
   return sum_lanes_exactly<S>(sum, rest);
 }
 
-// Columns after which a running sum is put aside and begun anew, 32 vectors: a sum of 20,000 terms in one run is wrong by 1e-6.
+// Columns per running sum, 32 vectors, after which a new one starts: a single running sum of 20,000 terms is wrong by 1e-6.
 template <class T>
 constexpr int64_t kPartialSum = 32 * Lanes<T>::kCount;
 

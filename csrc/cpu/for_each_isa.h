@@ -1,5 +1,5 @@
-// Includes IPRM_ROWS, a file of row kernels, once for every instruction set worth having, each in a namespace of its own:
-// a wheel then runs on any machine and still uses what the machine has. No include guard: one use a family.
+// Includes IPRM_ROWS, a file of row kernels, once per supported instruction set, each in its own namespace, so that a
+// wheel runs on any machine and still uses its widest instructions. No include guard: each kernel family includes this file once.
 
 #define IPRM_STRINGIZE_(x) #x
 #define IPRM_STRINGIZE(x) IPRM_STRINGIZE_(x)

@@ -27,7 +27,7 @@ struct MixupArgs {
   double eps;
   void *z, *stats;
   int64_t rows, columns;
-  bool known;  // stats hold what they should
+  bool known;  // stats already hold the statistics
 };
 
 struct MixupBackwardArgs {
@@ -35,7 +35,7 @@ struct MixupBackwardArgs {
   Tensor weight;
   const void* stats;
   double eps;
-  void *grad_x, *grad_y, *grad_w;  // null: not wanted
+  void *grad_x, *grad_y, *grad_w;  // null if not needed
   int64_t rows, columns;
 };
 

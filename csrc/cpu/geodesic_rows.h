@@ -2,7 +2,7 @@
 
 #include "geodesic_terms.h"
 
-// out = a * by_a + b * by_b; stream: past the caches
+// out = a * by_a + b * by_b; stream: write past the caches
 template <class T>
 IPRM_INLINE void combine(
     T* out,
@@ -19,7 +19,7 @@ IPRM_INLINE void combine(
   if (tail) tail.write(out, tail.values(a) * by_a + tail.values(b) * by_b);
 }
 
-// out = a * by_a + b * by_b, shortened to length 1 where rounding has made it longer
+// out = a * by_a + b * by_b, shortened to length 1 if rounding has made it longer
 template <class T>
 void combine_no_longer_than_one(
     T* out, const T* a, typename Lanes<T>::Scalar by_a, const T* b, typename Lanes<T>::Scalar by_b, int64_t columns) {
@@ -89,8 +89,8 @@ void normalize_backward_rows(const NormalizeBackwardArgs& args, int64_t begin, i
   }
 }
 
-// Rows whose mathematics is done at once: as many as a vector has lanes, and as stay in the first-level cache until their second
-// visit, 16 KiB of both sides.
+// Rows whose row mathematics is computed at once: at most the lanes of a vector, and at most as many as stay in the first-level
+// cache until their second read, 16 KiB of both sides.
 template <class T>
 int64_t rows_at_once(int64_t columns) {
   return std::clamp<int64_t>(16384 / (2 * columns * int64_t(sizeof(T))), 1, Lanes<T>::kCount);

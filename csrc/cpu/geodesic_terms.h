@@ -1,5 +1,5 @@
-// Inner products of two rows, and what is made of them for several rows at once, for the rows of `geodesic_mixup` and of the head
-// step. Included behind simd.h, once for every instruction set, so it has no include guard.
+// Inner products of two rows, and the row mathematics of several rows at once, for `geodesic_mixup` and the head step.
+// Included behind simd.h, once for every instruction set, so it has no include guard.
 
 #include "../core/slerp.h"
 
@@ -60,7 +60,7 @@ IPRM_INLINE void write_stats(S* stats, int64_t rows, int64_t row, const S* xx, c
   for (int64_t i = 0; i < count; ++i) stats[2 * rows + row + i] = cosine(xx[i], yy[i], xy[i], eps);
 }
 
-// What the mixtures of rows are made of, from (3, rows) statistics, into from_x and from_y: whole vectors
+// Mix coefficients of rows from (3, rows) statistics, stored in from_x and from_y as whole vectors
 template <class S>
 IPRM_INLINE void mix_coefficients(
     S* from_x, S* from_y, typename Lanes<S>::Vec weight, const S* stats, int64_t rows, int64_t row, int64_t count, S eps) {

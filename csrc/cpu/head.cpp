@@ -1,7 +1,7 @@
-// linear_probe_rebalance on the CPU. Forward: each feature matrix is read once, for its projections on both heads and its row
-// statistics; probe, KL, rebalanced logits and losses are work on (B, C) matrices. Backward: gradients of the logits, then one
-// pass over both feature matrices for all gradients. Sums over rows run in their order, so results repeat on any number of
-// threads.
+// linear_probe_rebalance on the CPU. Forward: each feature matrix is read once, for its projections and its row
+// statistics; probe, KL, rebalanced logits and losses are computed on (B, C) matrices. Backward: gradients of the logits, then one
+// pass over the feature matrices for all gradients. Sums over rows have a fixed order, so results are bit-identical for any number
+// of threads.
 #include <cstring>
 #include <memory>
 
@@ -12,8 +12,8 @@
 
 namespace iprm {
 
-// A step of P pairs among M modalities. Heads, logits and losses come mixtures first; what is kept of all pairs and sides lies
-// in one piece of memory, as HeadState says.
+// A step of P pairs among M modalities. Heads, logits and losses list the mixtures first. The saved state of all pairs
+// is one tensor with the layout of HeadState.
 struct HeadStep {
   std::vector<MatrixView> features;
   std::vector<Pair> pairs;
@@ -33,7 +33,7 @@ struct HeadStep {
 struct HeadProbeArgs {
   const HeadStep& step;
   const void* probe_weight;   // (P,) lambda
-  std::vector<void*> logits;  // M of (B, C); none where `own` holds the logits
+  std::vector<void*> logits;  // M of (B, C); empty if `own` holds the logits
   void* kl_rows;              // (2P, B)
 };
 
@@ -45,24 +45,24 @@ struct HeadRebalanceArgs {
 
 struct HeadCoefficientArgs {
   const HeadStep& step;
-  const void* scales;                  // (P + M,) of the losses, over the rows that count
-  std::vector<const void*> upstream;  // P + M of (B, C) to the logits, or null
+  const void* scales;                  // (P + M,) upstream gradients of the losses, divided by the number of counted rows
+  std::vector<const void*> upstream;  // P + M of (B, C) upstream gradients of the logits, or null
   void* coefficients;
 };
 
 struct HeadGradientArgs {
   const HeadStep& step;
   void* coefficients;
-  std::vector<void*> grad_features, grad_weights;  // null: not wanted
+  std::vector<void*> grad_features, grad_weights;  // null if not needed
 };
 
-// What the gradients are made of, in one piece of memory.
+// The coefficients of the gradients, in one allocation.
 template <class S>
 struct HeadCoefficients {
   S* of_logits;  // (P + M, B, C) dZ and dU
-  S* z_from;     // (P, 2, B) p / ||x|| and q / ||y||: the mixture from x and y, and their gradients from dZ W
-  S* from;       // (P, 2, 2, B) of the gradient of either side what comes of x, and of y
-  bool* dead;    // (P, 2, B) to such a row nothing comes but from its own head
+  S* z_from;     // (P, 2, B) p / ||x|| and q / ||y||: factors of x and y in the mixture, and of dZ W in their gradients
+  S* from;       // (P, 2, 2, B) for the gradient of each side, the factors of x and of y
+  bool* dead;    // (P, 2, B) rows that receive a gradient only from their own head
 
   HeadCoefficients(void* memory, const HeadStep& step) {
     of_logits = static_cast<S*>(memory);
@@ -84,10 +84,10 @@ struct HeadCoefficients {
 namespace iprm {
 namespace {
 
-// The mathematics of a row, an angle and three softmaxes, takes as long as this many elements: 300 to 400 ns.
+// The row mathematics, an angle and three softmaxes, takes as long as this many elements: 300 to 400 ns.
 constexpr int64_t kRowCost = 2000;
 
-// A thread is worth its fork for this many multiplications, some 5 us of them.
+// Multiplications, some 5 us of them, above which a thread is worth its fork.
 constexpr int64_t kProductsPerThread = 250'000;
 
 template <class Work>
@@ -97,14 +97,14 @@ void parallel(int64_t pieces, int64_t products_each, const Work& work) {
   torch::stable::parallel_for(0, pieces, grain, work);
 }
 
-// `tensor` contiguous and in the arithmetic type; itself where it is that already.
+// `tensor` contiguous and in the arithmetic type; the same tensor if it already is.
 template <class S>
 Tensor arithmetic(const Tensor& tensor) {
   constexpr ScalarType kType = sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float;
   return torch::stable::contiguous(tensor.scalar_type() == kType ? tensor : torch::stable::to(tensor, kType));
 }
 
-// Keeps alive what `arithmetic` made, and hands out pointers.
+// Keeps the tensors of `arithmetic` alive, and returns pointers to them.
 template <class S>
 class ArithmeticInputs {
  public:
@@ -124,7 +124,7 @@ int64_t counted_rows(const VectorView<int64_t>& target, int64_t rows, int64_t ig
   return count;
 }
 
-// The step as the kernels see it; `input` keeps alive what had to be converted.
+// The arguments of the row kernels; `input` keeps converted tensors alive.
 template <class S>
 HeadStep step_of(
     ArithmeticInputs<S>& input,
@@ -249,7 +249,7 @@ void head_backward(
 
     const auto memory = std::make_unique_for_overwrite<char[]>(HeadCoefficients<S>::bytes(step));
     HeadCoefficientArgs coefficient_args{step, scales.data(), {}, memory.get()};
-    std::vector<Tensor> upstream;  // keeps alive what had to be copied
+    std::vector<Tensor> upstream;  // keeps copies alive
     for (const auto& grad : grad_logits) {
       if (grad) upstream.push_back(torch::stable::contiguous(*grad));
       coefficient_args.upstream.push_back(grad ? upstream.back().const_data_ptr() : nullptr);

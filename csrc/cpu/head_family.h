@@ -1,4 +1,4 @@
-// All that the rows of the linear head step are made of, for for_each_isa.h.
+// All files of the rows of the linear head step, for for_each_isa.h.
 
 #include "divergence_terms.h"
 #include "geodesic_terms.h"

@@ -1,15 +1,15 @@
 // The gradients of features and heads, panel by panel of columns: X and Y are read once from memory, and every sum over rows
-// runs in the order of the rows, whatever the number of threads. Compiled once for every instruction set by for_each_isa.h.
+// has the order of the rows, for any number of threads. Compiled once for every instruction set by for_each_isa.h.
 
-constexpr int64_t kChunkRows = 128;  // rows a panel is visited for at a time: 32 KiB of each of X and Y
-constexpr int64_t kGroupPanels = 4;  // panels between which the chunks of rows alternate: 1 KiB of a row, a page its own
+constexpr int64_t kChunkRows = 128;  // rows of a panel processed at a time: 32 KiB of each of X and Y
+constexpr int64_t kGroupPanels = 4;  // panels alternated per chunk of rows: 1 KiB of a row, on its own page
 
 template <class S>
 int64_t panel_width() {
   return kTileVectors * Lanes<S>::kCount;
 }
 
-// `rows` rows of one panel of a matrix, in the arithmetic type and whole vectors: a place in the matrix itself, or a copy.
+// `rows` rows of one panel of a matrix, in the arithmetic type and in whole vectors: a pointer into the matrix, or a copy.
 template <class S>
 struct Panel {
   const S* data;
@@ -59,8 +59,8 @@ void mix_panel(S* out, Panel<S> x, Panel<S> y, const S* from_x, const S* from_y,
       store(out + r * kWidth + i, load(x.data + r * x.step + i) * from_x[r] + load(y.data + r * y.step + i) * from_y[r]);
 }
 
-// Rows `row` and on of the gradients of all features: of each dU W_own; and of each of its mixtures, unless the row is dead,
-// g by a factor of the row, where g = dZ W_mix is the same for both sides, and the features of both by factors of theirs.
+// Rows from `row` on of all feature gradients: dU W_own, plus for each mixture of the modality, unless the row is dead, g times a
+// row factor, where both sides share g = dZ W_mix, and the features of both sides times row factors.
 template <class T, class S>
 void write_feature_gradients(
     const std::vector<T*>& out,
@@ -70,7 +70,7 @@ void write_feature_gradients(
     const HeadCoefficients<S>& of,
     const std::vector<Panel<S>>& weights,
     const std::vector<Panel<S>>& features,
-    std::vector<S>& products,  // room for kTileRows of each mixture
+    std::vector<S>& products,  // scratch for kTileRows rows of each mixture
     int64_t row,
     int64_t rows,
     bool stream) {

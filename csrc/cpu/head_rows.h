@@ -1,8 +1,9 @@
 // The rows of the linear head step, from features to logits, losses and their gradients. Compiled once for every instruction
-// set by for_each_isa.h. Features are read in tiles of kTileRows rows; what follows the projections is work on rows of C
+// set by for_each_isa.h. Features are read in tiles of kTileRows rows; all steps after the projections use rows of C
 // numbers.
 
-// Rows of a matrix of any strides in the arithmetic type: a pointer where they are that already, else a copy in `slots` turns.
+// Rows of a matrix of any strides, in the arithmetic type: a pointer if no conversion is needed, else a copy in one of `slots`
+// buffers, used in turn.
 template <class T>
 class ArithmeticRows {
   using S = typename Lanes<T>::Scalar;
@@ -30,7 +31,7 @@ class ArithmeticRows {
   std::vector<S> copies_;
 };
 
-// The exponentials of a row, left in `exps`.
+// The exponentials of a row, stored in `exps`.
 template <class S>
 Softmax<S> softmax_of(const S* row, const Tail<S>& tail, S* exps) {
   const S top = row_max(row, tail);
@@ -56,7 +57,7 @@ IPRM_INLINE void mixed_logits(S* out, const S* a, const S* v, S by_a, S by_v, co
   if (tail) tail.write(out, mixed(tail.values(a), tail.values(v), bias ? tail.values(bias) : V{}));
 }
 
-// `from` in the storage type
+// `from` converted to the storage type
 template <class T, class S>
 void write_row(T* to, const S* from, int64_t columns) {
   const Tail<S> tail(columns);
@@ -79,7 +80,7 @@ struct PairRows {
 };
 
 // Projections of each modality on its own head and those of its mixtures, norms and c; then the probes with the weights lambda,
-// and KL of either modality's prediction from each.
+// and the KL of both modalities' predictions from each probe.
 template <class T>
 void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
@@ -88,8 +89,8 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
   const HeadStep& step = args.step;
   const int64_t classes = step.classes, columns = step.columns, padded = std::max(classes, Lanes<S>::kCount);
   const int64_t modalities = step.modalities(), mixtures = step.mixtures(), matrix = step.rows * classes;
-  std::vector<std::vector<const S*>> w(modalities);  // of each: the rows of its mixtures' heads, then of its own
-  std::vector<std::vector<S*>> to(modalities);       // where these projections go, (B, C) a head
+  std::vector<std::vector<const S*>> w(modalities);  // per modality: the rows of its mixtures' heads, then of its own head
+  std::vector<std::vector<S*>> to(modalities);       // outputs of these projections, (B, C) per head
   const auto add = [&](int64_t side, int64_t head, S* projections) {
     for (int64_t k = 0; k < classes; ++k) w[side].push_back(static_cast<const S*>(step.weights[head]) + k * columns);
     to[side].push_back(projections);
@@ -164,7 +165,7 @@ S cross_entropy(const S* logits, const Tail<S>& tail, const Label& label, S smoo
   return (S(1) - smoothing) * sharp + smoothing * (mean / S(tail.columns) + log_sum);
 }
 
-// The mixtures with the weights just measured, and the cross entropies of all heads.
+// The mixtures with the measured weights, and the cross entropies of all heads.
 template <class T>
 void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
@@ -200,7 +201,7 @@ void head_rebalance_rows(const HeadRebalanceArgs& args, int64_t begin, int64_t e
   }
 }
 
-// scale (P - (1 - smoothing) onehot - smoothing / C) + what came to the logits themselves
+// scale (P - (1 - smoothing) onehot - smoothing / C) + the upstream gradient of the logits
 template <class T, class S>
 void logit_gradient(
     S* out, const S* logits, const Tail<S>& tail, const Label& label, S scale, S smoothing, const T* upstream) {
@@ -215,14 +216,14 @@ void logit_gradient(
     if (!label.wrong) out[label.index] -= scale * (S(1) - smoothing);
   }
   if (upstream == nullptr) return;
-  // the tail overlaps columns that the loop changes in place, so it is added up before and written after
+  // the tail overlaps columns that the loop changes in place, so it is computed before the loop and stored after it
   typename Lanes<S>::Vec rest = {};
   if (tail) rest = tail.values(out) + Tail<T>(classes).values(upstream);
   for (int64_t i = 0; i < tail.whole; i += Lanes<S>::kCount) store(out + i, load(out + i) + load(upstream + i));
   if (tail) tail.write(out, rest);
 }
 
-// Gradients of all logits, and what the gradients of the features and the heads are made of: see HeadCoefficients.
+// Gradients of all logits, and the coefficients of the feature and head gradients: see HeadCoefficients.
 template <class T>
 void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
@@ -236,7 +237,7 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
   const HeadCoefficients<S> to(args.coefficients, step);
   const S *scales = static_cast<const S*>(args.scales), smoothing = S(step.label_smoothing);
   const Tail<S> tail(classes);
-  const auto gradient = [&](int64_t head, int64_t row, const S* logits) {  // left in `out` too
+  const auto gradient = [&](int64_t head, int64_t row, const S* logits) {  // also stored in `out`
     const int64_t offset = row * classes;
     const T* upstream = static_cast<const T*>(args.upstream[head]);
     if (upstream) upstream += offset;

@@ -1,4 +1,4 @@
-// Which instruction set is used: the widest that this machine has, or the one that IPRM_KERNELS_ISA names.
+// Selects the instruction set: the widest that this machine has, or the one that IPRM_KERNELS_ISA names.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -9,7 +9,7 @@
 namespace iprm {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};  // as Isa orders them
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};  // in the order of Isa
 
 Isa widest() {
 #if defined(__x86_64__)

@@ -1,9 +1,9 @@
 // Two matrix products by register tiles, for matrices of one long and one short side. Included once for every instruction set,
 // behind simd.h, so it has no include guard.
 
-// A tile holds kTileRows x kTileVectors vectors of sums, which with their operands fill the registers: 24 + 5 of AVX-512's 32;
-// of AVX2's 16 the sums take 12, and half of the operands come from memory, a sixth faster at (4096, 1024, 31) than two rows;
-// 8 + 5 of SSE's, whose doubles are two a vector and so two rows.
+// A tile holds kTileRows x kTileVectors vectors of sums, which with their operands fill the registers: 24 + 5 of the 32 of AVX-512.
+// With AVX2 the sums take 12 of 16 registers and half of the operands come from memory, which is a sixth faster at (4096, 1024, 31)
+// than two rows. With SSE 8 + 5 of 16; its vectors hold two doubles, hence two rows.
 constexpr int kTileRows = IPRM_REGISTER_BYTES == 64 ? 6 : IPRM_REGISTER_BYTES == 32 ? 3 : 2, kTileVectors = 4;
 
 // sums[r][q] = <x_r, w_q> over `columns`.
@@ -29,8 +29,8 @@ IPRM_INLINE void dot_tile(const S* const* x, const S* const* w, int64_t columns,
   IPRM_UNROLL for (int r = 0; r < kTileRows; ++r) sum_lanes_of_four(parts[r], sums[r]);
 }
 
-// out[r][n] = <x_r, w_n> for r < rows <= kTileRows and all n < count. Rows and columns that a tile has too many of are computed
-// again from the last and not stored.
+// out[r][n] = <x_r, w_n> for r < rows <= kTileRows and all n < count. Surplus rows and columns of a tile repeat the last one and
+// are not stored.
 template <class S>
 void project_tile(
     const S* const* x, int rows, const S* const* w, int64_t count, int64_t columns, S* out, int64_t out_stride) {

@@ -25,7 +25,7 @@
 
 namespace iprm {
 
-// Storage types with conversions of our own (simd.h): these only mark the bits.
+// Storage types that simd.h converts: these structs only hold the bits.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -48,7 +48,7 @@ struct MatrixView {
       : MatrixView(tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)) {}
 };
 
-// A (rows,) input of any stride, 0 where one value serves all rows.
+// A (rows,) input of any stride, 0 if one value serves all rows.
 template <class T>
 struct VectorView {
   const T* data;
@@ -69,8 +69,7 @@ T* output(const std::optional<Tensor>& tensor) {
   return tensor ? output<T>(*tensor) : nullptr;
 }
 
-// Rows as contiguous memory: a pointer where columns are adjacent, else a copy of the row, which lives until `slots` rows
-// later.
+// Rows as contiguous memory: a pointer if columns are adjacent, else a copy of the row, which is valid for the next `slots` rows.
 template <class T>
 class RowReader {
  public:
@@ -101,20 +100,20 @@ void dispatch_type(ScalarType dtype, const Work& work) {
   dispatch_type<BFloat16, Half>(dtype, work);
 }
 
-// Work smaller than this many elements is not worth a thread: a fork and join costs some 5 us, 32,768 elements as much.
+// The fewest elements per thread: a fork and join costs some 5 us, as much as 32,768 elements.
 constexpr int64_t kElementsPerThread = 32768;
 // A pair of logits costs as much as this many features: four exponentials and a polynomial.
 constexpr int64_t kExpCost = 8;
 
-// Outputs from this size on go past the caches, where their rows are aligned: what is written last is all that they would hold.
+// Outputs from this size on are written past the caches if their rows are aligned: the caches would hold only their last part.
 constexpr int64_t kPastCaches = 32 << 20;
 
 inline bool past_caches(const void* out, int64_t rows, int64_t row_bytes) {
   return rows * row_bytes >= kPastCaches && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
-// Memory of an output that is about to be written for the first time, by pages of 2 MiB: faults on those of 4 KiB took 39 of the
-// 65 ms of a head step's backward pass at (8192, 1024, 31). Only a hint, and only from 8 MiB on, where it covers most of it.
+// Requests pages of 2 MiB for an output that is about to be written for the first time: faults on 4 KiB pages took 39 of the 65 ms
+// of a head step's backward pass at (8192, 1024, 31). Only a hint, and only from 8 MiB on, where it covers most of the output.
 inline void prefer_huge_pages([[maybe_unused]] void* out, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
@@ -124,7 +123,7 @@ inline void prefer_huge_pages([[maybe_unused]] void* out, [[maybe_unused]] int64
 #endif
 }
 
-// The sum in double, by blocks of 256: exact enough at any length, and the same on any number of threads.
+// The sum in double, in blocks of 256: accurate at any length, and bit-identical for any number of threads.
 template <class S>
 double ordered_sum(const S* values, int64_t count) {
   double total = 0;

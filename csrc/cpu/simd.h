@@ -1,5 +1,5 @@
-// Vectors as wide as a register, in the compilers' own vector type: wider ones gcc keeps in memory, and takes comparisons of
-// them apart, 80 instructions each and 16 branches a choice. Included once for every instruction set, inside the namespace of
+// Vectors as wide as a register, in the compilers' own vector type: gcc keeps wider vectors in memory and splits their
+// comparisons, 80 instructions each and 16 branches per selection. Included once for every instruction set, inside the namespace of
 // that set (see for_each_isa.h), so it has no include guard.
 
 typedef float VecF __attribute__((vector_size(IPRM_REGISTER_BYTES)));
@@ -9,7 +9,7 @@ typedef uint32_t VecU32 __attribute__((vector_size(IPRM_REGISTER_BYTES)));
 typedef int64_t VecI64 __attribute__((vector_size(IPRM_REGISTER_BYTES)));
 typedef uint16_t VecU16 __attribute__((vector_size(IPRM_REGISTER_BYTES / 2)));
 
-// What a storage type is computed in.
+// The arithmetic type of a storage type.
 template <class T>
 struct Lanes {
   using Scalar = float;
@@ -76,8 +76,8 @@ IPRM_INLINE void store(Half* to, VecF value) {
   __builtin_memcpy(to, &narrow, sizeof(narrow));
 }
 
-// To memory past the caches, for an aligned place in an output that they will not hold: a write that is not one reads the line
-// first.
+// A store past the caches, to an aligned address of an output that does not fit in them: an ordinary store first reads the cache
+// line.
 template <class T, class V>
 IPRM_INLINE void store_past_caches(T* to, V value) {
 #if !defined(__SANITIZE_ADDRESS__) && IPRM_REGISTER_BYTES == 64
@@ -90,7 +90,7 @@ IPRM_INLINE void store_past_caches(T* to, V value) {
   store(to, value);
 }
 
-// Before other threads may read what went past the caches, which no ordinary store waits for.
+// Required before other threads read data stored past the caches: ordinary stores are not ordered after such stores.
 IPRM_INLINE void settle_stores() {
 #if IPRM_REGISTER_BYTES >= 32
   _mm_sfence();
@@ -104,9 +104,9 @@ IPRM_INLINE V lane_numbers() {
   return load_bytes<V>(kNumbers);
 }
 
-// The first `count` lanes, zero in the others, touching no memory behind them. Through a copy, each costs a stall of some 15 cycles
-// where the vector load waits for the stores before it; AVX2 and AVX-512 mask. AddressSanitizer does not see what an intrinsic
-// reads and writes, masked or past the caches: compiled with it, the loops below do.
+// Loads the first `count` lanes, zeros in the others, without touching memory behind them. A load through a copy stalls some 15
+// cycles, as the vector load waits for the stores before it; AVX2 and AVX-512 use masked loads. AddressSanitizer does not see
+// memory accesses of intrinsics, masked or past the caches, so builds with it use the loops below.
 #if !defined(__SANITIZE_ADDRESS__) && IPRM_REGISTER_BYTES == 64
 IPRM_INLINE VecF load_some(const float* from, int64_t count) {
   return (VecF)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
@@ -147,9 +147,9 @@ IPRM_INLINE void store_some(T* to, typename Lanes<T>::Vec value, int64_t count) 
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-// What is left of a row after its whole vectors, as one more vector that ends with the row: it overlaps columns already
-// seen, which a reduction masks out by a neutral `fill` and an elementwise kernel just computes again. Only a row shorter than
-// a vector takes a partial load.
+// The rest of a row after its whole vectors, as one more vector that ends with the row: it overlaps columns already processed,
+// which a reduction masks out with a neutral `fill` and an elementwise kernel computes again. Only a row shorter than a vector
+// needs a partial load.
 template <class T>
 struct Tail {
   using S = typename Lanes<T>::Scalar;
@@ -183,7 +183,7 @@ struct Tail {
   }
 };
 
-// The first `count` lanes of rows' numbers, for mathematics on as many rows at once.
+// The first `count` lanes of per-row values, for row mathematics on that many rows at once.
 template <class S>
 IPRM_INLINE typename Lanes<S>::Vec load_rows(const S* from, int64_t count) {
   return count == Lanes<S>::kCount ? load(from) : load_some(from, count);
@@ -195,7 +195,7 @@ IPRM_INLINE void store_rows(S* to, typename Lanes<S>::Vec value, int64_t count) 
   else store_some(to, value, count);
 }
 
-// lane by lane, which the compilers make one instruction of
+// lane by lane; the compilers turn this into one instruction
 template <class V>
 IPRM_INLINE V square_root(V x) {
   auto lanes = x[0] + x[0];
@@ -206,13 +206,13 @@ IPRM_INLINE V square_root(V x) {
   return x;
 }
 
-// A NaN may get lost here; whoever sums over the same values meets it there.
+// May lose a NaN, but callers also sum the same values, and the sum keeps it.
 template <class V>
 IPRM_INLINE V lanewise_max(V a, V b) {
   return a < b ? b : a;
 }
 
-// All lanes in one, always in the same order: halves are folded onto each other.
+// Reduces all lanes to one, always in the same order: halves are folded onto each other.
 template <class S, class V, class Fold>
 IPRM_INLINE S fold_lanes(V value, const Fold& fold) {
   if constexpr (sizeof(V) == 2 * sizeof(S)) {
@@ -235,8 +235,8 @@ IPRM_INLINE S max_lanes(V value) {
   return fold_lanes<S>(value, [](auto a, auto b) { return lanewise_max(a, b); });
 }
 
-// The sums over the lanes of four vectors at once: neighbours are added and interleaved, twice, and what is left folded. 13
-// operations where four times sum_lanes takes 40.
+// The lane sums of four vectors at once: neighbours are added and interleaved twice, and the result is folded. 13 operations,
+// where four calls of sum_lanes take 40.
 #if defined(__clang__)
 #define IPRM_SHUFFLE(a, b, type, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -315,7 +315,7 @@ IPRM_INLINE VecD exp_of_remainder(VecD r) {
   return e * (r * r) + r + 1.0;
 }
 
-// x - n ln 2, ln 2 in two parts of which the first has few enough digits for an exact product
+// x - n ln 2, with ln 2 in two parts, the first short enough for an exact product
 IPRM_INLINE VecF exp_remainder(VecF x, VecF n) { return (x - n * 0.693359375f) + n * 2.12194440e-4f; }
 IPRM_INLINE VecD exp_remainder(VecD x, VecD n) { return (x - n * 0x1.62e42fefa3800p-1) - n * 0x1.ef35793c76730p-45; }
 

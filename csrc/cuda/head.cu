@@ -1,4 +1,4 @@
-// linear_probe_rebalance on NVIDIA GPUs: the operators' host side. What runs there is in head_kernels.cuh.
+// linear_probe_rebalance on NVIDIA GPUs: the host side. The kernels are in head_kernels.cuh.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -30,7 +30,7 @@ void dispatch_type(ScalarType dtype, const Work& work) {
   iprm::dispatch_type<__nv_bfloat16, __half>(dtype, work);
 }
 
-// Keeps contiguous copies alive until the launch, and hands out pointers; of a tensor that is contiguous, its own.
+// Returns pointers to contiguous tensors, and keeps copies of all others alive until the launch.
 class Contiguous {
  public:
   template <class T>
@@ -62,7 +62,7 @@ T* out(const std::optional<Tensor>& tensor) {
   return tensor ? out<T>(*tensor) : nullptr;
 }
 
-// What both passes see of a step of one pair; the biases of the modalities matter only forward.
+// The arguments that both passes of a step of one pair share; the biases of the modalities matter only in the forward pass.
 template <class T, class S = typename Arithmetic<T>::Type>
 Head<T> head_of(
     Contiguous& input,
@@ -85,18 +85,18 @@ Head<T> head_of(
   return head;
 }
 
-// Dynamic shared memory above 48 KiB is a kernel's only when it has asked for it.
+// A kernel must request dynamic shared memory above 48 KiB explicitly.
 template <class Kernel>
 void allow_shared(Kernel kernel, int64_t bytes, int device, int64_t classes, int64_t needed_later = 0) {
   int most = 0;
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  // a step that its backward pass could not follow is refused at once
-  STD_TORCH_CHECK(std::max(bytes, needed_later) <= most, "the cuda backend holds no rows of ", classes, " classes: use_backend(\"triton\") does");
+  // also refuses a forward pass whose backward pass would not fit
+  STD_TORCH_CHECK(std::max(bytes, needed_later) <= most, "the cuda backend does not support ", classes, " classes: use_backend(\"triton\") does");
   if (bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
 
-// These kernels take one pair of two modalities; iprm_kernels/extension.py refuses all others with a better message.
+// These kernels support one pair of two modalities; iprm_kernels/extension.py refuses other steps with a better message.
 void check_one_pair(const std::vector<Tensor>& features, const std::vector<int64_t>& flat_pairs) {
   STD_TORCH_CHECK(
       features.size() == 2 && flat_pairs == std::vector<int64_t>({0, 1}), "pairs: expected one pair of two modalities");

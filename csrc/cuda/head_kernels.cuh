@@ -1,8 +1,9 @@
-// The kernels of the linear head step, for sizes where launches dominate: forward in one cooperative launch, whose blocks meet for
-// the batch-wide sums of the KL and of the losses; backward in two. A warp takes a row of logits, or a tile of 4 rows x 4 classes
-// of a projection; sums over the batch go through one part a block, added up in their order, so results repeat to the bit.
+// The kernels of the linear head step, for sizes where launches dominate: forward in one cooperative launch, whose blocks
+// synchronise for the batch-wide sums of the KL and of the losses; backward in two launches. A warp handles a row of logits, or a
+// tile of 4 rows x 4 classes of a projection. For sums over the batch, each block stores one part, and the parts are added in a
+// fixed order, so results are bit-identical between runs.
 //
-// This file needs of its includer the types and functions of CUDA, and nothing of torch: tests compile it for the host too.
+// The includer provides the types and functions of CUDA; nothing here depends on torch, so that tests can compile it for the host.
 #pragma once
 
 #include <cstdint>
@@ -38,9 +39,9 @@ IPRM_INLINE double logarithm(double x) { return log(x); }
 #include "../core/slerp.h"
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kRows = 4;                // of a tile: so many rows share what they read of the heads
-constexpr int kClasses = 4;             // of a tile of a projection
-constexpr int kHeadClasses = 8;         // of a tile of a head's gradient
+constexpr int kRows = 4;                // rows of a tile, which share their loads of the heads
+constexpr int kClasses = 4;             // classes of a tile of a projection
+constexpr int kHeadClasses = 8;         // classes of a tile of a head's gradient
 constexpr int kParts = 2, kLossParts = 4;
 
 template <class T>
@@ -61,7 +62,7 @@ struct Matrix {
   IPRM_INLINE T operator()(int64_t row, int64_t column) const { return data[row * row_stride + column * column_stride]; }
 };
 
-// What a step keeps for its backward pass, and what heads it has. u_x, u_y: logits in the arithmetic type.
+// The heads of a step and its saved state. u_x, u_y: logits in the arithmetic type.
 template <class T, class S = typename Arithmetic<T>::Type>
 struct Head {
   Matrix<T> x, y;                                // (B, D)
@@ -78,7 +79,7 @@ template <class T, class S = typename Arithmetic<T>::Type>
 struct Forward {
   Head<T> head;
   const S* weight;                               // () lambda
-  T *logits_mix, *logits[2];                     // (B, C); the latter null where u_x and u_y are the logits
+  T *logits_mix, *logits[2];                     // (B, C); the latter null if u_x and u_y are the logits
   S *kl, *strength, *loss, *losses;              // (2,), (2,), (), (3,)
   double *kl_parts, *loss_parts;                 // (blocks, 2), (blocks, 4)
   bool probe, rebalance;
@@ -88,13 +89,13 @@ template <class T, class S = typename Arithmetic<T>::Type>
 struct Backward {
   Head<T> head;
   const S *grad_loss, *grad_losses, *strength;   // (), (3,), either or both null; (2,)
-  const T* upstream[3];                          // (B, C) to the logits of the mixture, x, y, or null
-  S *gradients[3], *z_from[2];                   // (B, C) dZ, dU_x, dU_y; (B,) of the mixture from x and from y
+  const T* upstream[3];                          // (B, C) upstream gradients of the logits of the mixture, x, y, or null
+  S *gradients[3], *z_from[2];                   // (B, C) dZ, dU_x, dU_y; (B,) factors of x and y in the mixture
   T *grad_x, *grad_y;                            // (B, D) or null
-  T *grad_weight[3], *grad_bias[3];              // as the heads, or null
+  T *grad_weight[3], *grad_bias[3];              // shaped like the heads, or null
 };
 
-// Shared memory is handed out from one piece, the same in every thread.
+// Allocates shared memory from one block, with the same result in every thread.
 class Shared {
  public:
   __device__ explicit Shared(void* memory) : at_(static_cast<char*>(memory)) {}
@@ -125,7 +126,7 @@ __device__ __forceinline__ V warp_max(V value) {
   return value;
 }
 
-// The sums over a warp of 16 values a lane, in 16 exchanges: lanes halve the values they keep. Sum i ends in lanes 2i and 2i + 1.
+// The sums over a warp of 16 values per lane, in 16 exchanges: lanes halve the values they keep. Sum i ends in lanes 2i and 2i + 1.
 template <class V>
 __device__ __forceinline__ V warp_sum_of_16(V (&values)[16]) {
   const int lane = threadIdx.x % kWarp;
@@ -140,7 +141,7 @@ __device__ __forceinline__ V warp_sum_of_16(V (&values)[16]) {
   return values[0] + __shfl_xor_sync(~0u, values[0], 1);
 }
 
-// One number a thread to sums over the block, the same in all threads. partial: kCount x kWarps of shared memory.
+// Sums over the block of kCount values per thread, the same in all threads. partial: kCount x kWarps of shared memory.
 template <int kCount>
 __device__ __forceinline__ void block_sum(double (&values)[kCount], double* partial) {
   IPRM_UNROLL for (int i = 0; i < kCount; ++i) {
@@ -165,7 +166,7 @@ __device__ __forceinline__ void sum_of_parts(double (&values)[kCount], const dou
   block_sum(values, partial);
 }
 
-// A row of C logits, worked on by a warp: lane l has classes l, l + 32 and so on.
+// A row of C logits, processed by a warp: lane l has classes l, l + 32 and so on.
 template <class S, class Logit>
 __device__ __forceinline__ Softmax<S> softmax_of(int64_t classes, const Logit& logit) {
   const int lane = threadIdx.x % kWarp;
@@ -205,7 +206,7 @@ __device__ __forceinline__ S cross_entropy(const S* logits, int64_t classes, con
   return (S(1) - smoothing) * sharp + smoothing * (warp_sum(below) / S(classes) + log_sum);
 }
 
-// z = a * from_x + v * from_y + bias of one row, left in shared memory for its warp
+// z = a * from_x + v * from_y + bias of one row, stored in shared memory for its warp
 template <class T, class S>
 __device__ __forceinline__ void mix_row(const Head<T>& head, int64_t row, S from_x, S from_y, S* z) {
   const S *a = head.projected[0] + row * head.classes, *v = head.projected[1] + row * head.classes;
@@ -214,7 +215,7 @@ __device__ __forceinline__ void mix_row(const Head<T>& head, int64_t row, S from
   __syncwarp();
 }
 
-// Projections of a tile of rows on the heads they meet, their unimodal logits, norms and c.
+// Projections of a tile of rows on their own and the mixture head, unimodal logits, norms and c.
 template <class T, class S>
 __device__ __forceinline__ void project_tile(const Forward<T>& args, int64_t first, int count) {
   const Head<T>& head = args.head;
@@ -224,7 +225,7 @@ __device__ __forceinline__ void project_tile(const Forward<T>& args, int64_t fir
     const int side = task >= groups;
     const int64_t k0 = (task - side * groups) * kClasses;
     const Matrix<T>& features = side ? head.y : head.x;
-    // of the mixture's head and the side's own, one below the other; what a tile has too much of is its last again
+    // the mixture's head and the side's own head, stacked; surplus rows of a tile repeat the last one
     const T* weights[kClasses];
     IPRM_UNROLL for (int q = 0; q < kClasses; ++q) {
       const int64_t k = k0 + q < 2 * head.classes ? k0 + q : 2 * head.classes - 1;
@@ -356,7 +357,8 @@ __global__ void __launch_bounds__(kThreads) head_forward_kernel(const __grid_con
   }
 }
 
-// scale (P - (1 - smoothing) onehot - smoothing / C) + what came to the logits themselves, of one row, to memory and to `kept`
+// scale (P - (1 - smoothing) onehot - smoothing / C) + the upstream gradient of the logits, for one row, stored in memory and
+// in `kept`
 template <class T, class S>
 __device__ __forceinline__ void logit_gradient(
     const Head<T>& head, int64_t row, const S* logits, const Label& label, S scale, const T* upstream, S* out, S* kept) {
@@ -373,7 +375,7 @@ __device__ __forceinline__ void logit_gradient(
   __syncwarp();
 }
 
-// Gradients of all logits, and from them those of the features, a tile of rows a block.
+// Gradients of all logits, and from them the feature gradients, one tile of rows per block.
 template <class T>
 __global__ void __launch_bounds__(kThreads) head_backward_features_kernel(const __grid_constant__ Backward<T> args) {
   using S = typename Arithmetic<T>::Type;
@@ -384,7 +386,7 @@ __global__ void __launch_bounds__(kThreads) head_backward_features_kernel(const 
   Shared shared(shared_memory());
   S* z = shared.take<S>(kRows * classes) + (warp % kRows) * classes;
   S* kept = shared.take<S>(3 * kRows * classes);  // the gradients of this tile's logits: mixture, x, y
-  S* factors = shared.take<S>(6 * kRows);  // by row: of the gradient of x what comes of g, x, y; and of that of y
+  S* factors = shared.take<S>(6 * kRows);  // per row: factors of g, x, y in the gradient of x, and likewise of y
   if (warp < count) {
     const int64_t row = first + warp;
     const S c = head.stats[2 * head.rows + row];
@@ -408,7 +410,7 @@ __global__ void __launch_bounds__(kThreads) head_backward_features_kernel(const 
     if (threadIdx.x % kWarp == 0) {
       args.z_from[0][row] = to.x_from_g;
       args.z_from[1][row] = to.y_from_g;
-      // a dead row learns from its own head alone; a factor of zero says so
+      // a factor of zero marks a dead row, which learns only from its own head
       const S of_x[3] = {to.x_from_g, to.x_from_x, to.x_from_y}, of_y[3] = {to.y_from_g, to.y_from_x, to.y_from_y};
       IPRM_UNROLL for (int i = 0; i < 3; ++i) {
         factors[warp * 6 + i] = mix.x_dead ? S(0) : of_x[i];
@@ -441,7 +443,7 @@ __global__ void __launch_bounds__(kThreads) head_backward_features_kernel(const 
   }
 }
 
-// Gradients of the heads: a block has 32 columns and kHeadClasses classes of one head, each of its warps every eighth row.
+// Gradients of the heads: a block handles 32 columns and kHeadClasses classes of one head, and each of its warps every eighth row.
 template <class T>
 __global__ void __launch_bounds__(kThreads) head_backward_heads_kernel(const __grid_constant__ Backward<T> args) {
   using S = typename Arithmetic<T>::Type;
@@ -473,7 +475,7 @@ __global__ void __launch_bounds__(kThreads) head_backward_heads_kernel(const __g
   const auto finish = [&](const S (&of)[kHeadClasses], T* out, int64_t stride, int64_t column, bool valid) {
     for (int q = 0; q < kHeadClasses; ++q) partial[(warp * kHeadClasses + q) * kWarp + lane] = of[q];
     __syncthreads();
-    const int q = warp;  // a warp adds up one class
+    const int q = warp;  // each warp adds one class
     static_assert(kHeadClasses == kWarps);
     S sum = 0;
     for (int part = 0; part < kWarps; ++part) sum += partial[(part * kHeadClasses + q) * kWarp + lane];

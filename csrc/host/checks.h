@@ -1,5 +1,4 @@
-// What the host code of every device shares: a kernel reads and writes through bare pointers, so whatever it is given is checked
-// before it runs.
+// Checks shared by the host code of all devices: kernels use bare pointers, so all arguments are checked before a launch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,7 +14,7 @@ namespace iprm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What rows of `dtype` are computed in.
+// The arithmetic type of rows of `dtype`.
 inline ScalarType arithmetic_type(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
 inline void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, ScalarType dtype, bool on_gpu = false) {
@@ -47,7 +46,7 @@ inline void check_output(const Tensor& tensor, const char* name, int64_t count, 
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous vector");
 }
 
-// Calls work.template operator()<T>() with the storage type of `dtype`; of 16-bit types each device has its own.
+// Calls work.template operator()<T>() with the storage type of `dtype`; each device has its own 16-bit types.
 template <class BFloat16, class Half, class Work>
 void dispatch_type(ScalarType dtype, const Work& work) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// What the host code of the linear head step shares between devices: what is asked of a call, what is checked, what is kept.
+// The host code of the linear head step that devices share: argument checks and the layout of the saved state.
 #pragma once
 
 #include <vector>
@@ -7,16 +7,16 @@
 
 namespace iprm {
 
-// The parts of a forward pass, as iprm_kernels/convention.py names them.
+// The parts of a forward pass, named as in iprm_kernels/convention.py.
 constexpr int64_t kProbe = 1, kRebalance = 2;
 
-// A pair of modalities that are mixed, by their places among the features.
+// A pair of modalities that are mixed, as indices into the features.
 struct Pair {
   int64_t x, y;
 };
 
 inline std::vector<Pair> pairs_of(const std::vector<int64_t>& flat, int64_t modalities) {
-  STD_TORCH_CHECK(!flat.empty() && flat.size() % 2 == 0, "pairs: expected two places for each pair");
+  STD_TORCH_CHECK(!flat.empty() && flat.size() % 2 == 0, "pairs: expected two indices per pair");
   std::vector<Pair> pairs;
   for (size_t k = 0; k < flat.size(); k += 2) {
     pairs.push_back({flat[k], flat[k + 1]});
@@ -26,10 +26,10 @@ inline std::vector<Pair> pairs_of(const std::vector<int64_t>& flat, int64_t moda
   return pairs;
 }
 
-// Where in one tensor lies what a step saves for its backward pass, in elements; iprm_kernels/convention.py has the same as
-// HeadState, and tests/iprm_kernels/test_convention.py compares them. Of P pairs and M modalities: ||x||, ||y||, c (P, 3, B) at 0;
-// projections of x and y on the head of their mixture (P, 2, B, C); if the logits that were returned are narrower than the
-// arithmetic type, the unimodal logits (M, B, C) in it; and the number of rows that count in the losses.
+// The layout of the tensor that a step saves for its backward pass, as offsets in elements; HeadState in iprm_kernels/convention.py
+// has the same layout, and tests/iprm_kernels/test_convention.py compares the two. For P pairs and M modalities: ||x||, ||y||, c
+// (P, 3, B) at 0; projections of x and y on the head of their mixture (P, 2, B, C); if the returned logits are narrower than the
+// arithmetic type, the unimodal logits (M, B, C) in the arithmetic type; and the number of rows that count in the losses.
 struct HeadLayout {
   int64_t projected, unimodal, counted, size;
 
@@ -41,13 +41,13 @@ struct HeadLayout {
   }
 };
 
-// The same as pointers into the tensor.
+// The same layout as pointers into the tensor.
 template <class S>
 struct HeadState {
   S *stats, *projected, *counted;
   std::vector<S*> own;  // M of (B, C)
 
-  // unimodal: M of (B, C), as they were returned
+  // unimodal: M of (B, C) returned logits
   HeadState(const Tensor& state, const Tensor* unimodal, int64_t modalities, int64_t pairs) {
     const int64_t rows = unimodal->size(0), classes = unimodal->size(1);
     const bool narrow = unimodal->scalar_type() != state.scalar_type();
@@ -60,8 +60,8 @@ struct HeadState {
   }
 };
 
-// The tensors that both passes of the linear head step share: see HeadState for what `state` holds. Heads come mixtures first;
-// logits are those of all heads forward, and of the modalities backward.
+// The tensors that both passes of the linear head step share; HeadState is the layout of `state`. Heads list the mixtures first.
+// `logits` are those of all heads in the forward pass, and of the modalities in the backward pass.
 inline void check_step(
     const std::vector<Tensor>& features,
     const std::vector<Tensor>& weights,
@@ -73,7 +73,7 @@ inline void check_step(
     const Tensor& strength,
     bool on_gpu = false) {
   const int64_t modalities = features.size(), heads = weights.size();
-  STD_TORCH_CHECK(modalities > 1 && heads == pairs + modalities, "expected a head for each pair and each modality");
+  STD_TORCH_CHECK(modalities > 1 && heads == pairs + modalities, "expected one head per pair and per modality");
   const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
   const ScalarType dtype = features[0].scalar_type(), arithmetic = arithmetic_type(dtype);
   for (const Tensor& x : features) check_matrix(x, "features", rows, columns, dtype, on_gpu);
@@ -86,7 +86,7 @@ inline void check_step(
   check_output(strength, "strength", 2 * pairs, arithmetic, on_gpu);
 }
 
-// What the forward pass has besides.
+// The additional arguments of the forward pass.
 inline void check_step_forward(
     const Tensor& state,
     int64_t heads,
@@ -99,17 +99,17 @@ inline void check_step_forward(
     const Tensor& losses,
     bool on_gpu = false) {
   const ScalarType arithmetic = state.scalar_type();
-  STD_TORCH_CHECK(int64_t(biases) == heads, "expected a bias or none for each head");
-  STD_TORCH_CHECK(int64_t(logits) == heads, "expected logits of each head");
+  STD_TORCH_CHECK(int64_t(biases) == heads, "expected one bias or None per head");
+  STD_TORCH_CHECK(int64_t(logits) == heads, "expected logits of every head");
   STD_TORCH_CHECK(
       probe_weight.is_cpu() != on_gpu && probe_weight.scalar_type() == arithmetic && probe_weight.numel() == pairs && probe_weight.is_contiguous(),
-      "probe_weight: expected a weight for each pair");
+      "probe_weight: expected one weight per pair");
   check_output(kl, "kl", 2 * pairs, arithmetic, on_gpu);
   check_scalar(loss, "loss", arithmetic, on_gpu);
   check_output(losses, "losses", heads, arithmetic, on_gpu);
 }
 
-// What the backward pass has besides: upstream gradients, and the outputs that are wanted.
+// The additional arguments of the backward pass: upstream gradients, and the outputs that are needed.
 inline void check_step_backward(
     const std::vector<Tensor>& features,
     const std::vector<Tensor>& weights,
@@ -124,13 +124,13 @@ inline void check_step_backward(
     const std::vector<std::optional<Tensor>>& grad_biases,
     bool on_gpu = false) {
   const int64_t heads = weights.size();
-  STD_TORCH_CHECK(int64_t(biases) >= pairs && int64_t(biases) <= heads, "expected a bias or none for each mixture");
+  STD_TORCH_CHECK(int64_t(biases) >= pairs && int64_t(biases) <= heads, "expected one bias or None per mixture");
   STD_TORCH_CHECK(
       unimodal == features.size() && grad_logits.size() == weights.size(),
-      "expected logits of each modality, and a gradient or none for those of each head");
+      "expected logits of every modality, and one gradient or None for the logits of every head");
   STD_TORCH_CHECK(
       grad_features.size() == features.size() && grad_weights.size() == weights.size() && grad_biases.size() == weights.size(),
-      "expected a gradient or none for each of features and heads");
+      "expected one gradient or None per feature matrix and per head");
   const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
   const ScalarType dtype = features[0].scalar_type(), arithmetic = arithmetic_type(dtype);
   if (grad_loss) check_scalar(*grad_loss, "grad_loss", arithmetic, on_gpu);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .tiling import on_device_of
 
-#: Pairs that a program takes: 7 modalities have 21.
+#: Pairs per program: 7 modalities have 21.
 AVERAGE_BLOCK = 32
 
 
@@ -19,7 +19,7 @@ def is_finite(b):
     return tl.abs(b) < float("inf")
 
 
-# ALPHA is a constant of the kernel: a float argument would arrive as float32, in a float64 kernel too.
+# ALPHA is a constant of the kernel: Triton passes float arguments as float32, even to a float64 kernel.
 @triton.jit
 def average_strength_kernel(
     p_strength,  # (P, 2)
@@ -41,7 +41,7 @@ def average_strength_kernel(
     steps = tl.load(p_steps + o, mask=m, other=0)
     known = is_finite(first)
     alpha = tl.full((), ALPHA, DTYPE)
-    if ALPHA < 0.5:  # from the nearer end, so that 0 and 1 give the ends themselves
+    if ALPHA < 0.5:  # from the nearer end, so that alpha = 0 and 1 give the ends exactly
         averaged = first + alpha * (weight - first)
     else:
         averaged = weight - (weight - first) * (1 - alpha)

@@ -23,15 +23,15 @@ from .tiling import (
     tiling,
 )
 
-#: The longest rows of logits that are held in registers: half as long as rows of features, as their terms need more of them.
+#: The longest rows of logits held in registers: half as long as rows of features, because their terms need more registers.
 WHOLE_LOGITS = {4: 4096, 8: 1024}
-#: Modalities a program of strength_weights takes at once; of the M x M terms of its gradient, a square of them.
+#: Modalities that a program of strength_weights handles at once; for its gradient, the side of a tile of the M x M terms.
 STRENGTH_BLOCK = 16
 
 
 @triton.jit
 def kl_terms(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum):
-    """P φ(d), of which the sum over a row is its divergence; Q where P is zero, infinite where Q alone is impossible."""
+    """P φ(d), whose sum over a row is the KL of the row; Q where P is zero, infinite where only Q is zero."""
     p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum)
     terms = tl.where(p_prob == 0, q_prob, tl.where(close, p_prob * excess(d), p_prob * d + (q_prob - p_prob)))
     return tl.where((b_q == -float("inf")) & (b_p != -float("inf")), float("inf"), terms)
@@ -46,7 +46,7 @@ def softmax_parts(b):
 
 @triton.jit
 def row_kl(b_own, b_z, m_cols, r_z_top, r_z_sum):
-    """KL of rows of a modality's logits from the mixture's."""
+    """KL, per row, of a modality's prediction from the mixture's."""
     b_own = tl.where(m_cols[None, :], b_own, -float("inf"))
     r_top, r_sum = softmax_parts(b_own)
     return tl.sum(kl_terms(b_own, b_z, r_top, r_sum, r_z_top, r_z_sum), axis=1)
@@ -56,7 +56,7 @@ def row_kl(b_own, b_z, m_cols, r_z_top, r_z_sum):
 def batch_kl_forward_kernel(
     p_p,  # (B, C)
     p_q,  # (B, C)
-    p_stats,  # (5, B) holding max p, Σ exp(p - max p), the same of q, and KL
+    p_stats,  # (5, B) holding max p, Σ exp(p - max p), the same two for q, and KL
     p_row,
     p_col,
     q_row,
@@ -78,8 +78,8 @@ def batch_kl_forward_kernel(
         r_q_sum = tl.sum(tl.exp(b_q - r_q_max[:, None]), axis=1)
         r_kl = tl.sum(kl_terms(b_p, b_q, r_p_max, r_p_sum, r_q_max, r_q_sum), axis=1)
     else:
-        # rows longer than the registers are read three times: a running sum, scaled down as the maximum grows, would save one
-        # reading and lose three ulps of log ΣP - log ΣQ, all that close rows differ by
+        # rows that do not fit in registers are read three times: an online softmax would save one read but lose three ulps of
+        # log ΣP - log ΣQ, which is as much as close rows differ by
         b_p_max = tl.full((BLOCK_B, BLOCK_D), -float("inf"), DTYPE)
         b_q_max = tl.full((BLOCK_B, BLOCK_D), -float("inf"), DTYPE)
         for i_col in range(0, n_cols, BLOCK_D):
@@ -127,7 +127,7 @@ def batch_kl_backward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # elementwise once the row values are known, so a program takes a tile and never a whole row
+    # elementwise once the row values are known, so a program handles a tile instead of whole rows
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
     n_col_blocks = tl.cdiv(n_cols, BLOCK_D)
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0) // n_col_blocks, BLOCK_B)
@@ -143,7 +143,7 @@ def batch_kl_backward_kernel(
     p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_max, r_p_sum, r_q_max, r_q_sum)
     if p_grad_p is not None:
         r_kl = tl.load(p_stats + 4 * o_stats + o_rows, mask=m_rows, other=0.0)
-        absent = (p_prob == 0) & (r_kl == r_kl)[:, None]  # in a row that is not finite nothing is
+        absent = (p_prob == 0) & (r_kl == r_kl)[:, None]  # not in a row whose KL is not finite
         b = r_g[:, None] * tl.where(absent, 0.0, p_prob * (d - r_kl[:, None]))
         store_block(p_grad_p, b, o_rows, m_rows, o_cols, n_cols)
     if p_grad_q is not None:
@@ -153,7 +153,7 @@ def batch_kl_backward_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def batch_kl_pair_kernel(
-    p_p,  # (B, C), as the two below
+    p_p,  # (B, C), like the two below
     p_other,
     p_q,
     p_parts,  # (programs, 2)
@@ -168,7 +168,7 @@ def batch_kl_pair_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """KL of two predictions from a third, whose rows are read once."""
+    """KL of two predictions from a third. Each matrix is read once."""
     DTYPE: tl.constexpr = p_parts.dtype.element_ty
     o_cols = tl.arange(0, BLOCK_D)
     m_cols = o_cols < n_cols
@@ -194,14 +194,14 @@ def kl_sums_kernel(
     n_parts,
     COLUMNS: tl.constexpr,
 ):
-    """KL sums from the parts that programs left."""
+    """KL sums from the parts that the programs stored."""
     for column in tl.static_range(COLUMNS):
         tl.store(p_kl + column, sum_of_parts(p_kl_parts, n_parts, COLUMNS, column))
 
 
 @triton.jit
 def strength_ratio(p_kl, kl_stride, o, n, smallest, DTYPE: tl.constexpr):
-    """min KL / KL, one where they are equal: zeros and infinities among themselves too."""
+    """min KL / KL, one where they are equal, including zero to zero and infinity to infinity."""
     kl = tl.load(p_kl + o * kl_stride, mask=o < n, other=float("inf")).to(DTYPE)
     return tl.where(o < n, tl.where(kl == smallest, 1.0, smallest / kl), 0.0)
 
@@ -263,7 +263,7 @@ def strength_weights_backward_kernel(
         g_m = tl.load(p_grad + o_m * grad_stride, mask=o_m < n, other=0.0).to(DTYPE)
         undefined = ((kl_m == 0) | (tl.abs(kl_m) == float("inf")))[:, None] | column_undefined[None, :]
         terms = (g_m[:, None] - g_j[None, :]) / (kl_m[:, None] * (column * column)[None, :])
-        # a row beyond the last has KL 0 here and so no part in the sum
+        # a row beyond the last has KL 0 here and adds nothing to the sum
         b_grad += tl.sum(tl.where(undefined | (o_m[:, None] == o_j[None, :]), 0.0, terms), axis=0)
     tl.store(p_grad_kl + o_j, b_grad.to(p_grad_kl.dtype.element_ty), mask=o_j < n)
 

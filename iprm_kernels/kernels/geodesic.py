@@ -11,7 +11,7 @@ from torch import Tensor
 from .row_math import NEAR_ANTIPODE, cosine, divisor, live_inverse_norm, no_longer_than_one, scale_rows, slerp, square_root
 from .tiling import block_rows, load_block, on_device_of, store_block, tiling
 
-# eps is a constant of the kernels: a float argument would arrive as float32, in a float64 kernel too.
+# eps is a constant of the kernels: Triton passes float arguments as float32, even to a float64 kernel.
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -42,7 +42,7 @@ def normalize_forward_kernel(
             b_xx += b_x * b_x
         r_norm = square_root(tl.sum(b_xx, axis=1))
         r_inverse = 1 / divisor(r_norm, EPS)
-        for i_col in range(0, n_cols, BLOCK_D):  # the second read that rows longer than the registers cost
+        for i_col in range(0, n_cols, BLOCK_D):  # rows that do not fit in registers are read a second time
             b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
             store_block(p_out, b_x * r_inverse[:, None], o_rows, m_rows, i_col + o_cols, n_cols)
     tl.store(p_norm + o_rows, r_norm, mask=m_rows)
@@ -113,7 +113,7 @@ def geodesic_mixup_forward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr,
-    KNOWN: tl.constexpr,  # whether p_stats hold what they should
+    KNOWN: tl.constexpr,  # whether p_stats already holds the statistics
 ):
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
@@ -171,7 +171,7 @@ def geodesic_mixup_forward_kernel(
                 b_z = r_p[:, None] * b_x + r_q[:, None] * b_y
                 b_zz += b_z * b_z
             r_shorter = no_longer_than_one(tl.sum(b_zz, axis=1), r_c)
-        for i_col in range(0, n_cols, BLOCK_D):  # the second read that rows longer than the registers cost
+        for i_col in range(0, n_cols, BLOCK_D):  # rows that do not fit in registers are read a second time
             b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
             b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
             b_z = (r_p[:, None] * b_x + r_q[:, None] * b_y) * r_shorter[:, None]
@@ -180,7 +180,7 @@ def geodesic_mixup_forward_kernel(
 
 @triton.jit
 def geodesic_mixup_gradient(b_g, b_own, b_other, r_p, r_gp, r_kappa, r_c, r_live):
-    """[p g + κ ŷ - (p⟨g,x̂⟩ + κ c) x̂] / ‖x‖ for the gradient of x, the same with x and y exchanged for that of y."""
+    """[p g + κ ŷ - (p⟨g,x̂⟩ + κ c) x̂] / ‖x‖ for the gradient of x; with x and y exchanged, the gradient of y."""
     b = r_p[:, None] * b_g + r_kappa[:, None] * b_other - (r_p * r_gp + r_kappa * r_c)[:, None] * b_own
     return scale_rows(b, r_live)
 

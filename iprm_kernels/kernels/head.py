@@ -1,8 +1,8 @@
 """The linear head step: launchers, forward and backward.
 
-Heads of up to FEW_CLASSES classes: the kernels of `head_matmul` multiply, and a step is three or four launches forward and
-two or three backward, for two modalities or for three. More classes, float64, or what would spill: the products are torch's,
-and the rows are worked on in between.
+For heads of up to FEW_CLASSES classes and two or three modalities, the kernels of `head_matmul` compute the products, and a
+step is three or four launches forward and two or three backward. For more classes, float64, or sizes that would spill
+registers, torch computes the products (`head_torch_mm`), and the row kernels run in between.
 """
 
 # mypy: allow-untyped-defs
@@ -37,14 +37,14 @@ from .head_tiling import ProductTile, RowChunks, differentiates_itself, logit_ti
 from .head_torch_mm import library_gradients, project
 from .tiling import TILE, dense, on_device_of, part_programs, scratch, strides
 
-#: The most classes of which a program holds a row, by the size of the arithmetic type.
+#: The most classes per row that a program can hold, by the size in bytes of the arithmetic type.
 MOST_CLASSES = {4: 4096, 8: 1024}
 LIMITS = "up to 4096 classes, in float64 1024"
 REDUCE_BLOCK = 1024
 
 
 def refuses(step: HeadInputs | HeadBackwardInputs, *_: Any) -> str:
-    """Why these kernels cannot take a step; empty if they can."""
+    """Why these kernels do not support a step; empty if they do."""
     classes, dtype = len(step.weights[0]), step.features[0].dtype
     most = MOST_CLASSES[8 if dtype == torch.float64 else 4]
     return "" if classes <= most else f"its kernels take at most {most} classes of {dtype}, got {classes}"
@@ -56,7 +56,7 @@ def head_forward(inputs: HeadInputs, parts: int, outputs: HeadOutputs) -> None:
     shape: dict[str, Any] = {"MODALITIES": len(features), "PAIRS": tuple(pairs_of(inputs.pairs))}
     mixtures = len(shape["PAIRS"])
     state = HeadState.views(outputs.state, logits[mixtures:], mixtures)
-    kl_parts, kl_out = kl[None], None  # what processes have added up, if this is their rebalance
+    kl_parts, kl_out = kl[None], None  # the all-reduced sums, if only REBALANCE runs
     with on_device_of(features[0]):
         if parts & PROBE:
             kl_parts, kl_out = _probe(inputs, shape, state, logits[mixtures:]), kl
@@ -67,7 +67,7 @@ def head_forward(inputs: HeadInputs, parts: int, outputs: HeadOutputs) -> None:
 
 
 def _probe(inputs: HeadInputs, shape: dict[str, Any], state: HeadState, logits: Sequence[Tensor]) -> Tensor:
-    """Fills the state but its last number, and the unimodal logits.  -> (programs, 2P) parts of the KL sums"""
+    """Fills the state except its field `counted`, and the unimodal logits.  -> (programs, 2P) parts of the KL sums"""
     features, weights, biases, _, _, probe_weight, *_ = inputs
     (batch, classes), width, itemsize = logits[0].shape, features[0].shape[1], state.stats.element_size()
     heads, offsets = tuple(map(dense, weights)), tuple(map(dense, biases))
@@ -99,7 +99,7 @@ def _probe(inputs: HeadInputs, shape: dict[str, Any], state: HeadState, logits: 
 def _rebalance(
     inputs: HeadInputs, shape: dict[str, Any], state: HeadState, kl_parts: Tensor, kl: Tensor | None, outputs: HeadOutputs
 ) -> None:
-    """Fills all outputs but the unimodal logits; `kl` too, if it is given, from its parts."""
+    """Fills all outputs except the unimodal logits, and `kl` (if not None) from its parts."""
     _, _, biases, _, target, _, label_smoothing, ignore_index = inputs
     _, logits, _, strength, loss, losses = outputs
     mixtures, (batch, classes) = len(shape["PAIRS"]), logits[0].shape
@@ -125,7 +125,7 @@ def head_backward(inputs: HeadBackwardInputs, gradients: HeadGradients) -> None:
     state = HeadState.views(packed, unimodal, mixtures)
     heads, (batch, classes), width = len(weights), unimodal[0].shape, features[0].shape[1]
     itself = differentiates_itself(features, classes)
-    # gradients are factors of products in bfloat16 anyway; in float16 those below 6e-8 would vanish
+    # bfloat16 logit gradients lose nothing, as the products round them anyway; float16 would lose values below 6e-8
     like = features[0] if features[0].dtype == torch.bfloat16 or not itself else state.stats
     chunks = RowChunks.of(features, heads, classes, like.dtype)
     of_logits = scratch(like, heads, min(batch, chunks.rows), classes)
@@ -184,7 +184,7 @@ def head_backward(inputs: HeadBackwardInputs, gradients: HeadGradients) -> None:
 
 
 def _packed(memory: Tensor, *shape: int) -> Tensor:
-    """What a chunk of fewer rows left at the beginning of memory for more."""
+    """The (smaller) tensor that a chunk of fewer rows stored at the start of `memory`."""
     return memory.view(-1)[: math.prod(shape)].view(shape)
 
 

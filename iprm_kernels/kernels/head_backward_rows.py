@@ -1,4 +1,4 @@
-"""The kernel of the head step's backward pass that works on rows of C numbers: gradients of the logits, row factors."""
+"""The kernel of the head step's backward pass on rows of C numbers: gradients of the logits, and row factors."""
 
 # mypy: ignore-errors
 
@@ -15,10 +15,10 @@ from .tiling import block_rows, load_block, store_block
 
 @triton.jit
 def logit_gradient(b, o_cols, m_cols, n_cols, r_target, counted, r_poison, scale, SMOOTHING: tl.constexpr):
-    """scale (P - (1-ε) onehot - ε/C) of rows, zero where they do not count and beyond the last class."""
+    """scale (P - (1-ε) onehot - ε/C) of rows, zero for rows that do not count and beyond the last class."""
     b = tl.where(m_cols[None, :], b, -float("inf"))
     r_top, r_sum = softmax_parts(b)
-    # a bare constant beside another would be a float32, in a float64 kernel too
+    # an expression of bare constants would be float32, even in a float64 kernel
     b_wanted = tl.where(o_cols[None, :] == r_target[:, None], tl.full(b.shape, 1 - SMOOTHING, b.dtype), 0.0)
     if SMOOTHING != 0:
         b_wanted += tl.full(b.shape, SMOOTHING, b.dtype) / n_cols
@@ -28,7 +28,7 @@ def logit_gradient(b, o_cols, m_cols, n_cols, r_target, counted, r_poison, scale
 
 @triton.jit
 def load_scale(p_grad_loss, p_grad_losses, p_counted, HEAD: tl.constexpr, MIXTURES: tl.constexpr):
-    """What came to the mean cross entropy of a head, over the rows that count."""
+    """The upstream gradient of the mean cross entropy of a head, divided by the number of counted rows."""
     counted = tl.load(p_counted)
     scale = tl.zeros((), counted.dtype)
     if p_grad_loss is not None:
@@ -43,7 +43,7 @@ def load_scale(p_grad_loss, p_grad_losses, p_counted, HEAD: tl.constexpr, MIXTUR
 
 @triton.jit
 def store_live(p, r_factor, r_live, m_rows):
-    """Exactly zero for a dead row, beside a partner that is not finite too."""
+    """Stores a factor, exactly zero for a dead row even if its partner is not finite."""
     tl.store(p, tl.where(r_live == 0, 0.0, r_factor), mask=m_rows)
 
 
@@ -73,9 +73,11 @@ def head_coefficients_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients of all logits, and the row factors of the gradients of the features, for a chunk of the rows.
+    """Gradients of all logits, and the row factors of the feature gradients, for one chunk of rows.
 
-    Pointers are to its first row; what the step keeps is apart by all rows, what is made here by those of the chunk."""
+    Pointers start at the chunk's first row. Saved tensors have the stride of all rows ("all B"); outputs have that of the
+    chunk.
+    """
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
     P: tl.constexpr = len(PAIRS)
     o_classes = tl.arange(0, BLOCK_C)

@@ -1,7 +1,7 @@
-"""Kernels of the head step's forward pass that work on rows of C numbers: probe, rebalance, losses."""
+"""Kernels of the head step's forward pass on rows of C numbers: probe, rebalance, losses."""
 
 # mypy: ignore-errors
-# a tuple of tiles grows in a loop that the compiler unrolls, which no type says
+# tuples of tiles grow in loops that the compiler unrolls, which type annotations cannot express
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tiling import block_rows, load_block, store_block, sum_of_parts
 
 @triton.jit
 def load_bias(p_bias, o_cols, n_cols, DTYPE: tl.constexpr):
-    """(BLOCK_C,), zeros where there is none."""
+    """(BLOCK_C,) bias, zeros if it is None."""
     if p_bias is None:
         b_bias = tl.zeros(o_cols.shape, DTYPE)
     else:
@@ -46,7 +46,7 @@ def load_stats(p_stats, o_rows, m_rows, n_rows):
 
 @triton.jit
 def row_stats(r_xx, r_yy, r_xy, p_stats, o_rows, m_rows, n_rows, EPS: tl.constexpr):
-    """‖x‖, ‖y‖ and c from the inner products, stored as well."""
+    """‖x‖, ‖y‖ and c from the inner products; also stores them."""
     r_x_norm = square_root(r_xx)
     r_y_norm = square_root(r_yy)
     r_c = cosine(r_xx, r_yy, r_xy, EPS)
@@ -70,7 +70,7 @@ def mixed_logits(b_a, b_v, b_bias, r_x_norm, r_y_norm, r_c, weight, m_cols, EPS:
 
 @triton.jit
 def load_labels(p_target, target_row, o_rows, m_rows, n_cols, ignore_index):
-    """Labels, which rows count, and 1 or, for a label out of range, NaN. A row beyond the last does not count."""
+    """Labels, which rows count, and a factor: 1, or NaN for a label out of range. Rows beyond the last do not count."""
     r_target = tl.load(p_target + o_rows * target_row, mask=m_rows, other=0)
     counted = m_rows & (r_target != ignore_index)
     wrong = counted & ((r_target < 0) | (r_target >= n_cols))
@@ -79,7 +79,7 @@ def load_labels(p_target, target_row, o_rows, m_rows, n_cols, ignore_index):
 
 @triton.jit
 def cross_entropy(b, o_cols, m_cols, n_cols, r_target, counted, r_poison, SMOOTHING: tl.constexpr):
-    """-(1-ε) log P_t - ε/C Σ log P of rows, zero where they do not count."""
+    """-(1-ε) log P_t - ε/C Σ log P of rows, zero for rows that do not count."""
     b = tl.where(m_cols[None, :], b, -float("inf"))
     r_top, r_sum = softmax_parts(b)
     b_below = r_top[:, None] - b
@@ -93,13 +93,13 @@ def cross_entropy(b, o_cols, m_cols, n_cols, r_target, counted, r_poison, SMOOTH
 
 @triton.jit(do_not_specialize=["n_rows"])
 def head_probe_kernel(
-    p_features,  # M of (B, D), or none: then row statistics are there, and the unimodal logits have their bias
+    p_features,  # M of (B, D), or empty: then stats are already stored, and the unimodal logits include their bias
     p_biases,  # P + M of (C,) or None
     p_probing,  # (P,) λ
     p_stats,  # (P, 3, B)
     p_projected,  # (P, 2, B, C) X W_mᵀ and Y W_mᵀ
     p_unimodal,  # M of (B, C) X W_xᵀ
-    p_logits,  # M of (B, C), or none: a narrower copy
+    p_logits,  # M of (B, C), the returned narrower copies, or empty
     p_kl_parts,  # (programs, 2P)
     row_strides,
     col_strides,
@@ -113,8 +113,8 @@ def head_probe_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """KL of either modality of each pair from the mixture probed with λ; before that, where a library made the projections,
-    the rest."""
+    """KL of both modalities of each pair from the mixture probed with λ. If torch computed the projections, the kernel first
+    computes the row statistics and adds the biases."""
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
     P: tl.constexpr = len(PAIRS)
     PRODUCT: tl.constexpr = len(p_features) > 0
@@ -148,7 +148,7 @@ def head_probe_kernel(
         b_logits = ()
         for m in tl.static_range(MODALITIES):
             b_u = load_block(p_unimodal[m], n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-            if PRODUCT:  # of the library: the bias is added in place
+            if PRODUCT:  # computed by torch: the bias is added in place
                 b_u += load_bias(p_biases[P + m], o_classes, n_classes, DTYPE)[None, :]
                 store_block(p_unimodal[m], b_u, o_rows, m_rows, o_classes, n_classes)
                 if len(p_logits) > 0:
@@ -182,7 +182,7 @@ def head_probe_kernel(
 
 @triton.jit
 def store_losses(p_loss, p_losses, p_counted, sums, counted, PAIRS: tl.constexpr):
-    """Means of the cross entropies of all heads, and the loss: the mean of the mixtures' and the sum of the modalities'."""
+    """Mean cross entropies of all heads, and the loss: the mean over the mixtures plus the sum over the modalities."""
     P: tl.constexpr = len(PAIRS)
     loss = tl.zeros((), counted.dtype)
     for head in tl.static_range(len(sums)):
@@ -198,8 +198,8 @@ def store_losses(p_loss, p_losses, p_counted, sums, counted, PAIRS: tl.constexpr
 
 @triton.jit
 def measured_weights(p_kl_parts, n_parts, COLUMNS: tl.constexpr, PAIR: tl.constexpr):
-    """The KL sums of a pair and its ω, as in strength_weights: zeros share everything, an infinite KL gets nothing, two
-    infinite are equal, a NaN spreads."""
+    """The KL sums of a pair and its ω, as in strength_weights: two zero or two infinite KL give equal weights, an infinite KL
+    gets 0, a NaN makes both NaN."""
     kl_x = sum_of_parts(p_kl_parts, n_parts, COLUMNS, 2 * PAIR)
     kl_y = sum_of_parts(p_kl_parts, n_parts, COLUMNS, 2 * PAIR + 1)
     smallest = tl.where(kl_y < kl_x, kl_y, kl_x)
@@ -216,10 +216,10 @@ def head_rebalance_kernel(
     p_biases,  # P of (C,) or None
     p_target,  # (B,)
     p_kl_parts,  # (n_parts, 2P)
-    p_kl,  # (2P,) or None where it is what p_kl_parts holds
+    p_kl,  # (2P,), or None if p_kl_parts is the sums themselves
     p_strength,  # (2P,)
     p_logits,  # P of (B, C)
-    p_loss_parts,  # (programs, P + M + 1) or None for a single program, which stores the losses themselves
+    p_loss_parts,  # (programs, P + M + 1), or None for a single program, which stores the losses directly
     p_loss,  # ()
     p_losses,  # (P + M,)
     p_counted,  # ()
@@ -235,7 +235,7 @@ def head_rebalance_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """ω from the KL sums, the logits of the mixtures with it, and the cross entropies of all heads."""
+    """ω from the KL sums, the logits of the mixtures weighted by ω, and the cross entropies of all heads."""
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
     P: tl.constexpr = len(PAIRS)
     o_classes = tl.arange(0, BLOCK_C)

@@ -1,12 +1,12 @@
-"""Kernels of the head step that multiply features and heads, for heads of few classes: all of a row's logits fit in one tile.
+"""Kernels of the head step that multiply features and heads, for so few classes that all logits of a row fit in one tile.
 
-Each tile of the features is read once in either direction. Forward it goes into its projections on its own head and those of
-its mixtures and into the row statistics; backward into the gradients of all heads, while those of the features leave from the
-same tile. Sums over the batch run along chunks of rows, whose results head_reduce_kernel adds up in their order.
+Each tile of the features is read once forward and once backward. The forward pass projects it on its own head and on the heads
+of its mixtures and sums the row statistics; the backward pass adds it to the gradients of all heads and computes the gradient
+of the features. Batch sums are computed per chunk of rows, and head_reduce_kernel adds the chunks in a fixed order.
 """
 
 # mypy: ignore-errors
-# a tuple of tiles grows in a loop that the compiler unrolls, which no type says
+# tuples of tiles grow in loops that the compiler unrolls, which type annotations cannot express
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def load_head(p_weight, o_classes, n_classes, o_cols, n_cols):
 
 @triton.jit
 def factor(b):
-    """A factor of a matrix product as it is; the interpreter multiplies no bfloat16."""
+    """A factor of a matrix product, unchanged; in float32 under the interpreter, which cannot multiply bfloat16."""
     return b.to(tl.float32) if INTERPRETED and b.dtype == tl.bfloat16 else b
 
 
 @triton.jit
 def narrowed(b, STORED: tl.constexpr):
-    """A factor of a matrix product in float32, as narrow as features of type STORED allow.
+    """A float32 factor of a matrix product, narrowed as far as features of type STORED allow.
 
-    Gradients in float16 would vanish below 6e-8, so products with them are of float32 for such features: its TF32 keeps the 11
-    bits of a float16 and the range of a float32.
+    Gradients in float16 would vanish below 6e-8. For float16 features the products are therefore in float32, whose TF32 keeps
+    the 11 bits of a float16 and the range of a float32.
     """
-    if STORED == tl.bfloat16:  # noqa: SIM300 (a type knows nothing of constants on its right)
+    if STORED == tl.bfloat16:  # noqa: SIM300 (a Triton type cannot compare with a constexpr on its right)
         b = nearest_bfloat16(b) if INTERPRETED else b.to(tl.bfloat16)
     return b
 
@@ -49,7 +49,7 @@ def head_project_kernel(
     p_biases,  # P + M of (C,) or None
     p_stats,  # (P, 3, B)
     p_projected,  # (P, 2, B, C) X W_mᵀ and Y W_mᵀ
-    p_unimodal,  # M of (B, C) X W_xᵀ + b_x, or none where the logits are that
+    p_unimodal,  # M of (B, C) X W_xᵀ + b_x, or empty if the logits are not narrower
     p_logits,  # M of (B, C)
     row_strides,
     col_strides,
@@ -64,7 +64,7 @@ def head_project_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Projections on all heads of a modality, row statistics and unimodal logits."""
+    """Projections of the features on their heads, row statistics and unimodal logits."""
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
     STORED: tl.constexpr = p_features[0].dtype.element_ty
     P: tl.constexpr = len(PAIRS)
@@ -129,7 +129,7 @@ def add_product(b_sum, b_g, b_features, STORED: tl.constexpr, PRECISION: tl.cons
 
 @triton.jit
 def store_part(p, value, i_chunk, o_classes, n_classes, o_cols, n_cols):
-    """A chunk's share of the gradient of a (C, D) matrix."""
+    """Stores a chunk's part of the gradient of a (C, D) matrix."""
     m_classes = o_classes < n_classes
     o_classes = o_classes.to(tl.int64)
     store_block(p + i_chunk.to(tl.int64) * n_classes * n_cols, value, o_classes, m_classes, o_cols, n_cols)
@@ -144,8 +144,8 @@ def store_bias_part(p, value, i_chunk, o_classes, n_classes, wanted):
 
 @triton.jit
 def feature_gradient(b_g, b_x, b_y, p_rows, SIDE: tl.constexpr, o_rows, m_rows, n_rows):
-    """What comes to the features of a side through a mixture: g = dZ W_m and both features by a factor each; nothing, whatever
-    these are, where all factors are zero, as those of a dead row."""
+    """The gradient of one side's features through a mixture: g = dZ W_m and both features, each times a row factor. It is zero
+    if all factors are zero, as for a dead row, even where g or the features are not finite."""
     o_stats = n_rows.to(tl.int64)
     r_x = tl.load(p_rows + (4 + 2 * SIDE) * o_stats + o_rows, mask=m_rows, other=0.0)
     r_y = tl.load(p_rows + (5 + 2 * SIDE) * o_stats + o_rows, mask=m_rows, other=0.0)
@@ -163,7 +163,7 @@ def feature_gradient(b_g, b_x, b_y, p_rows, SIDE: tl.constexpr, o_rows, m_rows, 
 def head_gradients_kernel(
     p_features,  # M of (B, D)
     p_weights,  # P + M of (C, D)
-    p_rows,  # (P, 8, B), as head_coefficients_kernel left them
+    p_rows,  # (P, 8, B), from head_coefficients_kernel
     p_of_logits,  # (P + M, B, C)
     p_grad_features,  # M of (B, D) or None
     p_grad_weights,  # P + M of (n_chunks, C, D) or None
@@ -229,7 +229,7 @@ def head_gradients_kernel(
         r_biases = r_next
         b_through = ()
         for k in tl.static_range(P):
-            b_g = b_features[PAIRS[k][0]]  # in place of a product that nobody reads
+            b_g = b_features[PAIRS[k][0]]  # a placeholder for a product that is not used
             if (p_grad_features[PAIRS[k][0]] is not None) or (p_grad_features[PAIRS[k][1]] is not None):
                 b_g = tl.dot(narrowed(b_of_logits[k], STORED), b_heads[k], input_precision=PRECISION)
             b_through = b_through + (b_g,)
@@ -246,7 +246,7 @@ def head_gradients_kernel(
                                 b = b_of_pair
                             else:
                                 b += b_of_pair
-                if b is None:  # in no pair
+                if b is None:  # the modality is in no pair
                     b = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
                 b = tl.dot(narrowed(b_of_logits[P + m], STORED), b_heads[P + m], b, input_precision=PRECISION)
                 store_block(p_grad_features[m], b, o_rows, m_rows, o_cols, n_cols)
@@ -259,7 +259,7 @@ def head_gradients_kernel(
 
 @triton.jit
 def reduce_part(p_parts, p_out, n_chunks, o, n):
-    """Σ over chunks of elements of (n_chunks, n)."""
+    """Sums (n_chunks, n) over the chunks, for elements `o`."""
     b_sum = tl.zeros(o.shape, p_parts.dtype.element_ty)
     for i_chunk in range(n_chunks):
         b_sum += tl.load(p_parts + i_chunk * n + o, mask=o < n, other=0.0)
@@ -270,7 +270,7 @@ def reduce_part(p_parts, p_out, n_chunks, o, n):
 
 @triton.jit(do_not_specialize=["n_chunks"])
 def head_reduce_kernel(
-    p_weight_parts,  # P + M of (n_chunks, C, D); None where its output is
+    p_weight_parts,  # P + M of (n_chunks, C, D), or None where the output is None
     p_bias_parts,  # P + M of (n_chunks, C)
     p_grad_weights,  # P + M of (C, D) or None
     p_grad_biases,  # P + M of (C,) or None
@@ -279,10 +279,10 @@ def head_reduce_kernel(
     n_chunks,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of heads from the parts that the chunks of rows left, one head after the other."""
+    """Head gradients as sums of the parts stored per chunk of rows, one head after the other."""
     n_blocks = tl.cdiv(n_weights, BLOCK)
     i_head = tl.program_id(0) // n_blocks
-    o = (tl.program_id(0) % n_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # the first n_biases of them are biases too
+    o = (tl.program_id(0) % n_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # the first n_biases also serve the biases
     for head in tl.static_range(len(p_grad_weights)):
         if i_head == head:
             if p_grad_weights[head] is not None:
@@ -293,13 +293,13 @@ def head_reduce_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def head_features_kernel(
-    p_g,  # (B, D) dZ W_m, or None: then it is left out
+    p_g,  # (B, D) dZ W_m, or None to omit that term
     p_x,  # (B, D)
     p_y,  # (B, D)
     p_rows,  # (8, B) of the pair
     p_grad_x,  # (B, D), or None
-    p_grad_y,  # (B, D), or None; either may be g itself
-    p_mixture,  # (B, D), or None: then the mixture itself is not made
+    p_grad_y,  # (B, D), or None; either gradient may alias g
+    p_mixture,  # (B, D), or None if the mixture is not needed
     x_row,
     x_col,
     y_row,
@@ -311,7 +311,7 @@ def head_features_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """What comes to the features through a mixture, where a library makes the products; added to what came before, or not."""
+    """Feature gradients through a mixture, if torch computes the products; optionally added to the gradients already stored."""
     DTYPE: tl.constexpr = p_rows.dtype.element_ty
     n_panels = tl.cdiv(n_cols, BLOCK_D)
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0) // n_panels, BLOCK_B)

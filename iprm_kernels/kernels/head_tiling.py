@@ -1,4 +1,4 @@
-"""What the kernels of the head step take on themselves, and in tiles of which size: what registers allow."""
+"""Which products of the head step our kernels compute, and their tile sizes, as registers allow."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ from torch import Tensor
 from ..convention import HeadState
 from .tiling import row_tile
 
-#: The most classes for which the kernels multiply themselves, by the type of the features: twice as many spill.
+#: The most classes for which our kernels compute the products, by the type of the features: twice as many spill.
 FEW_CLASSES = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
-#: The most modalities whose tiles fit into registers, with those of all their pairs.
+#: The most modalities whose tiles, with those of all their pairs, fit in registers.
 MOST_MODALITIES = 3
-#: Programs that keep a large GPU busy: tiles are smaller where there would be fewer.
+#: Programs that keep a large GPU busy; tiles shrink if there would be fewer.
 ENOUGH_PROGRAMS = 256
 #: Programs that gradients are spread over.
 GRADIENT_PROGRAMS = 1024
-#: 4 MB, less parts of the KL sums and losses; and how many bytes of scratch the parts of head gradients want.
+#: 4 MB minus the parts of the KL sums and losses; and the bytes of scratch reserved at most for parts of head gradients.
 SPARE, LEAST_PARTS = 3_840_000, 1 << 21
-#: Rows that a chunk must have: where memory leaves fewer, as for one class, what the forward pass keeps has taken it.
+#: The fewest rows per chunk. Memory leaves fewer only if the saved state has used it up, as for one class.
 LEAST_ROWS = 8192
 
 
 def projects_itself(features: Sequence[Tensor], classes: int) -> bool:
-    """Whether tiles of all projections fit into registers: of three modalities, six heads, those of half as many classes."""
+    """True if the tiles of all projections fit in registers; three modalities (six heads) fit half as many classes."""
     few = FEW_CLASSES.get(features[0].dtype, 0)
     return len(features) <= MOST_MODALITIES and classes <= (few if len(features) == 2 else few // 2)
 
 
 def differentiates_itself(features: Sequence[Tensor], classes: int) -> bool:
-    """Whether those of all gradients do: of three modalities in bfloat16 alone, with rows of whole vectors; else they spill."""
+    """True if the gradient tiles fit in registers: for two modalities whenever the projection tiles do; for three only in
+    bfloat16 with aligned rows."""
     of_two = len(features) == 2 or (features[0].dtype == torch.bfloat16 and not unaligned(features))
     return of_two and projects_itself(features, classes)
 
 
 def logit_tile(stats: Tensor, modalities: int, classes: int) -> tuple[int, int, int]:
-    """Rows, classes and warps of a tile of a kernel that works on logits: of more heads half as many rows at a time."""
+    """Rows, classes and warps of a tile of logits; with more than two modalities, half as many rows."""
     rows, block_c, num_warps = row_tile(classes, stats.element_size())
     return rows if modalities == 2 else max(1, rows // 2), block_c, num_warps
 
 
 class ProductTile(NamedTuple):
-    """Rows, classes and columns of the tiles of a kernel that multiplies, its warps, and how many iterations of its loads are
-    under way at once: what registers allow."""
+    """Tile sizes of a matmul kernel (rows, classes, columns), its warps, and the number of pipelined load iterations, as
+    registers allow."""
 
     rows: int
     classes: int
@@ -76,7 +77,7 @@ class ProductTile(NamedTuple):
         return ProductTile(32 if block_c == 16 else 16, block_c, 64, 8)
 
     def constants(self, x: Tensor) -> dict[str, Any]:
-        warps = self.num_warps // 2 if torch.version.hip else self.num_warps  # of 64 threads there
+        warps = self.num_warps // 2 if torch.version.hip else self.num_warps  # warps have 64 threads on AMD
         blocks = {"BLOCK_B": self.rows, "BLOCK_C": self.classes, "BLOCK_D": self.columns}
         return {
             **blocks,
@@ -87,18 +88,18 @@ class ProductTile(NamedTuple):
 
 
 class RowChunks(NamedTuple):
-    """How the backward pass goes through the rows, so that a step takes 8BC numbers and 4 MB beyond inputs, gradients and heads
-    (of H heads 8/3 HBC): all at once where their scratch fits beside what the forward pass keeps, else in chunks."""
+    """How the backward pass splits the rows, so that a step needs at most 8BC numbers (with H heads 8/3 HBC) and 4 MB in
+    addition to inputs, gradients and heads: all rows at once if the scratch fits beside the saved state, else in chunks."""
 
-    rows: int  #: at a time
-    parts: int  #: of the gradients of the heads that each chunk leaves, to be added up
+    rows: int  #: per chunk
+    parts: int  #: partial sums of the head gradients per chunk
 
     @staticmethod
     def of(features: Sequence[Tensor], heads: int, classes: int, of_logits: torch.dtype) -> RowChunks:
-        """For the kernels that differentiate themselves, and for a library, which leaves no parts."""
+        """Chunks for our own backward kernels, or for torch's products, which need no parts."""
         (batch, width), itemsize = features[0].shape, features[0].element_size()
         mixtures = heads - len(features)
-        number = max(4, itemsize)  # bytes of what is computed with
+        number = max(4, itemsize)  # bytes per number of the arithmetic type
         kept = (
             number * HeadState.size(batch, classes, len(features), mixtures, itemsize < 4) + heads * batch * classes * itemsize
         )
@@ -113,7 +114,7 @@ class RowChunks(NamedTuple):
             least = min(wanted * part, LEAST_PARTS)
         if batch * a_row + least > room and (fit := (room - least) // a_row) >= LEAST_ROWS:
             chunks = triton.cdiv(batch, fit)
-            rows = 64 * triton.cdiv(batch, 64 * chunks)  # keeps the first row of each chunk as aligned as that of all
+            rows = 64 * triton.cdiv(batch, 64 * chunks)  # a multiple of 64 keeps the chunks aligned like the whole matrix
             parts = min(wanted, (room - rows * a_row) // part // chunks) if itself else 1
             if parts > 0:
                 return RowChunks(rows, parts)
@@ -121,15 +122,15 @@ class RowChunks(NamedTuple):
 
 
 def unaligned(features: Sequence[Tensor]) -> bool:
-    """Whether rows begin anywhere, so that a tile takes an address for every element."""
+    """Whether rows may be unaligned, so that a tile needs one address per element."""
     return any(x.shape[1] % 16 or x.stride(0) % 16 for x in features)
 
 
 def precision(x: Tensor) -> str:
-    """How factors in float32 are multiplied.
+    """The precision of products of float32 factors.
 
-    In three products of TF32, which together are float32's, and in one where torch itself may or where the other factor was a
-    float16, which TF32 holds as it is. AMD's matrix units multiply float32.
+    Three TF32 products, which together have the accuracy of float32; a single one if torch allows TF32, or if the other factor
+    was float16, which TF32 represents exactly. AMD's matrix units multiply float32.
     """
     if torch.version.hip:
         return "ieee"

@@ -1,4 +1,4 @@
-"""The head step's products by torch's library, for heads of many classes, float64, and what our own kernels would spill."""
+"""The head step's products by torch.mm, for heads of many classes, float64, and sizes whose tiles would spill registers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tiling import TILE, scratch
 def project(
     features: Sequence[Tensor], heads: tuple[Tensor, ...], pairs: tuple[tuple[int, int], ...], state: HeadState
 ) -> None:
-    """All projections of the features, without biases, into the state."""
+    """Writes all projections of the features, without biases, into the state."""
     with below(AUTOCAST):
         for k, pair in enumerate(pairs):
             for side, m in enumerate(pair):
@@ -49,8 +49,8 @@ def library_gradients(
     *,
     add: bool,
 ) -> None:
-    """Gradients of features and heads from those of the logits, in the memory of the gradients themselves; those of the heads
-    are added to what earlier rows gave, or not."""
+    """Computes feature and head gradients from logit gradients with torch.mm, in the output memory. With `add`, head gradients
+    accumulate over row chunks."""
     pairs, (batch, width) = shape["PAIRS"], features[0].shape
     block_d = min(triton.next_power_of_2(width), TILE[factors.element_size()])
     block_b = TILE[factors.element_size()] // block_d
@@ -78,7 +78,7 @@ def library_gradients(
             fresh: Tensor | None = next((t for m, t in wanted.items() if m not in written), None)
             if fresh is not None:
                 torch.mm(of_logits[k], weights[k], out=fresh)
-            else:  # no gradient is still to be written whose memory would hold dZ W
+            else:  # no unwritten gradient is left whose memory could hold dZ W
                 for side, m in enumerate(pair):
                     if (grad := wanted.get(m)) is not None:
                         by_row = factors[k, 2 + side, :, None]

@@ -1,7 +1,7 @@
-"""The mathematics of one row, as the kernels share it.
+"""The mathematics of one row, shared by the kernels.
 
-The formulas and their branches are those of `iprm_kernels.reference`. Sine, cosine and arc sine are written out here: the
-GPU libraries' range reduction for huge arguments keeps a table in local memory, and the interpreter has no arc functions.
+The formulas and their branches are those of `iprm_kernels.reference`. Sine, cosine and arc sine are implemented here, because
+the range reduction of the GPU libraries keeps a table in local memory, and the interpreter has no arc functions.
 Every series is nested, 1 + r₀x (1 + r₁x (1 + ...)), so that its coefficients are ratios of small integers.
 """
 
@@ -43,15 +43,15 @@ def quotient(x, y):
 
 @triton.jit
 def divisor(norm, EPS: tl.constexpr):
-    """max(‖x‖, eps), and NaN for a norm that is not finite, so that such a row is NaN throughout."""
+    """max(‖x‖, eps), and NaN for a norm that is not finite, so that the whole row becomes NaN."""
     eps = tl.full(norm.shape, EPS, norm.dtype)  # a comparison with a bare constant would round it to float32
     return tl.where(norm < float("inf"), tl.where(norm < eps, eps, norm), float("nan"))
 
 
 @triton.jit
 def cosine(r_xx, r_yy, r_xy, EPS: tl.constexpr):
-    """⟨x̂, ŷ⟩ from the inner products, in float64: roundings of both norms would be two of its ulps, which near the antipode
-    gradients multiply by ten; and of equal rows it is 1."""
+    """⟨x̂, ŷ⟩ from the inner products, in float64: rounded norms would cost two ulps, which near the antipode the gradients
+    multiply by ten. For equal rows the result is exactly 1."""
     lengths = divisor(tl.sqrt(r_xx.to(tl.float64)), EPS) * divisor(tl.sqrt(r_yy.to(tl.float64)), EPS)
     return (r_xy.to(tl.float64) / lengths).to(r_xy.dtype)
 
@@ -64,17 +64,18 @@ def live_inverse_norm(norm, EPS: tl.constexpr):
 
 @triton.jit
 def scale_rows(b, r_factor):
-    """Rows times a factor each, exactly zero where it is: the gradient of a dead row is zero whatever it multiplies."""
+    """Rows times one factor each, exactly zero where the factor is zero: the gradient of a dead row is zero even if `b` is not
+    finite."""
     return tl.where(r_factor[:, None] == 0, 0.0, b * r_factor[:, None])
 
 
 @triton.jit
 def angle(h, k):
-    """θ in [0, π] of h = sin²(θ/2) and k = cos²(θ/2), to full relative accuracy.
+    """θ in [0, π] from h = sin²(θ/2) and k = cos²(θ/2), to full relative accuracy.
 
-    With m the smaller of the two, θ or π - θ is 2 asin √m = 4 asin √v, where v = m / (2 + 2√(1-m)) <= 0.1465 is the half
-    angle's. asin(√v) / √v is a series in v, of ratios (2n+1)² / ((2n+2)(2n+3)): the first term left out is 2.5e-9 of the
-    sum after 8 terms and 3.4e-18 after 18.
+    With m the smaller of the two, θ or π - θ is 2 asin √m = 4 asin √v, where v = m / (2 + 2√(1-m)) <= 0.1465 belongs to
+    the half angle. asin(√v) / √v is a series in v with ratios (2n+1)² / ((2n+2)(2n+3)): the first term left out is 2.5e-9 of
+    the sum after 8 terms and 3.4e-18 after 18.
     """
     TERMS: tl.constexpr = 18 if h.dtype == tl.float64 else 8
     v = tl.where(h < k, h, k) / (2 + 2 * square_root(tl.where(h < k, k, h)))
@@ -116,8 +117,8 @@ def sine_cosine(a):
 def slerp(s, c, STRENGTH: tl.constexpr = False):
     """S(s, c) = sin(sθ) / sin θ, ∂S/∂s and ∂S/∂c, analytic at c = 1.  (BLOCK_B,) x2 -> (BLOCK_B,) x3
 
-    STRENGTH: s is known to be in [0, 1]. What the caller does not use of it is not computed. Comparisons are written so that a
-    NaN passes through them.
+    STRENGTH: s is known to be in [0, 1]. The compiler removes results that the caller does not use. Comparisons are written so
+    that a NaN passes through them.
     """
     FLOOR: tl.constexpr = FLOOR_64 if c.dtype == tl.float64 else FLOOR_32
     floor = tl.full(c.shape, FLOOR, c.dtype)
@@ -131,7 +132,7 @@ def slerp(s, c, STRENGTH: tl.constexpr = False):
     at_one = h <= 0
     sine_theta = tl.where(at_one, 1.0, 2 * square_root(h * k))
     value = tl.where(at_one, s, sine / sine_theta)
-    ds = tl.where(at_one, cosine, theta * cosine / sine_theta)  # cos(s·0) is 1, but for an s that is not finite
+    ds = tl.where(at_one, cosine, theta * cosine / sine_theta)  # cos(s·0) is 1 unless s is not finite
     # ∂S/∂c: near c = 1 the closed form cancels like θ³, and the series of the reference takes its place
     closed = (clamped * sine - s * cosine * sine_theta) / (sine_theta * sine_theta * sine_theta)
     a = tl.full(h.shape, 1.0, h.dtype)
@@ -144,9 +145,9 @@ def slerp(s, c, STRENGTH: tl.constexpr = False):
             power = power * h
         dc = tl.where((h < SERIES_BELOW) & (s * s * h < 1), -0.5 * s * series, closed)
     else:
-        # The last coefficient grows like a power of s², and up to LARGEST overflows nowhere. A larger s² takes the closed form,
-        # which then loses two digits at most, but at h = 0, where the first term is all. No h above zero is below 2⁻²⁵ in
-        # float32, 2⁻⁵⁴ in float64. In the kernels of the head step this much more spilled.
+        # The last coefficient grows like a power of s² and does not overflow up to LARGEST. For larger s² the closed form is
+        # used, which then loses at most two digits, except at h = 0, where the first term is all. The smallest h above zero
+        # is 2⁻²⁵ in float32, 2⁻⁵⁴ in float64. In the head step, where s is in [0, 1], this extra code spilled registers.
         LARGEST: tl.constexpr = 2.0**54 if c.dtype == tl.float64 else 2.0**18
         squared = tl.minimum(s * s, LARGEST)
         reach = squared * h + (s * s - squared) * (h * 2.0**60)
@@ -162,7 +163,7 @@ def slerp(s, c, STRENGTH: tl.constexpr = False):
 
 @triton.jit
 def no_longer_than_one(r_zz, r_c):
-    """The factor that takes a row with ‖z‖² = r_zz down to length 1, near the antipode; 1 elsewhere."""
+    """Near the antipode, the factor that shortens a row with ‖z‖² = r_zz to length 1; elsewhere 1."""
     return tl.where((r_c < NEAR_ANTIPODE) & (r_zz > 1), 1 / square_root(r_zz), 1.0)
 
 
@@ -181,7 +182,7 @@ def excess(d):
 
 @triton.jit
 def difference(x, y):
-    """x - y rounded, and what rounding took from it (Knuth's two-sum); nothing where that is not finite."""
+    """x - y rounded, and its rounding error (Knuth's two-sum), which is zero where it would not be finite."""
     high = x - y
     back = high - x
     rest = (x - (high - back)) - (y + back)
@@ -190,7 +191,7 @@ def difference(x, y):
 
 @triton.jit
 def probabilities(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum):
-    """P, Q, d = log P - log Q, and whether that is so small that Q - P and P φ(d) must be had from the series."""
+    """P, Q, d = log P - log Q, and whether d is so small that Q - P and P φ(d) need the series."""
     a, a_rest = difference(b_p, r_p_top[:, None])
     b, b_rest = difference(b_q, r_q_top[:, None])
     d = (a - b) + (a_rest - b_rest) - tl.log(quotient(r_p_sum, r_q_sum))[:, None]

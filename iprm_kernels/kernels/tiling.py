@@ -1,7 +1,8 @@
-"""How rows are laid over programs and threads, and how their blocks are read, written and summed.
+"""How rows are distributed over programs and threads, and how their blocks are loaded, stored and summed.
 
-A kernel that sums over the batch runs at most MOST_PARTS programs, each of which strides over the blocks of rows and leaves one
-part; whoever needs the sum adds the parts up in their order. So no sum needs an atomic, and results repeat to the bit.
+A kernel that sums over the batch runs at most MOST_PARTS programs, each of which strides over the blocks of rows and
+stores one part; the next kernel adds the parts in a fixed order. Sums therefore need no atomics, and results are bit-identical
+between runs.
 """
 
 # mypy: allow-untyped-defs
@@ -17,19 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Elements of the tile of one program, when rows are so short that it takes several of them, by the size of the
-#: arithmetic type. A thread computes the row mathematics of every row that it holds a part of: twice the elements spill.
+#: Elements in the tile of one program if it holds several short rows, by the size in bytes of the arithmetic type. A thread
+#: computes the row mathematics of every row it holds a part of: twice as many elements spill.
 TILE = {4: 1024, 8: 256}
-#: Rows of a tile at most: below eight columns the row mathematics, not the memory, is what a program waits for.
+#: The most rows in a tile: below eight columns a program waits for the row mathematics, not for memory.
 TILE_ROWS = 128
-#: The longest row that is held in registers, by the same size; longer ones are read block by block. Twice as long spills.
+#: The longest row held in registers, by the same size; longer rows are read block by block. Rows twice as long spill.
 WHOLE_ROW = {4: 8192, 8: 2048}
 #: Columns of such a block.
 LOOPED_BLOCK = 2048
 
 #: Elements of a tile of whole rows of logits, by the size of the arithmetic type.
 ROW_TILE = {4: 512, 8: 256}
-#: Programs of a kernel that leaves parts of a sum: four to eight for each multiprocessor of a large GPU.
+#: The most programs of a kernel that stores parts of a sum: four to eight per multiprocessor of a large GPU.
 MOST_PARTS = 1024
 PARTS_BLOCK = tl.constexpr(256)
 
@@ -57,12 +58,13 @@ def row_tile(classes: int, itemsize: int) -> tuple[int, int, int]:
 
 
 def part_programs(rows: int, block: int) -> int:
-    """Programs of a kernel that leaves parts of a sum over blocks of rows; one for no rows, whose sum is zero."""
+    """The number of programs of a kernel that stores parts of a sum over blocks of rows; one if there are no rows (sum
+    zero)."""
     return max(1, min(triton.cdiv(rows, block), MOST_PARTS))
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device; this makes it the tensor's."""
+    """A context in which the current device, which launches use, is that of `tensor`."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -94,7 +96,7 @@ def load_block(p, stride_row, stride_col, o_rows, m_rows, o_cols, n_cols, DTYPE:
 
 @triton.jit
 def store_block(p, value, o_rows, m_rows, o_cols, n_cols):
-    """`value` into rows and columns of a contiguous matrix, in its own type."""
+    """Stores `value` into rows and columns of a contiguous matrix, in the matrix's type."""
     pointers = p + o_rows[:, None] * n_cols + o_cols[None, :]
     if INTERPRETED and p.dtype.element_ty == tl.bfloat16:
         value = nearest_bfloat16(value)
@@ -110,7 +112,7 @@ def nearest_bfloat16(value):
 
 @triton.jit
 def sum_of_parts(p_parts, n_parts, COLUMNS: tl.constexpr, COLUMN: tl.constexpr):
-    """Σ of one column of parts (n_parts, COLUMNS), in their order."""
+    """The sum of one column of parts (n_parts, COLUMNS), in a fixed order."""
     DTYPE: tl.constexpr = p_parts.dtype.element_ty
     o = tl.arange(0, PARTS_BLOCK)
     b_sum = tl.zeros((PARTS_BLOCK,), DTYPE)

@@ -9,7 +9,7 @@ from torch import Tensor
 def average_strength(
     strength: Tensor, alpha: float, released: bool, weight: Tensor, eval_weight: Tensor, last: Tensor, steps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The new weight (P,), eval_weight (P,), last (P, 2) and steps (P,) of strength (P, 2) and the old ones."""
+    """The new weight (P,), eval_weight (P,), last (P, 2) and steps (P,), from strength (P, 2) and the old values."""
     measured, finite = strength[:, 0], strength.isfinite()
     averaged = torch.lerp(measured, weight, alpha)
     if not released:

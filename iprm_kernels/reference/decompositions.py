@@ -1,4 +1,4 @@
-"""Operators without a gradient by their definitions, with the arguments and results of the operators themselves."""
+"""Operators without gradients, by their definitions, with the same arguments and results as the operators."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ def batch_kl(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor
     """KL_i = Σ_k P_ik (log P_ik - log Q_ik), P and Q the softmax of the logits.  (B, C) x2 -> () or (B,), stats (5, B)
 
     Because ΣP = ΣQ, this equals Σ_k P φ(d) with d = log P - log Q and φ(d) = d + exp(-d) - 1: terms that are never
-    negative, so nothing cancels however close P and Q are. The statistics are max p, Σ exp(p - max p), the same of q, and KL.
+    negative, so nothing cancels however close P and Q are. The statistics are max p, Σ exp(p - max p), the same two for q, and
+    KL.
     """
     dtype = arithmetic_dtype(p_logits.dtype)
     p, q = p_logits.to(dtype), q_logits.to(dtype)
@@ -40,7 +41,7 @@ def batch_kl(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor
 
 
 def batch_kl_backward(grad: Tensor, p_logits: Tensor, q_logits: Tensor, stats: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """∂p = g P (d - KL),  ∂q = g (Q - P), the latter as P (φ(d) - d) where P and Q are close.
+    """∂p = g P (d - KL),  ∂q = g (Q - P); where P and Q are close, Q - P is computed as P (φ(d) - d).
 
     grad () or (B,), logits (B, C) x2, stats (5, B) -> (B, C), (B, C)
     """
@@ -60,8 +61,8 @@ def _row_max(logits: Tensor) -> Tensor:
 def _probabilities(p: Tensor, q: Tensor, softmaxes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """P, Q and d = log P - log Q.  (B, C) each
 
-    Logits are taken relative to their row's maximum, and the rounding of that goes into d: so a common offset changes
-    nothing, and the difference of close logits is exact.
+    Logits are taken relative to their row's maximum, and d includes the rounding error of that subtraction: a common offset
+    changes nothing, and the difference of close logits is exact.
     """
     p_top, p_sum, q_top, q_sum = (values[:, None] for values in softmaxes)
     (a, a_rest), (b, b_rest) = _difference(p, p_top), _difference(q, q_top)
@@ -69,7 +70,7 @@ def _probabilities(p: Tensor, q: Tensor, softmaxes: list[Tensor]) -> tuple[Tenso
 
 
 def _difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x - y rounded, and what rounding took from it (Knuth's two-sum); nothing where that is not finite."""
+    """x - y rounded, and its rounding error (Knuth's two-sum), which is zero where it would not be finite."""
     high = x - y
     back = high - x
     rest = (x - (high - back)) - (y + back)
@@ -77,14 +78,15 @@ def _difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_kl_pair(p_logits: Tensor, other_logits: Tensor, q_logits: Tensor) -> tuple[Tensor]:
-    """The sums of two predictions' KL from a third.  (B, C) x3 -> (2,)"""
+    """KL sums of two predictions from a third.  (B, C) x3 -> (2,)"""
     return (torch.stack([batch_kl(logits, q_logits, "sum")[0] for logits in (p_logits, other_logits)]),)
 
 
 def strength_weights(kl: Tensor) -> tuple[Tensor]:
     """ω_m = (1/KL_m) / Σ_j (1/KL_j), scaled by the smallest: r_m = min KL / KL_m, ω = r / Σ r.  (M,) -> (M,)
 
-    Zeros share everything equally, an infinite KL gets nothing, all infinite are equal, a NaN spreads.
+    If any KL are zero, those modalities share the weight equally. An infinite KL gets 0; if all are infinite, weights are
+    uniform. A NaN makes all weights NaN.
     """
     smallest = kl.min()
     ratio = torch.where(kl == smallest, torch.ones_like(kl), smallest / kl)
@@ -94,7 +96,7 @@ def strength_weights(kl: Tensor) -> tuple[Tensor]:
 def strength_weights_backward(grad: Tensor, kl: Tensor) -> tuple[Tensor]:
     """∂ω_m/∂KL_j = 1 / (KL_m (Σ_i KL_j/KL_i)²) for m ≠ j, and every column sums to zero.  (M,) x2 -> (M,)
 
-    Where several KL are zero, or one infinite, ω has no derivative and zero is returned in its place; a NaN spreads.
+    Where several KL are zero, or one is infinite, ω has no derivative and the gradient is zero. A NaN makes the gradient NaN.
     """
     column = (kl[None, :] / kl[:, None]).fill_diagonal_(1.0).sum(0)[None, :]  # Σ_i KL_j / KL_i
     undefined = (kl == 0)[:, None] | kl.isinf()[:, None] | kl.isinf()[None, :] | (column.isnan() & ~kl.isnan().any())

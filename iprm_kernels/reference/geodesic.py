@@ -12,19 +12,19 @@ from ..dtypes import arithmetic_dtype
 
 
 def slerp_weight(s: Tensor, c: Tensor) -> Tensor:
-    """S(s, c) = sin(sθ) / sin θ with θ = arccos c, analytic at c = 1 where it is s.  (B,), (B,) -> (B,)
+    """S(s, c) = sin(sθ) / sin θ with θ = arccos c, analytic at c = 1, where S = s.  (B,), (B,) -> (B,)
 
     θ = 2 atan(√(h / (1 - h))) keeps full relative accuracy for small angles, which arccos does not.
     """
     c = c.clamp(min=-1 + ANTIPODE_MARGIN[c.dtype])
     h, k = ((1 - c) / 2).clamp(min=0), (1 + c) / 2
     theta = 2 * torch.atan2(h.sqrt(), k.sqrt())
-    # `h <= 0` and not `h > 0`: a NaN must reach the quotient, not the limit
+    # `h <= 0` instead of `h > 0`, so that a NaN selects the quotient and not the limit
     return torch.where(h <= 0, s, torch.sin(s * theta) / (2 * (h * k).sqrt()))
 
 
 def slerp_weight_ds(s: Tensor, c: Tensor) -> Tensor:
-    """∂S/∂s = θ cos(sθ) / sin θ; at c = 1 cos(s·0), which is 1 but for an s that is not finite.  (B,), (B,) -> (B,)"""
+    """∂S/∂s = θ cos(sθ) / sin θ; at c = 1 it is cos(s·0), which is 1 unless s is not finite.  (B,), (B,) -> (B,)"""
     c = c.clamp(min=-1 + ANTIPODE_MARGIN[c.dtype])
     h, k = ((1 - c) / 2).clamp(min=0), (1 + c) / 2
     theta = 2 * torch.atan2(h.sqrt(), k.sqrt())
@@ -45,7 +45,7 @@ def slerp_weight_dc(s: Tensor, c: Tensor) -> Tensor:
     theta = 2 * torch.atan2(h.sqrt(), k.sqrt())
     sine = 2 * (h * k).sqrt()
     closed = (clamped * torch.sin(s * theta) - s * torch.cos(s * theta) * sine) / sine**3
-    series, term = torch.zeros_like(h), torch.ones_like(h)  # aₙ hⁿ⁻¹, which stays small where aₙ alone would overflow
+    series, term = torch.zeros_like(h), torch.ones_like(h)  # aₙ hⁿ⁻¹ stays small where aₙ alone would overflow
     for n in range(SERIES_TERMS[c.dtype]):
         term = term * ((n + 1) ** 2 - s * s) / ((n + 1) * (n + 1.5))
         series = series + (n + 1) * term
@@ -55,12 +55,12 @@ def slerp_weight_dc(s: Tensor, c: Tensor) -> Tensor:
 
 
 def row_norm(rows: Tensor) -> Tensor:
-    """‖x‖, infinite where the squared length overflows: of one column torch would take no square.  (B, D) -> (B,)"""
+    """‖x‖, infinite where the squared length overflows; torch alone would not square a single column.  (B, D) -> (B,)"""
     return rows.norm(dim=1) if rows.shape[1] > 1 else rows.square().sum(1).sqrt()
 
 
 def inverse_norm(norm: Tensor, eps: float) -> Tensor:
-    """1 / max(‖x‖, eps), and NaN for a norm that is not finite, so that such a row is NaN throughout.  (B,) -> (B,)"""
+    """1 / max(‖x‖, eps), and NaN for a norm that is not finite, so that the whole row becomes NaN.  (B,) -> (B,)"""
     return torch.where(norm.isfinite(), 1 / norm.clamp(min=eps), torch.full_like(norm, math.nan))
 
 
@@ -94,7 +94,7 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Te
 
 
 def geodesic_remix(x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float) -> tuple[Tensor]:
-    """The same from statistics that are there already.  (B, D) x2, (B,), (3, B) -> (B, D)"""
+    """`geodesic_mixup` from statistics that an earlier mixture saved.  (B, D) x2, (B,), (3, B) -> (B, D)"""
     x_norm, y_norm, c = stats
     x_hat, y_hat = x.to(c.dtype) * inverse_norm(x_norm, eps)[:, None], y.to(c.dtype) * inverse_norm(y_norm, eps)[:, None]
     z = slerp_weight(weight, c)[:, None] * x_hat + slerp_weight(1 - weight, c)[:, None] * y_hat
@@ -128,5 +128,5 @@ def geodesic_mixup_backward(
 
 
 def _scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
-    """rows · factor, exactly zero where the factor is: the gradient of a dead row is zero whatever it multiplies."""
+    """rows · factor, exactly zero where the factor is zero: the gradient of a dead row is zero even if `rows` is not finite."""
     return torch.where(factor[:, None] == 0, torch.zeros_like(rows), rows * factor[:, None])

@@ -1,15 +1,16 @@
-"""The linear head step in closed form: mixing commutes with a linear head, so one projection a modality is all that is wide.
+"""The linear head step in closed form: mixing commutes with a linear head, so one projection per modality is the
+only work of size BCD.
 
-Of a pair of modalities with features X, Y, x̂ = X/‖x‖, c = ⟨x̂, ŷ⟩, p = S(w, c), q = S(1-w, c) and projections A = X W_mᵀ,
+A pair of modalities has features X, Y, x̂ = X/‖x‖, c = ⟨x̂, ŷ⟩, p = S(w, c), q = S(1-w, c), and projections A = X W_mᵀ,
 V = Y W_mᵀ on the head of its mixture, Â = A/‖x‖, V̂ = V/‖y‖::
 
     mixed logits  Z = p Â + q V̂ + b_m          for the probe (w = λ) and, after the KL, for the step (w = ω_x)
     κ   = S'(ω,c) Σ dZ Â + S'(1-ω,c) Σ dZ V̂
-    dX  = dU_x W_x + Σ over its pairs of p/‖x‖ dZ W_m + κ/(‖x‖‖y‖) Y - (p Σ dZ Â + κ c)/‖x‖² X        and the same for y
-    dW_m = (p/‖x‖ dZ)ᵀ X + (q/‖y‖ dZ)ᵀ Y,   dW_x = dU_xᵀ X,   biases sum the rows
+    dX  = dU_x W_x + Σ over the pairs with x of p/‖x‖ dZ W_m + κ/(‖x‖‖y‖) Y - (p Σ dZ Â + κ c)/‖x‖² X        likewise dY
+    dW_m = (p/‖x‖ dZ)ᵀ X + (q/‖y‖ dZ)ᵀ Y,   dW_x = dU_xᵀ X,   bias gradients are sums over rows
 
-Heads, their logits, losses and gradients come in one order everywhere: those of the P mixtures, then those of the M modalities.
-Two modalities are the one pair (0, 1).
+Heads, logits, losses and gradients have one order everywhere: first the P mixtures, then the M modalities. Two modalities form
+the single pair (0, 1).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .geodesic import inverse_norm, live_inverse_norm, row_norm, slerp_weight, s
 
 
 def head_probe(inputs: HeadInputs) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """Projections, row statistics, unimodal logits, and the KL sums of these from the mixtures probed with λ.
+    """Projections, row statistics, unimodal logits, and KL sums of the unimodal predictions from the mixtures probed with λ.
 
     -> stats (P, 3, B), projected (P, 2, B, C), unimodal M of (B, C), kl (2P,)
     """
@@ -49,9 +50,9 @@ def head_probe(inputs: HeadInputs) -> tuple[Tensor, Tensor, list[Tensor], Tensor
 
 
 def head_rebalance(inputs: HeadInputs, state: HeadState, kl: Tensor) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    """ω from the KL sums (2P,), the logits of the mixtures with it, and the cross entropies of all heads.
+    """ω from the KL sums (2P,), the logits of the mixtures weighted by ω, and the cross entropies of all heads.
 
-    -> strength (2P,), logits P of (B, C), loss (), losses (P + M,), rows that count ()
+    -> strength (2P,), logits P of (B, C), loss (), losses (P + M,), number of counted rows ()
     """
     strength = torch.cat([strength_weights(own)[0] for own in kl.view(-1, 2)])
     mixed = _mixtures(state, strength, inputs.biases)
@@ -112,12 +113,12 @@ def _mixed(projected: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def _mixtures(state: HeadState, strength: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """The mixed logits of all pairs with the ω just measured.  (2P,), (C,) -> P of (B, C)"""
+    """The mixed logits of all pairs, weighted by the measured ω.  (2P,), (C,) -> P of (B, C)"""
     return [_mixed(state.projected[k], state.stats[k], strength[2 * k], biases[k]) for k in range(len(state.stats))]
 
 
 class _Labels(NamedTuple):
-    """Labels safe to index with, which rows count, and 1 or, for a label out of range, NaN.  (B,) each"""
+    """Labels that are safe to index with, which rows count, and a factor: 1, or NaN for a label out of range.  (B,) each"""
 
     place: Tensor
     counted: Tensor
@@ -131,7 +132,7 @@ class _Labels(NamedTuple):
 
 
 def _cross_entropy(logits: Tensor, labels: _Labels, label_smoothing: float) -> Tensor:
-    """Mean over the rows that count of -(1-ε) log P_t - ε/C Σ_k log P_k.  (B, C) -> ()"""
+    """Mean over the counted rows of -(1-ε) log P_t - ε/C Σ_k log P_k.  (B, C) -> ()"""
     log_p = logits.log_softmax(1)
     rows = -log_p.gather(1, labels.place[:, None])[:, 0]
     if label_smoothing:
@@ -142,7 +143,7 @@ def _cross_entropy(logits: Tensor, labels: _Labels, label_smoothing: float) -> T
 def _cross_entropy_backward(
     logits: Tensor, labels: _Labels, label_smoothing: float, scale: Tensor, upstream: Tensor | None
 ) -> Tensor:
-    """scale (P - (1-ε) onehot - ε/C), plus the gradient that came to the logits themselves.  (B, C) -> (B, C)"""
+    """scale (P - (1-ε) onehot - ε/C), plus the upstream gradient of the logits.  (B, C) -> (B, C)"""
     wanted = torch.full_like(logits, label_smoothing / logits.shape[1])
     wanted.scatter_add_(1, labels.place[:, None], torch.full_like(logits[:, :1], 1 - label_smoothing))
     by_row = labels.poison.to(logits.dtype) * scale
@@ -153,7 +154,7 @@ def _cross_entropy_backward(
 def _feature_gradient(
     through_head: Tensor, x: Tensor, y: Tensor, kappa: Tensor, along: Tensor, x_norm: Tensor, inv_y: Tensor
 ) -> Tensor:
-    """What comes to x through the mixture: nothing for a dead row.  (B, D) x3, (B,) x4 -> (B, D)"""
+    """The gradient of x through the mixture, zero for a dead row.  (B, D) x3, (B,) x4 -> (B, D)"""
     live = live_inverse_norm(x_norm, EPS)
     gradient = through_head + (kappa * live * inv_y)[:, None] * y - (along * live * live)[:, None] * x
     return torch.where((x_norm <= EPS)[:, None], 0, gradient)

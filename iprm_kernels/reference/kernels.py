@@ -14,7 +14,7 @@ from . import average, divergence, geodesic, head
 
 
 def into(function: Callable[..., tuple[Tensor, ...]], *, outputs: int) -> Callable[..., None]:
-    """A kernel that fills the last `outputs` of its arguments with what `function` returns for those before."""
+    """A kernel that copies the results of `function`, called with its first arguments, into its last `outputs` arguments."""
 
     def kernel(*arguments: Any) -> None:
         with below(AUTOCAST):

@@ -16,7 +16,7 @@ import iprm_kernels as ik
 
 WIDEST = 20_000
 
-# (B, D): what each is there for
+# (B, D), with the reason for each
 FEATURE_SHAPES = [
     (5, 1),  # one column: x̂ = ±1
     (129, 2),  # narrower than a vector register; more rows than a block, not a multiple
@@ -25,12 +25,12 @@ FEATURE_SHAPES = [
     (129, 16),  # one AVX-512 register of float32, no tail
     (1, 31),  # one row; register and tail
     (2, 64),
-    (5, 100),  # a power of two padded up, in a Triton block
+    (5, 100),  # padded to a power of two in a Triton block
     (64, 512),  # the size of IPRM's features
     (2, 1000),
     (5, 1024),
     (1000, 100),  # enough rows for every thread
-    (2, WIDEST),  # rows longer than a Triton block, which loops; long sums
+    (2, WIDEST),  # rows longer than a Triton block, so the kernel loops; long sums
 ]
 LOGIT_SHAPES = [
     (1, 2),  # two classes, one row
@@ -90,7 +90,8 @@ def test_batch_kl(fused: Place, batch: int, classes: int, dtype: torch.dtype) ->
     inputs, truth = kl_truth(batch, classes, dtype)
     values = kl_with_gradients(*(tensor.to(fused.device) for tensor in inputs))
     baseline = plain(kl_with_gradients, *inputs)
-    # a row is as exact as its own size: near-equal distributions lose nothing. The smallest normal stands for zero.
+    # the tolerance of a row scales with its KL: near-equal distributions lose no digits. The smallest normal number replaces
+    # zero.
     smallest = torch.finfo(torch.float32).tiny
     for name, value in values.items():
         magnitude = truth[name].high.abs().reshape(len(inputs[0]), -1).amax(1).clamp(min=smallest)
@@ -100,7 +101,7 @@ def test_batch_kl(fused: Place, batch: int, classes: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [7, 100, 1024])
 def test_half_precision_rounds_once(fused: Place, dtype: torch.dtype, width: int) -> None:
-    """A result in 16 bits is the float32 result rounded: nothing on the way was kept in 16 bits."""
+    """A 16-bit result is the float32 result rounded once: no intermediate value was stored in 16 bits."""
     x, y = cases.feature_pairs(5, width, dtype, fused.device)
     g, w = cases.randn(5, width, seed=6, dtype=dtype, device=fused.device), torch.full((), 0.3, device=fused.device)
     half = mixup_with_gradients(x, y, w, g)
@@ -109,7 +110,7 @@ def test_half_precision_rounds_once(fused: Place, dtype: torch.dtype, width: int
     kl_single = kl_with_gradients(x.float(), y.float(), w.expand(5))
     for name, value in {**half, **kl_half}.items():
         wanted = {**single, **kl_single}[name]
-        # half an ulp of the stored type (below the normal range, of its smallest step), and float32's own order of summing
+        # half an ulp of the stored type (below the normal range, half its smallest step), plus the summation order of float32
         step = torch.finfo(dtype).eps * wanted.abs().clamp(min=torch.finfo(dtype).tiny) if value.dtype == dtype else 0.0
         order = 4 * torch.finfo(torch.float32).eps * wanted.abs().max()
         assert ((value.float() - wanted).abs() <= step / 2 + order).all(), name

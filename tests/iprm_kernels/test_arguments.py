@@ -1,4 +1,5 @@
-"""Every public function with every wrong argument: the exception names argument, expectation and what came, before a kernel."""
+"""Every public function with every wrong argument: before a kernel runs, an exception names the argument, the expected and the
+passed value."""
 
 from __future__ import annotations
 
@@ -135,7 +136,7 @@ def test_wrong_argument(call: Callable[[], Any], error: type[Exception], message
 @pytest.mark.parametrize(("shift", "message"), [(1, "got 4 in row 1"), (-1, "got -1 in row 0")])
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_label_out_of_range(backend: str, shift: int, message: str) -> None:
-    """Seen by the kernels, on their way to the labels: looking before costs 6 µs a step."""
+    """The kernels check labels when they read them: a check beforehand costs 6 µs per step."""
     if not ik.backends()[backend].available:
         pytest.skip(str(ik.backends()[backend]))
     with ik.use_backend(backend), pytest.raises(ValueError, match=rf"^target: expected labels in \[0, 4\), {message}"):
@@ -158,7 +159,7 @@ def test_wrong_output_of_a_head(head: Callable[..., Any], error: type[Exception]
         probe(head=head)
 
 
-def test_the_second_output_of_a_head_is_looked_at_too() -> None:
+def test_the_second_output_of_a_head_is_checked_too() -> None:
     outputs = iter([LOGITS, None])
     with pytest.raises(TypeError, match=r"^head: expected an output tensor \(B, C\), got NoneType"):
         probe(head=lambda z: next(outputs))

@@ -1,4 +1,4 @@
-"""`average_strength`: λ takes the measured ω in, in place, as the paper and as the released code have it."""
+"""`average_strength`: updates λ with the measured ω in place, by the paper's rule and by that of the released code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAN, INF = math.nan, math.inf
 
 
 class State:
-    """λ, λ of evaluation, the last ω and the steps of some pairs; of one pair without a dimension for them."""
+    """λ, λ of evaluation, the last ω and the steps of some pairs; a single pair has no pair dimension."""
 
     def __init__(self, place: Place, pairs: int, dtype: torch.dtype, *, steps: int = 0) -> None:
         shape, options = (pairs,) if pairs > 1 else (), {"dtype": dtype, "device": place.device}
@@ -67,7 +67,7 @@ def test_at_its_ends_alpha_takes_one_side_exactly(place: Place, alpha: float) ->
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("released", [False, True])
-def test_what_is_not_finite_is_left_out(place: Place, bad: float, released: bool) -> None:
+def test_values_that_are_not_finite_are_skipped(place: Place, bad: float, released: bool) -> None:
     state = State(place, 2, torch.float64, steps=3)
     state.take(omega(place, bad, 0.5, 0.5, bad), released=released)
     assert state.weight.tolist() == [0.5, 0.5]
@@ -79,7 +79,7 @@ def test_what_is_not_finite_is_left_out(place: Place, bad: float, released: bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("pairs", [1, 3, 45])
 def test_every_backend_as_the_reference(fused: Place, dtype: torch.dtype, pairs: int) -> None:
-    """To two units in the last place: one rounding of torch.lerp, which fuses its product and sum, or not."""
+    """To two units in the last place: torch.lerp may or may not fuse its product and sum."""
     generator = torch.Generator().manual_seed(pairs)
     for alpha, released, step in itertools.product((0.0, 0.3, 0.5, 0.9, 1.0), (False, True), range(3)):
         if step == 0:

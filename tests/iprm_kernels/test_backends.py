@@ -1,4 +1,4 @@
-"""Choosing a backend, and that what the tests rest on works: poisoned memory, interchangeable statistics, equal bits."""
+"""Choice of a backend, and what other tests rely on: poisoned memory, interchangeable statistics, bit-identical repeats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from iprm_kernels.backends import NAMES, kernels, requested
 from iprm_kernels.convention import OPERATORS, HeadInputs, Kernel
 from iprm_kernels.reference import kernels as reference
 
-choice = sys.modules["iprm_kernels.backends"]  # the function has taken the name of the module in the package
+choice = sys.modules["iprm_kernels.backends"]  # in the package, the function of this name hides the module
 
 
 def step(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
@@ -124,8 +124,8 @@ def test_use_backend_nests_and_survives_an_error(monkeypatch: pytest.MonkeyPatch
     assert kernels(cpu) is before
 
 
-def test_use_backend_of_two_threads_takes_back_its_own() -> None:
-    """Entered a, b; left a, b: within b, b is in use to its end."""
+def test_use_backend_in_two_threads_removes_its_own_entry() -> None:
+    """Enter a, enter b, leave a, leave b: b stays in use until it is left."""
     first, second = ik.use_backend("cpp"), ik.use_backend("reference")
     if not ik.backends()["cpp"].available:
         pytest.skip(str(ik.backends()["cpp"]))
@@ -157,7 +157,7 @@ def test_environment_variable(value: str, outcome: str) -> None:
 
 
 class Table:
-    """Backends that a test makes up, all of them on the CPU, tried in the order they were given in."""
+    """Backends that a test defines, all on the CPU, tried in the order in which they were added."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loaded = {name: choice._Loaded({}, (), "not in this test") for name in NAMES}
@@ -168,12 +168,12 @@ class Table:
         self.use()
 
     def use(self, *names: str) -> None:
-        """The names, best first, where no backend was asked for."""
+        """Sets the default backends, best first."""
         self.monkeypatch.setattr(choice, "TABLE", tuple(choice.Choice("cpu", name, "") for name in names))
         choice._select.cache_clear()
 
     def add(self, backend: str, *names: str, refuses: Any = None, limits: str = "") -> None:
-        """A backend that has the kernels named, each the reference's."""
+        """Adds a backend that has the named kernels, each from the reference."""
 
         def counted(name: str) -> Any:
             def run(*arguments: Any) -> None:
@@ -220,7 +220,7 @@ class TestChoice:
             heads.run(heads.inputs(5, 7, classes))
             assert table.calls == [(backend, "head_forward"), (backend, "head_backward")]
 
-    def test_a_backend_asked_for_hands_no_operator_to_another(self, table: Table) -> None:
+    def test_a_requested_backend_hands_no_operator_to_another(self, table: Table) -> None:
         table.add("cpp", "normalize", "normalize_backward")
         table.add("reference")
         table.use("cpp", "reference")
@@ -252,7 +252,7 @@ class TestChoice:
                 z.sum().backward()
 
     def test_an_operator_is_shipped_by_one_backend_first(self, table: Table) -> None:
-        """Each lists the kernels that it has; the status of each says what it lacks."""
+        """The status of each backend lists its kernels, and names those it lacks."""
         table.add("reference")
         table.add("cpp", *(name for name in reference.SERVES if name != "average_strength"))
         table.use("cpp", "reference")
@@ -261,7 +261,7 @@ class TestChoice:
         assert operators["average_strength"].reason == "it has no kernel average_strength"
         assert str(operators["average_strength"]) == "unavailable (it has no kernel average_strength)"
 
-    def test_status_tells_limits(self, table: Table) -> None:
+    def test_status_reports_limits(self, table: Table) -> None:
         table.add("triton", "head_forward", "head_backward", refuses=few_classes, limits="up to 4 classes")
         operators = ik.backends()["triton"].operators
         assert operators["linear_probe_rebalance"].limits == "up to 4 classes"
@@ -288,7 +288,7 @@ def test_the_triton_kernels_take_up_to_4096_classes() -> None:
     assert reason == "its kernels take at most 1024 classes of torch.float64, got 1025"
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="of the Triton backend on CPU tensors: TRITON_INTERPRET=1 tests it")
+@pytest.mark.skipif(not INTERPRETED, reason="tests the Triton backend on CPU tensors, with TRITON_INTERPRET=1")
 def test_the_triton_backend_hands_no_shape_to_plain_torch(place: Place) -> None:
     with pytest.raises(ik.BackendUnavailableError, match=r"^linear_probe_rebalance: backend 'triton' .* at most 4096 classes"):
         heads.call(heads.inputs(2, 3, 4097, device=place.device))

@@ -1,4 +1,4 @@
-"""The calling convention: constants and layouts of C++ are those of Python, and every backend has kernels of one signature."""
+"""The calling convention: C++ and Python share constants and layouts, and kernels have one signature in all backends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def built() -> Any:
 
 
 def test_constants_of_the_extension(built: Any) -> None:
-    """A float32 constant is that of Python rounded to float32."""
+    """A float32 constant equals the Python constant rounded to float32."""
     constants = built.constants()
     assert set(constants) >= {"EPS", "PROBE", "REBALANCE", "ANTIPODE_MARGIN", "SERIES_TERMS"}
     for name, value in constants.items():
@@ -76,7 +76,7 @@ def parameters(function: Any) -> list[str]:
 
 @pytest.mark.parametrize("backend", ["reference", "kernels"])
 def test_kernels_have_the_parameters_of_the_protocol(backend: str) -> None:
-    """Of those that name them: the reference makes most of its kernels from functions that return."""
+    """Only kernels with named parameters are checked: the reference wraps most of its functions by `into`."""
     if backend == "kernels":
         pytest.importorskip("triton")
     serves = reference.SERVES if backend == "reference" else importlib.import_module("iprm_kernels.kernels").SERVES
@@ -91,7 +91,7 @@ def test_every_kernel_belongs_to_an_operator() -> None:
 
 
 def test_a_function_of_the_reference_with_a_default_fills_its_outputs() -> None:
-    """The number of outputs is stated, and not derived from the function's parameters."""
+    """The number of outputs is stated explicitly, not derived from the function's parameters."""
 
     def scaled(x: Tensor, factor: float = 2.0) -> tuple[Tensor, Tensor]:
         return x * factor, x
@@ -106,7 +106,7 @@ def test_a_function_of_the_reference_with_a_default_fills_its_outputs() -> None:
 
 
 def test_the_reference_is_imported_by_backends_alone() -> None:
-    """Of the package: other files take constants and layouts from `convention`."""
+    """Within the package; other files take constants and layouts from `convention`."""
     package = Path(iprm_kernels.__file__).parent
     for file in package.rglob("*.py"):
         if file.parent.name == "reference" or file.name == "backends.py":

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the head step without a GPU: run by an emulator, and compiled for the GPUs they are for."""
+"""The CUDA kernels of the head step without a GPU: run by an emulator, and compiled for every supported GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> cuda_on_host.Emulated:
 
 @pytest.fixture
 def on_host(emulated: cuda_on_host.Emulated, monkeypatch: pytest.MonkeyPatch) -> cuda_on_host.Emulated:
-    """The head step of this test by the emulated kernels."""
+    """Runs the head step of the test with the emulated kernels."""
     monkeypatch.setattr(iprm_kernels.head_step, "kernels", lambda device: emulated)
     return emulated
 
@@ -76,7 +76,7 @@ def test_options_and_upstream_gradients(on_host: cuda_on_host.Emulated) -> None:
 
 @needs_emulator
 @pytest.mark.parametrize("needed", [("x",), ("y", "weight_mix"), ("weight_x", "bias_mix"), ("bias_y",)], ids=str)
-def test_only_what_asks_gets_a_gradient(on_host: cuda_on_host.Emulated, needed: tuple[str, ...]) -> None:
+def test_only_inputs_that_require_it_get_a_gradient(on_host: cuda_on_host.Emulated, needed: tuple[str, ...]) -> None:
     inputs = heads.inputs(9, 31, 6)
     whole, step = heads.run(inputs), heads.run(inputs, needed=needed)
     for leaf in LEAVES:
@@ -88,7 +88,8 @@ def test_only_what_asks_gets_a_gradient(on_host: cuda_on_host.Emulated, needed: 
 
 @needs_emulator
 def test_edges(on_host: cuda_on_host.Emulated) -> None:
-    """Dead rows, identical rows, strided rows, no rows; a label out of range is NaN where it enters and never read."""
+    """Dead rows, identical rows, strided rows, no rows; a label out of range makes its losses NaN and is never used as an
+    index."""
     inputs = heads.inputs(9, 31, 6, torch.float64)
     inputs["x"][2] = inputs["y"][7] = 0.0
     inputs["y"][3] = inputs["x"][3]
@@ -124,7 +125,8 @@ def test_processes_add_up_between_two_halves(on_host: cuda_on_host.Emulated, mon
 def test_any_order_of_threads_and_number_of_blocks_agree(
     on_host: cuda_on_host.Emulated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order between two barriers changes no bit; the number of blocks changes in what order parts are added up."""
+    """The thread order between two barriers changes no bit; the number of blocks only changes the order in which parts are
+    added."""
     inputs = heads.inputs(17, 40, 9)
     steps = []
     for blocks, seed in ((2, 0), (2, 1), (2, 2), (5, 3)):
@@ -146,7 +148,7 @@ def test_follows_the_algorithm_as_released_for_200_steps(on_host: cuda_on_host.E
 
 @needs_emulator
 def test_a_missing_barrier_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulator itself: without the barrier between projections and rows some order reads what is not there."""
+    """Tests the emulator: without the barrier between projections and rows, some thread order reads unwritten memory."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     kernels = tmp_path / "csrc" / "cuda" / "head_kernels.cuh"
     text = kernels.read_text()
@@ -163,14 +165,14 @@ def test_a_missing_barrier_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not torch.allclose(step.outputs["kl"], other.outputs["kl"], rtol=1e-3)
 
 
-# compiled for the GPUs it is for
+# compiled for every supported GPU
 
 ARCHITECTURES = ("80", "90", "100")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 
 def nvcc_flags() -> list[str]:
-    """Those of setup.py."""
+    """The nvcc flags of setup.py."""
     tree = ast.parse((ROOT / "setup.py").read_text())
     (value,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "NVCC_FLAGS")
     return ast.literal_eval(value)

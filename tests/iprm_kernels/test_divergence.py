@@ -40,7 +40,7 @@ def test_equal_logits_diverge_by_exactly_zero(place: Place, dtype: torch.dtype, 
 @pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tiny_divergences_are_accurate(place: Place, apart: float, dtype: torch.dtype) -> None:
-    """Σ P (log P - log Q) in float32 has no digit left of a KL of 1e-12; in the form Σ P φ(d) it has nearly all."""
+    """For a KL of 1e-12, Σ P (log P - log Q) in float32 has no correct digit; Σ P φ(d) has nearly all."""
     p = cases.randn(3, 31, dtype=dtype)
     q = p + apart * cases.randn(3, 31, seed=1, dtype=dtype)
     kl = ik.batch_kl(p.to(place.device), q.to(place.device), reduction="none")
@@ -69,7 +69,7 @@ def test_huge_logits_are_never_nan_nor_negative(place: Place, size: float, dtype
     [
         ([3e38, 0.0], [-3e38, -3e38], math.log(2)),
         ([1e9, 0.0], [0.0, 10.0], 10.0 + math.log1p(math.exp(-10))),
-        ([0.0, -90.0], [-INF, 0.0], INF),  # exp(-90) is no normal number, and not zero
+        ([0.0, -90.0], [-INF, 0.0], INF),  # exp(-90) is subnormal, but not zero
         ([90.0, 0.0], [0.0, -INF], INF),
     ],
     ids=str,
@@ -104,7 +104,7 @@ def test_impossible_classes(place: Place) -> None:
     p = on(place, [[0.0, 1.0, -INF], [0.0, 1.0, 2.0], [0.0, 1.0, -INF]])
     q = on(place, [[0.0, 1.0, 2.0], [0.0, 1.0, -INF], [1.0, 0.0, -INF]])
     kl = ik.batch_kl(p.requires_grad_(), q.requires_grad_(), reduction="none")
-    # rows 0 and 2 as if written by hand: P = (1, e)/(1+e); Q = (1, e, e²)/(1+e+e²), then (e, 1)/(1+e)
+    # rows 0 and 2 by hand: P = (1, e)/(1+e); Q = (1, e, e²)/(1+e+e²), then (e, 1)/(1+e)
     e = math.e
     torch.testing.assert_close(kl[[0, 2]], on(place, [math.log((1 + e + e * e) / (1 + e)), (e - 1) / (1 + e)]))
     assert kl[1] == INF
@@ -218,7 +218,7 @@ def test_strength_weights_of_narrow_types(place: Place, dtype: torch.dtype) -> N
 
 
 def test_gradient_of_strength_weights_at_the_edges(place: Place) -> None:
-    """The smallest KL have enormous slopes, but none where both modalities pull alike; a NaN spreads."""
+    """The smallest KL have enormous slopes, but zero slope if both upstream gradients are equal; a NaN gives NaN."""
     for values, grad in (([1e-40, 1e-40], [1.0, 1.0]), ([NAN, 1.0], [1.0, 0.0])):
         kl = on(place, values).requires_grad_()
         ik.strength_weights(kl).backward(on(place, grad))

@@ -1,4 +1,4 @@
-"""`normalize` and `geodesic_mixup` at the edges: each row of the contract on values, layouts, weights, gradients."""
+"""`normalize` and `geodesic_mixup` at the edges of their contract: values, layouts, weights, gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gradients(x: Tensor, y: Tensor, w: Tensor | float, g: Tensor) -> tuple[Tenso
 
 
 def ulps(dtype: torch.dtype, count: float) -> float:
-    """Tolerance for values of size 1: stored at dtype, computed in at least float32."""
+    """Tolerance for values of size 1, stored in dtype and computed in at least float32."""
     return count * torch.finfo(arithmetic_dtype(dtype)).eps + torch.finfo(dtype).eps / 2
 
 
@@ -54,7 +54,7 @@ def test_identical_vectors_give_themselves(place: Place, dtype: torch.dtype, wid
 
 @pytest.mark.parametrize("apart", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
 def test_near_identical_vectors_keep_their_relative_accuracy(place: Place, apart: float) -> None:
-    """Where arccos has no digits left in float32, value and gradient have all of theirs."""
+    """Value and gradient keep all digits where arccos in float32 has none left."""
     x, noise, g = (cases.randn(64, 100, seed=seed, device=place.device) for seed in range(3))
     y, w = x + apart * noise, torch.full((64,), 0.3, device=place.device)
     single = gradients(x, y, w, g)
@@ -80,7 +80,7 @@ def test_opposite_vectors_stay_finite_and_bounded(place: Place, dtype: torch.dty
 @pytest.mark.parametrize("width", [4, 100, 9000])
 @pytest.mark.parametrize("apart", [1e-5, 1e-3, 1e-2, 0.3])
 def test_no_row_is_longer_than_one(place: Place, apart: float, width: int) -> None:
-    """Nearly opposite, z is the difference of two long vectors, but no longer than the ends of its arc."""
+    """For nearly opposite vectors, z is the difference of two long vectors, but no longer than 1."""
     x, noise = (cases.randn(16, width, seed=seed, device=place.device) for seed in range(2))
     y = -x + apart * noise
     z = ik.geodesic_mixup(x, y, torch.linspace(0, 1, 16, device=place.device))
@@ -88,7 +88,7 @@ def test_no_row_is_longer_than_one(place: Place, apart: float, width: int) -> No
 
 
 def test_no_gradient_through_the_clamp(place: Place) -> None:
-    """Opposite along an axis c is -1 exactly, so that κ = 0 and ∂x = p (g - ⟨g, x̂⟩ x̂) / ‖x‖ is left."""
+    """For vectors opposite along an axis, c is exactly -1, so that κ = 0 and ∂x = p (g - ⟨g, x̂⟩ x̂) / ‖x‖."""
     x = torch.tensor([[2.0, 0.0, 0.0]], dtype=torch.float64, device=place.device)
     g = torch.tensor([[5.0, 1.0, 0.0]], dtype=torch.float64, device=place.device)
     w = torch.full((1,), 0.3, dtype=torch.float64, device=place.device)
@@ -117,7 +117,7 @@ def test_weight_beyond_the_ends_continues_the_circle(place: Place) -> None:
 @FLOATS
 @pytest.mark.parametrize("weight", [30.0, 1e3, 1e6])
 def test_identical_vectors_have_finite_gradients_by_any_weight(place: Place, dtype: torch.dtype, weight: float) -> None:
-    """The coefficients of the series of ∂S/∂c overflow, their products with powers of h = 0 do not. In one column ŷ = x̂."""
+    """The coefficients of the series of ∂S/∂c overflow, their products with powers of h = 0 do not. With one column, ŷ = x̂."""
     x = torch.full((3, 1), 2.0, dtype=dtype, device=place.device)
     _, dx, dy, _ = gradients(x, x, torch.full((3,), weight, dtype=arithmetic_dtype(dtype), device=place.device), x / 2)
     assert dx.isfinite().all()
@@ -129,14 +129,15 @@ def test_identical_vectors_have_finite_gradients_by_any_weight(place: Place, dty
 def test_a_weight_that_is_not_finite_has_no_gradient_even_between_identical_vectors(
     place: Place, dtype: torch.dtype, weight: float
 ) -> None:
-    """∂S/∂s is 1 there, whatever s: that is no answer where z is NaN. In one column c is 1 exactly."""
+    """At c = 1, ∂S/∂s is 1 for every finite s; where z is NaN, the gradient must be NaN too. With one column, c is exactly
+    1."""
     x = torch.full((1, 1), 2.0, dtype=dtype, device=place.device)
     z, _, _, dw = gradients(x, x, torch.full((1,), weight, dtype=arithmetic_dtype(dtype), device=place.device), x)
     assert z.isnan().all()
     assert dw.isnan().all()
 
 
-def test_one_column_overflows_as_many_do(place: Place) -> None:
+def test_one_column_overflows_like_many(place: Place) -> None:
     x = torch.tensor([[1e38], [1.0]], device=place.device)
     assert ik.normalize(x).isnan().tolist() == [[True], [False]]
 
@@ -147,7 +148,7 @@ def test_one_column_overflows_as_many_do(place: Place) -> None:
 @FLOATS
 def test_dead_rows(place: Place, dtype: torch.dtype) -> None:
     """‖x‖ <= eps: x̂ = x / eps as in `torch.nn.functional.normalize`, and exactly no gradient."""
-    eps = 1e-3  # representable in float16, and so are rows half as long
+    eps = 1e-3  # representable in float16, as are rows half as long
     x = cases.randn(5, 7, dtype=dtype, device=place.device)
     x[1], x[3] = 0.0, 0.5 * eps / math.sqrt(7)
     g = torch.full_like(x, 1e4)
@@ -160,7 +161,7 @@ def test_dead_rows(place: Place, dtype: torch.dtype) -> None:
 
 
 def test_dead_rows_in_a_mixture(place: Place) -> None:
-    """The other modality's row still learns: x̂ = 0 leaves z = S(1-w, 0) ŷ."""
+    """The other modality's row still gets a gradient: with x̂ = 0, z = S(1-w, 0) ŷ."""
     x, y, g = (cases.randn(4, 7, seed=seed, device=place.device) for seed in range(3))
     x[1] = 0.0
     y[2] = 0.0
@@ -215,7 +216,7 @@ def test_any_strides(place: Place, dtype: torch.dtype, layout: str) -> None:
     x, y, g = (cases.randn(9, 31, seed=seed, dtype=dtype, device=place.device) for seed in range(3))
     w = torch.linspace(0, 1, 18, device=place.device, dtype=arithmetic_dtype(dtype))[::2]
     contiguous = gradients(x, y, w.contiguous(), g)
-    # summing a strided row may go another way: equal to rounding
+    # a strided row may be summed in another order: equal up to rounding
     tolerance = {"rtol": 0, "atol": ulps(dtype, 4) * g.double().norm(dim=1).max().item()}
     for value, wanted in zip(gradients(*(strided(t, layout) for t in (x, y)), w, strided(g, layout)), contiguous, strict=True):
         torch.testing.assert_close(value, wanted, **tolerance)
@@ -254,7 +255,7 @@ def test_leading_dimensions(place: Place, lead: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("weight_dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(), (2, 3)], ids=["0-d", "a weight a row"])
+@pytest.mark.parametrize("shape", [(), (2, 3)], ids=["0-d", "one weight per row"])
 def test_gradient_of_the_weight_has_its_shape_and_dtype(
     place: Place, shape: tuple[int, ...], weight_dtype: torch.dtype
 ) -> None:
@@ -286,7 +287,7 @@ def test_every_combination_of_gradients(place: Place, needed: tuple[bool, ...]) 
 
 
 def test_rows_of_a_matrix_that_no_cache_holds() -> None:
-    """From 32 MiB on the C++ kernels write past the caches: a row there is what it is in a small matrix, to the bit."""
+    """From 32 MiB on the C++ kernels write past the caches: each row is bit-identical to that of a small matrix."""
     if not ik.backends()["cpp"].available:
         pytest.skip(str(ik.backends()["cpp"]))
     x, y, g = (cases.randn(8200, 1024, seed=seed) for seed in range(3))

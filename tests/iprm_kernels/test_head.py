@@ -1,4 +1,4 @@
-"""`linear_probe_rebalance`: what a step returns, what its gradients reach, and its edges."""
+"""`linear_probe_rebalance`: results, gradients and edge cases of a step."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def assert_same_bits(step: Step, other: Step) -> None:
 
 
 def by_own_head_alone(step: Step, rows: list[int], scale: float = 1.0) -> tuple[Tensor, Truth, Tensor]:
-    """∂x of rows to which nothing comes through the mixture, scale/B (softmax - label) W_x: in plain torch, to more digits than
-    float64, and the size of its terms."""
+    """∂x of rows that receive no gradient through the mixture, scale/B (softmax - label) W_x, in plain torch and in more digits
+    than float64; and the size of its terms."""
     logits, weight = (t.cpu() for t in (step.outputs["logits_x"], step.inputs["weight_x"]))
     label = F.one_hot(step.inputs["target"].cpu(), len(weight))
     plain = scale / len(label) * (logits.softmax(1) - label) @ weight
@@ -78,7 +78,7 @@ def test_heads_without_bias(place: Place, missing: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_probing_weight(place: Place, weight: float) -> None:
-    """A float or a 0-d tensor: the mixture it probes is `geodesic_mixup`'s, through the head."""
+    """A float or a 0-d tensor: the probed mixture is `geodesic_mixup` followed by the head."""
     inputs = heads.inputs(9, 31, 6, device=place.device)
     by_float = heads.run({**inputs, "weight": weight})
     by_tensor = heads.run({**inputs, "weight": torch.tensor(weight, device=place.device)})
@@ -101,7 +101,7 @@ def test_gradient_through_several_outputs_adds_up(place: Place) -> None:
 
 
 @pytest.mark.parametrize("needed", [("x",), ("y", "weight_mix"), ("weight_x", "bias_mix"), ("bias_y",), LEAVES], ids=str)
-def test_only_what_asks_gets_a_gradient(place: Place, needed: tuple[str, ...]) -> None:
+def test_only_inputs_that_require_it_get_a_gradient(place: Place, needed: tuple[str, ...]) -> None:
     inputs = heads.inputs(9, 31, 6, device=place.device)
     step = heads.run(inputs, needed=needed)
     assert {leaf for leaf in LEAVES if step.gradients[leaf] is not None} == set(needed)
@@ -121,7 +121,7 @@ def test_strength_and_kl_carry_no_gradient(place: Place) -> None:
 
 
 def test_identical_features(place: Place) -> None:
-    """c = 1: the mixture is x̂ whatever the weight, and the gradients are the limit's."""
+    """At c = 1 the mixture is x̂ for every weight, and the gradients are the limit."""
     inputs = heads.inputs(9, 31, 6, device=place.device)
     inputs["y"] = inputs["x"].clone()
     assert_step_within_budget(heads.run(inputs))
@@ -129,8 +129,8 @@ def test_identical_features(place: Place) -> None:
 
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["dead beside close", "dead beside opposite"])
 def test_dead_rows_learn_from_their_own_head_alone(place: Place, sign: float) -> None:
-    """‖x‖ <= 1e-12: nothing comes through the mixture, and the unimodal gradient dU W_x is left. In float64, since beside
-    the antipode float32 has lost three digits."""
+    """For ‖x‖ <= 1e-12 no gradient comes through the mixture, and only the unimodal gradient dU W_x remains. In float64,
+    because near the antipode float32 loses three digits."""
     inputs = heads.inputs(9, 31, 6, torch.float64, device=place.device)
     inputs["y"][5] = sign * inputs["x"][5]
     inputs["x"][2] = 0.0
@@ -142,19 +142,19 @@ def test_dead_rows_learn_from_their_own_head_alone(place: Place, sign: float) ->
 
 
 @pytest.mark.parametrize("classes", [6, 70])
-def test_nothing_comes_to_a_dead_row_from_what_is_not_finite(place: Place, classes: int) -> None:
-    """Neither from its partner nor from the gradient of the mixture's logits, all of which are NaN."""
+def test_a_dead_row_receives_nothing_from_values_that_are_not_finite(place: Place, classes: int) -> None:
+    """Its partner and the gradients of the mixture's logits are all NaN."""
     inputs = heads.inputs(9, 31, classes, device=place.device)
     inputs["x"][2] = 0.0
     inputs["y"][2] = float("inf")
     step = heads.run(inputs, through=("losses",))
-    scale = heads.weights((3,), torch.float64)[1].item()  # of the loss of x among the losses
+    scale = heads.weights((3,), torch.float64)[1].item()  # upstream weight of the loss of x
     assert_within_budget("dead row", step.gradients["x"][[2]].cpu(), *by_own_head_alone(step, [2], scale))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_is_never_learned_from_silently(place: Place, bad: float) -> None:
-    """Such a row is in ω, which all rows share: the loss is NaN and says so."""
+    """Such a row enters ω, which all rows share, so the loss is NaN."""
     inputs = heads.inputs(9, 31, 6, device=place.device)
     inputs["x"][3, 30] = bad
     outputs = heads.run(inputs).outputs
@@ -166,7 +166,7 @@ def test_a_row_that_is_not_finite_is_never_learned_from_silently(place: Place, b
 
 
 def test_heads_that_agree_share_the_weight(place: Place) -> None:
-    """All heads zero: every prediction uniform, every KL zero, ω uniform, no 0/0."""
+    """All heads are zero: every prediction is uniform, every KL zero, ω uniform, and no 0/0 occurs."""
     inputs = heads.inputs(9, 31, 6, device=place.device)
     for name in ("weight_x", "weight_y", "weight_mix", "bias_x", "bias_y", "bias_mix"):
         inputs[name] = torch.zeros_like(inputs[name])
@@ -182,7 +182,7 @@ def test_smallest_shapes(place: Place, shape: tuple[int, int, int]) -> None:
 
 
 def test_no_rows(place: Place) -> None:
-    """Sums over nothing are zero, means over nothing NaN, as those of torch."""
+    """As in torch, sums over no rows are zero and means over no rows NaN."""
     step = heads.run(heads.inputs(0, 7, 3, device=place.device))
     assert step.outputs["kl"].tolist() == [0.0, 0.0]
     assert step.outputs["strength"].tolist() == [0.5, 0.5]
@@ -194,7 +194,7 @@ def test_no_rows(place: Place) -> None:
 
 
 def test_one_class(place: Place) -> None:
-    """The prediction is certain: no KL, no loss, nothing to learn."""
+    """The prediction is certain: KL, loss and gradients are zero."""
     step = heads.run(heads.inputs(1, 1, 1, device=place.device))
     assert step.outputs["kl"].tolist() == [0.0, 0.0]
     assert step.outputs["strength"].tolist() == [0.5, 0.5]
@@ -259,7 +259,7 @@ def test_fullgraph_compile_equals_eager(place: Place) -> None:
 
 
 def test_fullgraph_compile_over_a_group(place: Place, tmp_path: Path) -> None:
-    """One process: sums over the group are the batch's own."""
+    """With one process, sums over the group equal local sums."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         inputs = heads.inputs(9, 31, 6, device=place.device)
@@ -301,7 +301,7 @@ def test_activation_checkpointing(place: Place) -> None:
 
 
 def test_float16_features_with_a_dead_row(place: Place) -> None:
-    """1/‖x‖ and 1/‖x‖² never pass through the narrow type: nothing overflows there."""
+    """1/‖x‖ and 1/‖x‖² are never stored in the narrow type, so they do not overflow."""
     inputs = heads.inputs(9, 31, 6, torch.float16, device=place.device)
     inputs["x"][3] = 0.0
     step = heads.run(inputs)
@@ -336,9 +336,9 @@ def test_repeats_bitwise(place: Place) -> None:
         assert torch.equal(*results)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels, for the interpreter: TRITON_INTERPRET=1 tests it")
+@pytest.mark.skipif(not INTERPRETED, reason="tests the Triton kernels in the interpreter, with TRITON_INTERPRET=1")
 def test_programs_that_take_several_blocks(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More rows than programs: the parts of sums and of head gradients are added up in their order."""
+    """More rows than programs: parts of sums and of head gradients are added in a fixed order."""
     from iprm_kernels.kernels import head_tiling, tiling
 
     inputs = heads.inputs(129, 20, 6, device=place.device)
@@ -348,10 +348,10 @@ def test_programs_that_take_several_blocks(place: Place, monkeypatch: pytest.Mon
     assert_step_within_budget(heads.run(inputs))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels, for the interpreter: TRITON_INTERPRET=1 tests it")
+@pytest.mark.skipif(not INTERPRETED, reason="tests the Triton kernels in the interpreter, with TRITON_INTERPRET=1")
 @pytest.mark.parametrize("classes", [6, 70])
 def test_rows_in_chunks(place: Place, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where scratch for all of them would be too much: by the kernels' own products, and by a library's."""
+    """Chunked as if scratch for all rows were too large: with the products of our kernels, and with those of torch."""
     from iprm_kernels.kernels.head_tiling import RowChunks
 
     inputs = heads.inputs(11, 31, classes, device=place.device)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from places import INTERPRETED, Place
 
-# (B, D, C): what each is there for
+# (B, D, C), with the reason for each
 SHAPES = [
     (1, 1, 2),  # the smallest step
     (5, 7, 6),  # nothing fills a vector register
     (64, 512, 6),  # the sizes of CREMA-D
     (64, 512, 31),
-    (129, 100, 31),  # no multiple of anything
+    (129, 100, 31),  # not a multiple of any tile size
     (200, 512, 7),  # rows for every thread
     (9, 1000, 65),
     (33, 256, 1000),  # more classes than rows
@@ -34,5 +34,5 @@ def test_linear_probe_rebalance(fused: Place, batch: int, width: int, classes: i
 @pytest.mark.parametrize(("batch", "width", "classes"), SHAPES)
 def test_linear_probe_rebalance_pairs(fused: Place, batch: int, width: int, classes: int, dtype: torch.dtype) -> None:
     if fused.backend == "cuda":
-        pytest.skip("the cuda backend has kernels for one pair of modalities alone")
+        pytest.skip("the cuda backend has kernels only for one pair of modalities")
     head_accuracy.assert_pairs_within_budget(batch, width, classes, dtype, fused.device)

@@ -50,7 +50,7 @@ def plain(
     *,
     pairs: list[tuple[int, int]] | None = None,
 ) -> ik.PairsResult:
-    """The definition: each pair probed and rebalanced through its head, and autograd."""
+    """The definition in plain torch with autograd: each pair is probed and rebalanced through its head."""
     pairs = pairs or list(itertools.combinations(range(len(features)), 2))
     own = [F.linear(x, *head) for x, head in zip(features, heads, strict=True)]
     with ik.use_backend("reference"):
@@ -71,13 +71,13 @@ def leaves_of(arguments: dict[str, Any]) -> list[Tensor]:
 
 
 def run(call: Any, arguments: dict[str, Any], through: tuple[str, ...] = ("loss",), **options: Any) -> tuple[Any, list[Any]]:
-    """Outputs, and the gradients of all leaves from the outputs named, no two elements of which weigh the same."""
+    """Outputs, and the gradients of all leaves from the named outputs, whose elements all have different weights."""
     leaves = [leaf.requires_grad_() for leaf in leaves_of(arguments)]
     with torch.enable_grad():
         result = call(**arguments, **options)
         outputs = [torch.stack(t) if isinstance(t, tuple) else t for t in (getattr(result, name) for name in through)]
         total = sum((t * weights(t.shape, t.dtype, t.device)).sum() for t in outputs)
-        # of the plain step both passes, whatever backend is in use
+        # for the plain step both passes, with any backend
         if call is plain:
             with ik.use_backend("reference"):
                 gradients = torch.autograd.grad(total, leaves, allow_unused=True)
@@ -115,7 +115,7 @@ def test_gradient_through_each_output(place: Place, through: str) -> None:
 
 @pytest.mark.parametrize("pairs", [[(0, 2)], [(2, 0), (1, 2)], [(0, 1), (1, 0)]], ids=str)
 def test_some_pairs_in_any_order(place: Place, pairs: list[tuple[int, int]]) -> None:
-    """A modality in no pair learns from its own head alone."""
+    """A modality in no pair learns only from its own head."""
     assert_as_defined(inputs(place, 3, len(pairs)), pairs=pairs)
 
 
@@ -145,7 +145,7 @@ def test_bfloat16_and_float16_learn(place: Place) -> None:
             assert (found.float() - wanted).norm() <= 2 * close * wanted.norm()
 
 
-def test_only_what_asks_gets_a_gradient(place: Place) -> None:
+def test_only_inputs_that_require_it_get_a_gradient(place: Place) -> None:
     arguments = inputs(place, 3, 3)
     (_, whole) = run(ik.linear_probe_rebalance_pairs, arguments)
     leaves = leaves_of(arguments)
@@ -189,7 +189,7 @@ def test_opcheck(place: Place) -> None:
         )
 
 
-def test_through_and_past_the_dispatcher_the_same_bits(place: Place) -> None:
+def test_bit_identical_with_and_without_the_dispatcher(place: Place) -> None:
     past = run(ik.linear_probe_rebalance_pairs, inputs(place, 3, 3))
     with Watching() as watching:
         through = run(ik.linear_probe_rebalance_pairs, inputs(place, 3, 3))
@@ -213,8 +213,8 @@ def test_fullgraph_compile_equals_eager(place: Place) -> None:
         ({"features": [torch.zeros(9, 31)]}, ValueError, "features: expected 2 or more"),
         ({"heads": []}, ValueError, "heads: expected 3 heads"),
         ({"mix_heads": [(torch.zeros(6, 31), None)]}, ValueError, "mix_heads: expected 3 heads"),
-        ({"pairs": [(0, 1), (0, 2), (1, 3)]}, ValueError, r"pairs\[2\]: expected two different places in features, 0 to 2"),
-        ({"pairs": [(0, 1), (0, 2), (1, 1)]}, ValueError, r"pairs\[2\]: expected two different places"),
+        ({"pairs": [(0, 1), (0, 2), (1, 3)]}, ValueError, r"pairs\[2\]: expected two different modalities, 0 to 2"),
+        ({"pairs": [(0, 1), (0, 2), (1, 1)]}, ValueError, r"pairs\[2\]: expected two different modalities"),
         ({"pairs": []}, ValueError, "pairs: expected at least one"),
         ({"pairs": 3}, TypeError, "pairs: expected a list or tuple"),
         ({"weight": torch.zeros(2)}, ValueError, "weight: expected a float, shape"),

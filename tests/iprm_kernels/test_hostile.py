@@ -1,6 +1,7 @@
-"""Hostile values, shapes, strides and types: an operator refuses by the argument's name, or agrees with the float64 reference.
+"""Hostile values, shapes, strides and types: an operator raises an error that names the argument, or agrees
+with the float64 reference.
 
-`make fuzz` runs these tests at their full length, the suite a part of it; both see the same examples every time.
+`make fuzz` runs all examples of these tests, the test suite only some; both use the same examples in every run.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def test_normalize_agrees_with_float64(
 
 @st.composite
 def weights(draw: st.DrawFn, lead: tuple[int, ...], dtype: torch.dtype) -> float | Tensor:
-    """A float, a 0-d tensor or a tensor of a weight a row, mostly in [0, 1], of any floating type."""
+    """A float, a 0-d tensor or a tensor of one weight per row, mostly in [0, 1], of any floating type."""
     form = draw(st.sampled_from(["float", "0-d", "rows"]))
     number = draw(st.sampled_from(WEIGHTS) | st.floats(0, 1))
     if form == "float":
@@ -119,7 +120,7 @@ def test_geodesic_mixup_agrees_with_float64(
         of = plain[name]
         if name == "dw":
             assert found.dtype == of.dtype
-            if of.dtype == torch.float64:  # where computed in float32, it has float32's digits
+            if of.dtype == torch.float64:  # results computed in float32 have only float32's digits
                 found, of = found.to(arithmetic_dtype(dtype)), of.to(arithmetic_dtype(dtype))
             found = found.reshape(of.shape)
         assert_agrees(name, found, of, double[name], sizes[name], [beside[name]])
@@ -185,7 +186,7 @@ def test_strength_weights_agree_with_float64(fused: Place, data: Any, kl: list[f
             found[kind] = ik.strength_weights(leaf)
             found[kind].backward(g.to(like))
         found[f"{kind} gradient"] = leaf.grad
-    # an element is as exact as its own size; the smallest normal number stands for zero
+    # the tolerance of an element scales with its size; the smallest normal number replaces zero
     smallest = torch.finfo(arithmetic_dtype(dtype)).tiny / torch.finfo(arithmetic_dtype(dtype)).eps
     assert_agrees("strength", strength, found["plain"], found["double"], found["double"].double().clamp(min=smallest))
     if found["double"].isfinite().all():
@@ -194,7 +195,7 @@ def test_strength_weights_agree_with_float64(fused: Place, data: Any, kl: list[f
 
 # refusals
 
-#: Values that an argument takes although they are no tensors, or no numbers.
+#: Values that an argument accepts although they are not tensors, or not numbers.
 TAKEN = {"bias": ("None",), "pairs": (None,), "group": (None,)}
 
 
@@ -211,7 +212,7 @@ def test_what_cannot_be_an_argument_is_refused_by_its_name(data: Any, operator: 
         return
     wrong = hostile.NO_TENSOR | hostile.NOT_DENSE
     kind = data.draw(st.sampled_from(sorted(set(wrong) - set(TAKEN.get(name.split(" ")[-1], ())))))
-    if name == "weight" and kind.startswith("float8"):  # a floating type like any other
+    if name == "weight" and kind.startswith("float8"):  # accepted: a floating type
         call.with_argument(name, wrong[kind](valid))()
         return
     results.assert_refused(call.with_argument(name, wrong[kind](valid)), name)
@@ -220,7 +221,7 @@ def test_what_cannot_be_an_argument_is_refused_by_its_name(data: Any, operator: 
 @given(st.data(), st.sampled_from(sorted(calls(torch.float32))), DTYPES)
 @counted
 def test_what_does_not_fit_the_others_is_refused_or_served(data: Any, operator: str, dtype: torch.dtype) -> None:
-    """Refused by the name of one that does not fit; served where it fits after all, as one more dimension does of features."""
+    """Refused with the name of a misfit, or served if the change is valid, such as an extra dimension of all features."""
     call = calls(dtype)[operator]
     name = data.draw(st.sampled_from([name for name, value in call.arguments.items() if isinstance(value, Tensor)]))
     kind = data.draw(st.sampled_from(sorted(hostile.MISFITS)))

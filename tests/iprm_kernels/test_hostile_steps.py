@@ -1,4 +1,5 @@
-"""Hostile features, heads and labels in a head step: refused by the argument's name, or the step of the float64 reference."""
+"""Hostile features, heads and labels in a head step: refused with the argument's name, or equal to the float64
+reference."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="a hundred examples would ta
 
 BATCHES = st.sampled_from([0, 1, 2, 5, 16, 33])
 WIDTHS, CLASSES = st.sampled_from([1, 3, 16, 33, 64]), st.sampled_from([1, 2, 6, 17])
-#: What becomes of the three heads.
+#: Changes applied to the three heads.
 HEADS = {
     "ordinary": lambda weight: weight,
     "zero": lambda weight: 0 * weight,
@@ -33,13 +34,13 @@ HEADS = {
     "NaN": lambda weight: weight * torch.nan,
     "infinite": lambda weight: weight / 0,
 }
-#: Out of range unless it is the label ignored.
+#: Out of range unless it is the ignored label.
 LABELS = st.sampled_from([-100, -1, 0, 1, 5, 2**63 - 1, -(2**63)])
 
 
 @st.composite
 def steps(draw: st.DrawFn, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs by name, as of `heads.inputs`, and options."""
+    """Inputs by name, as from `heads.inputs`, and options."""
     batch, width, classes, seed = draw(BATCHES), draw(WIDTHS), draw(CLASSES), draw(SEEDS)
     inputs = heads.inputs(max(1, batch), width, classes, dtype)
     kinds = draw(kinds_of(draw(st.sampled_from([TAME, TAME, TAME, ROWS])), batch))
@@ -67,14 +68,15 @@ def wrong_label(inputs: dict[str, Any], ignore_index: int) -> bool:
 
 @pytest.fixture
 def known() -> Iterator[list[bool]]:
-    """Of each step of a test, whether its digits were known: else it was held to less. Of a quarter they must be."""
+    """For each step of a test, whether all its digits were compared; other steps face weaker checks. A quarter must be
+    compared."""
     found: list[bool] = []
     yield found
     assert sum(found) >= len(found) / 4, f"{sum(found)} of {len(found)}"
 
 
 def as_pairs(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
-    """The step by the operator of many pairs, which here are one."""
+    """The step by the operator for several pairs, called with one pair."""
     own, mixing = ([(arguments[f"weight_{m}"], arguments[f"bias_{m}"]) for m in names] for names in (("x", "y"), ("mix",)))
     found = ik.linear_probe_rebalance_pairs(
         [arguments["x"], arguments["y"]], own, mixing, arguments["target"], arguments["weight"], **options
@@ -102,6 +104,6 @@ def test_linear_probe_rebalance_agrees_with_float64(
 def test_probe_rebalance_agrees_with_float64(fused: Place, known: list[bool], data: Any, dtype: torch.dtype) -> None:
     inputs, options = data.draw(steps(dtype))
     if wrong_label(inputs, options["ignore_index"]):
-        inputs["target"] = torch.zeros_like(inputs["target"])  # labels are torch's to refuse, where the head is anyone's
+        inputs["target"] = torch.zeros_like(inputs["target"])  # probe_rebalance takes no labels
     step = heads.run(inputs, call=heads.any_head, through=THROUGH, **options)
     known.append(assert_step_agrees(step, heads.any_head, dtype))

@@ -1,4 +1,4 @@
-"""The C++ kernels on every instruction set that this machine has. All other tests run on the widest."""
+"""The C++ kernels on every instruction set that this machine has. All other tests use the widest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HAD = NAMES[: NAMES.index(WIDEST) + 1] if WIDEST in NAMES else ()
 HERE = Path(__file__).parent
 EXACTNESS = ("test_accuracy.py", "test_divergence.py", "test_geodesic.py", "test_head.py")
 
-pytestmark = pytest.mark.skipif(not HAD or INTERPRETED, reason="tests the C++ extension, which is not there or not tested here")
+pytestmark = pytest.mark.skipif(not HAD or INTERPRETED, reason="tests the C++ extension, which is missing or not tested here")
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -59,5 +59,5 @@ def test_the_next_narrower_one_is_as_exact_in_float32(name: str) -> None:
 @pytest.mark.parametrize("file", EXACTNESS)
 @pytest.mark.parametrize("name", HAD[:-1])
 def test_narrower_ones_are_as_exact(name: str, file: str) -> None:
-    """Every edge, and every type at the rows that do not fill a vector."""
+    """Every edge case, and every type with rows that do not fill a vector."""
     check_exactness(name, "not 20000", file)

@@ -1,4 +1,4 @@
-"""Peak memory of a step: what it must return, and nothing beside it."""
+"""Peak memory of a step: its results and little else."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import iprm_kernels as ik
 
 MIB = 2**20
 
-#: Of the head step: batch, width, classes.
+#: Batch, width and classes of the head step.
 HEAD = (65536, 512, 31)
 
-# VmHWM, the most memory the process ever had resident, is the kernel's own count and misses no allocator. A first small
-# step loads libraries and starts threads; all pages of the inputs are touched before the count begins.
+# VmHWM is the peak resident memory of the process, counted by Linux for every allocator. A first small step loads libraries and
+# starts threads; all pages of the inputs are touched before the measurement begins.
 MEASURE = """
 import torch, iprm_kernels as ik
 
@@ -71,7 +71,7 @@ class TestPeak:
         if not ik.backends()["cpp"].available:
             pytest.skip(str(ik.backends()["cpp"]))
         results = 3 * 65536 * 1024 * 4  # z, ∂x, ∂y
-        # the three numbers a row that are saved are 0.75 MiB of the one allowed
+        # the three saved numbers per row are 0.75 MiB of the 1 MiB allowed
         assert results <= extra_bytes("cpp", 65536) <= results + MIB
 
     def test_cpp_head_step_needs_eight_times_its_logits_beside_its_gradients(self) -> None:
@@ -82,7 +82,7 @@ class TestPeak:
         assert gradients <= extra_bytes("cpp", rows, "head") <= gradients + 8 * rows * classes * 4 + 4 * MIB
 
     def test_the_measurement_sees_temporaries(self) -> None:
-        """Plain torch, which makes many (B, D) temporaries, is caught by the same measurement."""
+        """The measurement detects plain torch, which allocates many (B, D) temporaries."""
         assert extra_bytes("reference", 8192) > 5 * 8192 * 1024 * 4
 
 
@@ -113,7 +113,7 @@ for name, call in calls.items():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_calls_leave_nothing_behind() -> None:
-    """No call of 5,000 leaves 32 bytes; a string that went through the stable ABI left 48 each way."""
+    """Over 5,000 calls the leak is below 32 bytes per call; a string through the stable ABI leaked 48 bytes each way."""
     if not ik.backends()["cpp"].available:
         pytest.skip(str(ik.backends()["cpp"]))
     lines = subprocess.check_output([sys.executable, "-c", REPEAT], text=True).splitlines()

@@ -1,4 +1,4 @@
-"""`probe_rebalance`: the step through any head, what it calls and what it learns from."""
+"""`probe_rebalance`: calls of the head, kernel calls and gradients of the step with any head."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_any_head_is_called_twice_the_first_time_without_gradient(place: Place) 
 
 
 def test_any_head_measures_the_features_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second mixture takes norms and inner products from the first, and both divergences are one call."""
+    """The second mixture reuses norms and inner products of the first, and one call computes both divergences."""
     inputs = heads.inputs(9, 31, 6, device=place.device)
     own = [F.linear(inputs[m], inputs[f"weight_{m}"]) for m in "xy"]
     namespace, calls = kernels(place.device), []

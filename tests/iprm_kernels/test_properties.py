@@ -1,4 +1,4 @@
-"""What holds for every input: hypothesis draws shapes, strides, weights and edge rows, mixed at random."""
+"""Properties that hold for every input: hypothesis draws shapes, strides, weights and edge rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def drawn(kinds: list[str], width: int, seed: int, transposed: bool) -> tuple[Te
 
 @given(kinds=st.lists(ROWS, min_size=1, max_size=12), width=WIDTHS, seed=SEEDS, transposed=st.booleans(), weight=WEIGHTS)
 def test_mixture(place: Place, kinds: list[str], width: int, seed: int, transposed: bool, weight: float) -> None:
-    """Unit length, symmetry, indifference to scale, and rows that do not meet."""
+    """Unit length, symmetry, invariance to scale, and independence of rows."""
     x, y = (tensor.to(place.device) for tensor in drawn(kinds, width, seed, transposed))
     z = ik.geodesic_mixup(x, y, weight)
     for row, kind in enumerate(kinds):
@@ -57,7 +57,7 @@ def test_mixture(place: Place, kinds: list[str], width: int, seed: int, transpos
 
 @given(rows=st.integers(1, 12), classes=WIDTHS, seed=SEEDS, scale=st.floats(1e-6, 1e4))
 def test_divergence(place: Place, rows: int, classes: int, seed: int, scale: float) -> None:
-    """Never negative nor NaN, and zero of itself; the strengths it gives sum to one."""
+    """KL is never negative or NaN, and zero for equal logits; the strengths sum to one."""
     p, q = (scale * cases.randn(rows, classes, seed=seed + i, device=place.device) for i in range(2))
     kl = ik.batch_kl(p, q, reduction="none")
     assert (kl >= 0).all()
@@ -69,7 +69,7 @@ def test_divergence(place: Place, rows: int, classes: int, seed: int, scale: flo
 
 @given(kl=st.lists(st.floats(0, 2.0**127, width=32) | st.just(0.0) | st.just(math.inf), min_size=1, max_size=5))
 def test_strength(place: Place, kl: list[float]) -> None:
-    """Shares of one, larger where the divergence is smaller."""
+    """Strengths sum to one, and are larger where the divergence is smaller."""
     strength = ik.strength_weights(torch.tensor(kl, device=place.device)).tolist()
     assert abs(sum(strength) - 1) <= 4 * ULP
     by_divergence = [share for _, share in sorted(zip(kl, strength, strict=True), key=lambda pair: (pair[0], -pair[1]))]

@@ -1,4 +1,4 @@
-"""What `iprm_kernels` offers by name, and that `iprm` uses nothing else of it."""
+"""The public names of `iprm_kernels`, and that `iprm` uses no others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODULES = {name for name in PUBLIC if inspect.ismodule(getattr(ik, name))}
 
 
 def used_names(tree: ast.AST) -> Iterator[str]:
-    """Names that a file takes from iprm_kernels, by import or as an attribute; of a public module that and the name in it."""
+    """Names that a file takes from iprm_kernels, by import or as an attribute; names in public modules as module.name."""
     aliases = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

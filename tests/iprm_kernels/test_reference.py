@@ -1,4 +1,4 @@
-"""The reference against 50 digits, and its gradients against numerical differentiation: what every other test trusts."""
+"""The reference, which all other tests rely on, against 50 digits, and its gradients against numerical differentiation."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ COSINES = (
 WEIGHTS = (0.0, 1e-30, 1e-8, 1e-3, 0.3, 0.5, 0.7, 1 - 1e-7, 1.0, -0.25, 1.5, -7.0, 12.5, 20.5)
 
 #: Largest error of each function in ulps of its magnitude below, over this grid in float32 and float64 (measured: 1.8, 1.8,
-#: 5.8). ∂S/∂c loses its three bits just above the threshold.
+#: 5.8). ∂S/∂c loses three bits just above the threshold.
 ULPS = {"slerp_weight": 2, "slerp_weight_ds": 2, "slerp_weight_dc": 6}
 
 
 def magnitude(name: str, s: mpf, c: mpf) -> mpf:
-    """The size of the terms each function is made of: what its rounding errors are proportional to.
+    """The size of the terms of each function, to which its rounding errors are proportional.
 
     An ulp of θ moves sin(sθ) by sθ ulps, and near the antipode everything is divided by a small sine.
     """
@@ -113,7 +113,7 @@ class TestGradients:
 
     # 1 - 1e-7 is as close as the step 1e-6 of numerical differentiation can tell from identical
     @pytest.mark.parametrize("cosine", [1 - 1e-7, 0.999, 0.76, 0.74, 0.0, -0.9])
-    @pytest.mark.parametrize("shape", [(), (3,)], ids=["one weight", "a weight a row"])
+    @pytest.mark.parametrize("shape", [(), (3,)], ids=["one weight", "one weight per row"])
     def test_geodesic_mixup(self, cosine: float, shape: tuple[int, ...]) -> None:
         x, y = unit_pair(cosine)
         weight = torch.full(shape, 0.3, dtype=torch.float64, requires_grad=True)

@@ -94,7 +94,7 @@ def test_fullgraph_compile_equals_eager(place: Place) -> None:
     torch.testing.assert_close(gradients(compiled, x, y, weight), gradients(every_op, x, y, weight))
 
 
-def test_through_and_past_the_dispatcher_the_same_bits(place: Place) -> None:
+def test_bit_identical_with_and_without_the_dispatcher(place: Place) -> None:
     x, y = cases.feature_pairs(9, 31, torch.float32, place.device)
     weight, step = torch.tensor(0.3, device=place.device), heads.inputs(9, 31, 6, device=place.device)
     past, past_step = gradients(every_op, x, y, weight), heads.run(step)

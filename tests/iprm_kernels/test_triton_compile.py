@@ -1,6 +1,6 @@
-"""Every Triton kernel compiles for GPUs that are not here, exactly as its launcher would launch it, and spills no register.
+"""Every Triton kernel compiles for GPUs that this machine lacks, with the launcher's own arguments, and spills no register.
 
-A case below is a call: see `triton_launches`. The head step has a file of its own.
+Each case is a call: see `triton_launches`. test_triton_head_compile.py covers the head step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from iprm_kernels.dtypes import arithmetic_dtype
 ROWS = 4096
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-#: (dtype, width), a kernel regime each: several rows a program; one; the longest whole row, of a width that allows no
+#: (dtype, width), one kernel regime each: several rows per program; one; the longest whole row, with a width that allows no
 #: vector loads and so needs the most registers; a loop over blocks
 SHAPES = (
     (F32, 31), (F32, 1024), (F32, 4095), (F32, 8191), (F32, 16385),
@@ -35,7 +35,7 @@ def plain(dtype: torch.dtype, width: int) -> torch.Tensor:
 
 
 def transposed(dtype: torch.dtype, width: int) -> torch.Tensor:
-    """A view whose columns are further apart than 32 bits can say."""
+    """A view whose column stride does not fit in 32 bits."""
     return torch.empty_strided((ROWS, width), (1, 2**31 + 16), dtype=dtype, device="meta")
 
 
@@ -102,7 +102,7 @@ OPS = (*ROW_OPS, *STRENGTH_OPS)
 
 #: The longest whole rows of the kernels that need the most registers
 LONGEST = {geodesic_mixup_backward: ((F32, 8191), (F64, 2047)), batch_kl: ((F32, 4095), (F64, 1023))}
-#: op, its input, and for a backward pass the gradients asked for
+#: op, its input, and for a backward pass the required gradients
 Case = tuple[Callable[..., None], torch.Tensor, tuple[bool, ...] | None]
 CASES: list[Case] = [
     *((op, plain(*shape), None) for op, shape in product(ROW_OPS, SHAPES)),

@@ -1,4 +1,4 @@
-"""The Triton kernels of the head step: launches, bytes and registers of the compiled code, for GPUs that are not here."""
+"""The Triton kernels of the head step: launches, bytes and registers of the compiled code, for GPUs that this machine lacks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from iprm_kernels.head_step import new_outputs
 from iprm_kernels.kernels.tiling import scratch
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-#: dtype, batch, width, classes: a kernel regime each
-PRODUCTS = (  # multiplied by the kernels themselves: small and large batches, widths that allow vector loads and that do not
+#: dtype, batch, width, classes: one kernel regime each
+PRODUCTS = (  # products by our kernels: small and large batches, widths with and without vector loads
     (F32, 64, 512, 6), (F32, 65536, 1024, 31), (F32, 65536, 1023, 31), (F32, 64, 511, 6),
     (BF16, 64, 512, 31), (BF16, 65536, 1024, 6), (BF16, 65536, 1024, 31), (BF16, 65536, 1023, 64), (BF16, 8192, 1024, 64),
     (F16, 64, 512, 6), (F16, 65536, 1024, 31), (F16, 65536, 1023, 31), (F16, 65536, 1024, 64),
@@ -31,9 +31,9 @@ LIBRARY = ((F32, 8192, 4096, 130), (F32, 8192, 4096, 4000), (BF16, 8192, 4096, 1
            (F64, 8192, 512, 31), (F64, 512, 512, 1000))  # fmt: skip
 
 
-#: The same of three modalities in all pairs.
+#: The same for three modalities in all pairs.
 THREE = ((BF16, 64, 512, 6, 3), (BF16, 64, 512, 31, 3), (BF16, 65536, 1024, 31, 3))
-#: Their projections by the kernels, their gradients by a library; then both by it, and four modalities.
+#: Projections by our kernels and gradients by torch; then both by torch, and four modalities.
 THREE_LIBRARY = ((F32, 65536, 1024, 16, 3), (BF16, 65536, 1023, 31, 3), (F16, 65536, 1024, 31, 3), (F32, 8192, 4096, 130, 3),
                  (BF16, 8192, 4096, 1000, 3), (F64, 512, 512, 31, 3), (F32, 512, 512, 6, 4))  # fmt: skip
 
@@ -46,7 +46,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 def forward(
     dtype: torch.dtype, batch: int, width: int, classes: int, modalities: int = 2, parts: int = PROBE | REBALANCE
 ) -> dict[str, Any]:
-    """The launches of a forward pass; its tensors, by name."""
+    """The launches of a forward pass, and its tensors by name."""
     pairs = list(itertools.chain(*itertools.combinations(range(modalities), 2)))
     heads = modalities + len(pairs) // 2
     features = [empty(batch, width, dtype=dtype) for _ in range(modalities)]
@@ -60,7 +60,7 @@ def forward(
 
 
 def backward(of: dict[str, Any], needed: Callable[[str, int], bool] = lambda what, place: True) -> None:
-    """needed: of "features", "weights" and "biases" by place."""
+    """needed: takes "features", "weights" or "biases" and an index."""
     features, weights, biases, pairs, target, *_ = of["inputs"]
     grads = [
         [t if needed(what, place) else None for place, t in enumerate(tensors)]
@@ -76,7 +76,7 @@ def by_name(launches: list[Launch]) -> dict[str, Launch]:
 
 
 CASES = (*PRODUCTS, *LIBRARY, *THREE, *THREE_LIBRARY)
-#: In the default tier: for each type the products by the kernels, of the largest tiles, and the products by a library.
+#: In the default tier: for each type the products by our kernels, with the largest tiles, and the products by torch.
 EVERYDAY = ((F32, 65536, 1024, 31), (BF16, 65536, 1024, 31), (F16, 65536, 1024, 31),
             (F32, 8192, 4096, 130), (BF16, 8192, 4096, 1000), (F16, 512, 512, 1000), (F64, 8192, 512, 31))  # fmt: skip
 
@@ -88,7 +88,8 @@ EVERYDAY = ((F32, 65536, 1024, 31), (BF16, 65536, 1024, 31), (F16, 65536, 1024, 
 def test_compiles_without_spills(
     case: tuple, target: str, launches: list[Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None to memory. AMD's scalar registers, of which these kernels hold more than there are, go to lanes of vector ones."""
+    """No spills to memory. AMD's compiler may spill scalar registers, of which these kernels need too many, to vector
+    registers."""
     monkeypatch.setattr(torch.version, "hip", "7" if target == "gfx942" else None)
     backward(forward(*case))
     assert launches
@@ -128,7 +129,7 @@ def test_a_step_is_at_most_seven_launches(case: tuple, launches: list[Launch]) -
     assert all(len(launch.grid) == 1 and launch.grid[0] > 0 for launch in launches)
 
 
-#: Of every regime, from where its scratch fits beside what is kept to where it must be taken in many chunks.
+#: Cases of every regime, from scratch that fits beside the saved state to scratch that needs many chunks.
 SIZES = [
     (dtype, batch, width, classes)
     for dtype in (F32, BF16, F16)
@@ -152,8 +153,8 @@ SIZES += [
 def test_memory_is_eight_matrices_of_logits_and_4_MB_whatever_the_size(
     case: tuple, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8BC numbers for three heads, in the type they are computed with; inputs, gradients and heads do not count, all else does
-    that a pass holds at once."""
+    """8BC numbers for three heads, in the type they are computed with; inputs, gradients and heads do not count, all other
+    memory that a pass holds at once does."""
     taken = []
 
     def counted(like: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -173,7 +174,7 @@ def test_memory_is_eight_matrices_of_logits_and_4_MB_whatever_the_size(
 
 @pytest.mark.parametrize("case", [(BF16, 899_000, 64, 2, 3), (BF16, 1_919_000, 64, 1), (F64, 319_000, 64, 31)], ids=str)
 def test_chunks_of_rows_are_few_where_memory_is_nearly_out(case: tuple, launches: list[Launch]) -> None:
-    """What the forward pass keeps grows past the room that there is, at these sizes nearly to the byte."""
+    """At these sizes the saved state fills the available memory nearly to the byte."""
     backward(forward(*case))
     assert sum(launch.name == "head_coefficients_kernel" for launch in launches) <= case[1] // 8192 + 1
 
@@ -188,14 +189,14 @@ def test_processes_add_up_between_two_halves(launches: list[Launch]) -> None:
 
 @pytest.mark.parametrize("case", [(BF16, 65536, 1024, 31), (F16, 65536, 1024, 6), (BF16, 65536, 1024, 6, 3)], ids=str)
 def test_features_are_read_once_in_either_direction(case: tuple, launches: list[Launch]) -> None:
-    """MBD read forward; MBD read and MBD written backward: tiles of the features, told from others by their shape."""
+    """MBD read forward; MBD read and MBD written backward: tiles of the features, recognised by their shape."""
     backward(forward(*case))
     found = by_name(launches)
     modalities = (*case, 2)[4]
     for name, writes in (("project", 0), ("gradients", modalities)):
         launch = found[name]
         rows, classes, columns = (launch.arguments[f"BLOCK_{what}"] for what in "BCD")
-        alike = 3 * (modalities - 1) if classes == rows else 0  # of three modalities six heads, whose tiles then look the same
+        alike = 3 * (modalities - 1) if classes == rows else 0  # tiles of six heads then have the same shape
         ir = launch.compile(TARGETS["sm_90"]).asm["ttir"]
         assert len(re.findall(rf"tt\.load .*tensor<{rows}x{columns}x!tt\.ptr", ir)) == modalities + alike
         assert len(re.findall(rf"tt\.store .*tensor<{rows}x{columns}x!tt\.ptr", ir)) == writes + (alike if writes else 0)
@@ -205,7 +206,7 @@ def test_features_are_read_once_in_either_direction(case: tuple, launches: list[
         assert not any(t.shape == (case[1], case[2]) for t in tensors if isinstance(t, torch.Tensor))
 
 
-def test_gradients_nobody_asked_for_are_not_computed(launches: list[Launch]) -> None:
+def test_gradients_that_are_not_required_are_not_computed(launches: list[Launch]) -> None:
     of = forward(BF16, 65536, 1024, 31)
     launches.clear()
     backward(of, lambda what, place: what == "features")

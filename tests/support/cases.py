@@ -11,16 +11,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    """The same numbers on every device, at every dtype up to its rounding."""
+    """The same numbers on every device and, up to rounding, in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def feature_pairs(batch: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Rows whose angles run evenly from 0 to 154° (c = -0.9), where trained features are and beyond.  -> (B, D) x2
+    """Rows with evenly spaced angles from 0 to 154° (c = -0.9), which includes the range of trained features.  -> (B, D) x2
 
-    The last bits of c are worth 1/sin θ of themselves: nearer to the antipode than this the input itself is unknown.
-    In one dimension all angles are 0.
+    An ulp of c moves θ by 1/sin θ ulps: nearer to the antipode, rounding of the inputs dominates. With one column all angles
+    are 0.
     """
     x, other = randn(batch, width, seed=1).double(), randn(batch, width, seed=2).double()
     unit = x / x.norm(dim=1, keepdim=True)
@@ -33,7 +33,7 @@ def feature_pairs(batch: int, width: int, dtype: torch.dtype, device: torch.devi
 
 
 def logit_pairs(batch: int, classes: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Rows of logits of scale 3 whose distance runs evenly on a log scale from 1e-3 to 5.  -> (B, C) x2"""
+    """Rows of logits of scale 3 whose distances are evenly spaced on a log scale from 1e-3 to 5.  -> (B, C) x2"""
     p = 3 * randn(batch, classes, seed=4).double()
     apart = torch.logspace(-3, math.log10(5), batch, dtype=torch.float64)[:, None]
     return p.to(device, dtype), (p + apart * randn(batch, classes, seed=5)).to(device, dtype)

@@ -1,4 +1,4 @@
-"""The blocks of README.md and docs/*.md, and how each is executed: in order, page by page, in a folder of its own."""
+"""The blocks of README.md and docs/*.md, and how each is executed: in order, page by page, each page in its own folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 FENCED = re.compile(r"^```(?P<language>\w+)?(?: title=\"(?P<title>[\w.]+)\")?\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
-#: As SLURM would on two nodes of a task each.
+#: Starts a command as SLURM would on two nodes with one task each.
 SRUN = """#!/usr/bin/env bash
 export SLURM_JOB_ID=1 SLURM_JOB_NAME=job SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=1 SLURM_NNODES=2 SLURM_LOCALID=0
 export SLURM_JOB_NODELIST=localhost MASTER_ADDR=localhost MASTER_PORT=29512
@@ -47,7 +47,7 @@ def commands(text: str) -> list[str]:
 
 
 def execute(block: Block) -> None:
-    """Runs a block in the current folder; what only shows output is read by nobody."""
+    """Runs a block in the current folder; blocks that only show output are skipped."""
     if block.title:
         Path(block.title).write_text(block.text)
     if block.language == "python" and not block.title:
@@ -74,7 +74,7 @@ def _run_iprm(command: str) -> None:
     """In this process: starting another takes longer than most commands do."""
     command, _, output = (part.strip() for part in command.partition(" > "))
     words = [match for word in shlex.split(command)[1:] for match in (sorted(glob(word)) or [word])]
-    if words[0] == "compare":  # of every method once, and in this process
+    if words[0] == "compare":  # each method once, in this process
         words += ["--jobs", "1"] if "--epochs" in words else ["--jobs", "1", "--epochs", "1", "--seeds", "1"]
     with _said() as said:
         assert main(words) == 0, (command, said.getvalue())

@@ -1,8 +1,8 @@
-"""The error budget: what a backend may be wrong by, measured and not chosen.
+"""The error budget: the error allowed to a backend, measured instead of chosen.
 
 The truth is the reference in float64 on the same rounded inputs (50 digits where the test itself is in float64). The
 baseline is the reference in plain torch at the dtype under test. A backend's error may be at most FACTOR times the
-baseline's, plus a floor for baselines that are exact by luck: FLOOR_ULPS of the arithmetic and, where results are stored in
+baseline's, plus a floor for baselines that happen to be exact: FLOOR_ULPS of the arithmetic and, where results are stored in
 a narrower type, the one rounding to it.
 """
 
@@ -21,7 +21,7 @@ FLOOR_ULPS = 2.0
 
 
 class Truth(NamedTuple):
-    """A result to twice float64's digits, as high + low."""
+    """A result with twice the digits of float64, as high + low."""
 
     high: Tensor
     low: Tensor
@@ -47,7 +47,7 @@ class Truth(NamedTuple):
 
 
 def floor(dtype: torch.dtype) -> float:
-    """The relative error granted whatever the baseline's."""
+    """The relative error allowed for any baseline error."""
     stored = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0
     return FLOOR_ULPS * torch.finfo(arithmetic_dtype(dtype)).eps + stored
 
@@ -56,10 +56,10 @@ def assert_within_budget(name: str, value: Tensor, baseline: Tensor, truth: Trut
     """`value` is as close to `truth` as `baseline` is, in two norms.
 
     The largest error, relative to the largest magnitude; and the largest error of any row relative to that row's magnitude:
-    the size of the terms the row is made of, to which its rounding errors are proportional.
+    the size of the terms of the row, to which its rounding errors are proportional.
 
     Args:
-        value, baseline: (B, ...) by the backend and by plain torch, same dtype.
+        value, baseline: (B, ...) results of the backend and of plain torch, same dtype.
         magnitude: (B,), positive.
     """
     assert value.dtype == baseline.dtype

@@ -25,7 +25,7 @@ def step_of(inputs: dict, call: Callable[..., ik.StepResult] = heads.call) -> St
 
 @functools.cache
 def truth_of(batch: int, width: int, classes: int, dtype: torch.dtype) -> tuple[dict, dict[str, Truth]]:
-    """Inputs on the CPU, and what must come of them."""
+    """Inputs on the CPU, and their expected results."""
     inputs = heads.inputs(batch, width, classes, dtype)
     return inputs, head_oracle.linear_probe_rebalance(inputs, 0.1, heads.weights((batch, classes), dtype).double().numpy())
 
@@ -33,10 +33,10 @@ def truth_of(batch: int, width: int, classes: int, dtype: torch.dtype) -> tuple[
 def magnitudes(
     inputs: dict, truth: dict[str, Truth], through: tuple[str, ...] = ("loss", "logits_mix"), ignore_index: int = -100
 ) -> dict[str, Tensor]:
-    """The size of the terms that each row of each result is made of: what rounding errors are proportional to.
+    """The size of the terms of each row of each result, to which rounding errors are proportional.
 
-    Losses are made of their logits; a KL moves by Σ|∂KL/∂logits| of them, and log ω by as much as log KL. through: the outputs
-    that were differentiated, weighed by `heads.weights`.
+    Losses are sums of logits; rounding of the logits moves a KL by Σ|∂KL/∂logits|, and log ω as much as log KL. through: the
+    outputs that were differentiated, weighted by `heads.weights`.
     """
     biases = {name: torch.zeros(len(inputs["weight_x"])) for name in ("bias_x", "bias_y", "bias_mix") if inputs[name] is None}
     inputs = inputs | biases
@@ -54,7 +54,7 @@ def magnitudes(
     terms["mix"] = unit @ i["weight_mix"].abs().T + i["bias_mix"].abs()
     rows = {m: value.amax(1) for m, value in terms.items()}
 
-    # |∂/∂logits| by element: a softmax and a label over the batch, and what came to the logits themselves
+    # |∂/∂logits| by element: a softmax and a label over the batch, and the upstream gradient of the logits
     counted = inputs["target"] != ignore_index
     label = torch.nn.functional.one_hot(torch.where(counted, inputs["target"], 0), classes)
     of_losses = dict(zip(("mix", "x", "y"), heads.weights((3,), torch.float64) * ("losses" in through), strict=True))
@@ -82,9 +82,9 @@ def magnitudes(
 
 
 def assert_within_budget(batch: int, width: int, classes: int, dtype: torch.dtype, device: torch.device) -> None:
-    """By the backend in use, against plain torch in two passes and an oracle that knows more digits."""
+    """The backend in use against plain torch in two passes and an oracle with more digits."""
     if dtype == torch.float64 and not head_oracle.EXTENDED:
-        pytest.skip("long double is double here, and no truth for float64")
+        pytest.skip("long double is double here, too narrow as the truth for float64")
     inputs, truth = truth_of(batch, width, classes, dtype)
     baseline = step_of(inputs, heads.two_pass)
     step = step_of({name: t.to(device) if isinstance(t, Tensor) else t for name, t in inputs.items()})
@@ -97,7 +97,7 @@ def assert_within_budget(batch: int, width: int, classes: int, dtype: torch.dtyp
 def assert_step_within_budget(step: Step) -> None:
     """A step that was run, with its own inputs, options and outputs differentiated, against plain torch in two passes.
 
-    The truth of float64 is the step in long double, which knows the outputs "loss" and "logits_mix" alone.
+    For float64 the truth is the step in long double, which has only the outputs "loss" and "logits_mix".
     """
     inputs = {name: t.cpu() if isinstance(t, Tensor) else t for name, t in step.inputs.items()}
     options, dtype = dict(step.options), inputs["x"].dtype
@@ -106,7 +106,7 @@ def assert_step_within_budget(step: Step) -> None:
     baseline = heads.run(inputs, call=heads.two_pass, **step.options)
     if dtype == torch.float64:
         if not head_oracle.EXTENDED:
-            pytest.skip("long double is double here, and no truth for float64")
+            pytest.skip("long double is double here, too narrow as the truth for float64")
         assert set(through) <= {"loss", "logits_mix"}
         assert "loss" in through
         upstream = heads.weights(step.outputs["logits_mix"].shape, dtype).numpy() * ("logits_mix" in through)
@@ -124,8 +124,8 @@ def assert_step_within_budget(step: Step) -> None:
             assert plain is None
             continue
         value, plain = (t.cpu().reshape(len(size), -1) for t in (value, plain))
-        untouched = size == 0  # a gradient that reaches no element, or no row
-        assert (value[untouched] == 0).all(), f"{name}: a gradient where none comes"
+        untouched = size == 0  # a gradient without elements or rows
+        assert (value[untouched] == 0).all(), f"{name}: a gradient where there should be none"
         if not untouched.all():
             error_budget.assert_within_budget(
                 name,
@@ -157,10 +157,10 @@ def three_modalities(batch: int, width: int, classes: int, dtype: torch.dtype) -
 
 
 def assert_pairs_within_budget(batch: int, width: int, classes: int, dtype: torch.dtype, device: torch.device) -> None:
-    """The step of three modalities, whose truth is the sum of three steps of a pair: each modality is in two of them, so that
-    the losses of the modalities enter twice."""
+    """The step of three modalities, whose truth is the sum of three steps of one pair each. Each modality is in two of these,
+    so the losses of the modalities count twice."""
     if dtype == torch.float64 and not head_oracle.EXTENDED:
-        pytest.skip("long double is double here, and no truth for float64")
+        pytest.skip("long double is double here, too narrow as the truth for float64")
     steps = three_modalities(batch, width, classes, dtype)
     upstream = heads.weights((batch, classes), dtype)
     truths = [head_oracle.linear_probe_rebalance(step, 0.1, upstream.double().numpy()) for step in steps]

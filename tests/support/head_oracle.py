@@ -1,8 +1,8 @@
-"""The linear head step once more, written from its definition: two passes through the mixed head, then the chain rule.
+"""A second implementation of the linear head step, from its definition: two passes through the mixed head, then the chain rule.
 
 Matrices are in numpy's long double (64 bits of mantissa on x86-64, eleven more than float64); S and its derivatives, which
-cancel near c = 1, go through the 90 digits of `oracle`. A row no longer than EPS is divided by EPS, and gets no gradient
-through the mixture.
+cancel near c = 1, are computed with the 90 digits of `oracle`. A row no longer than EPS is divided by EPS, and gets no
+gradient through the mixture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mpmath import mpf
 from torch import Tensor
 
 EPS = 1e-12
-#: Whether long double is longer than double here: a truth for float64 needs it.
+#: Whether long double is wider than double here, which the truth for float64 requires.
 EXTENDED = np.finfo(np.longdouble).nmant > 60
 
 Matrix = np.ndarray
@@ -38,7 +38,7 @@ def linear_probe_rebalance(
     logits = {m: i[m] @ i[f"weight_{m}"].T + i[f"bias_{m}"] for m in "xy"}
     probe = _mixed(unit, c, i["weight"]) @ i["weight_mix"].T + i["bias_mix"]
     kl = np.array([_kl(logits[m], probe) for m in "xy"])
-    with np.errstate(divide="ignore", invalid="ignore"):  # of equal logits there is no strength: NaN
+    with np.errstate(divide="ignore", invalid="ignore"):  # equal logits have no strength: NaN
         strength = (1 / kl) / (1 / kl).sum()
     w = strength[0]
     z = _mixed(unit, c, w)

@@ -15,12 +15,12 @@ from torch import Tensor
 import iprm_kernels as ik
 from iprm_kernels.dtypes import arithmetic_dtype
 
-#: What a step is differentiated by, in the order of the operator's arguments.
+#: The differentiable inputs of a step, in the order of the operator's arguments.
 LEAVES = ("x", "y", "weight_x", "bias_x", "weight_y", "bias_y", "weight_mix", "bias_mix")
 
 
 class Step(NamedTuple):
-    """A step that was run: on what, with what, and what came of it, by name."""
+    """A step that was run: inputs, options, outputs and gradients, by name."""
 
     inputs: dict[str, Any]
     options: dict[str, Any]
@@ -40,7 +40,7 @@ def inputs(
     x, y = cases.feature_pairs(batch, width, dtype, device)
     made = {"x": x, "y": y}
     for seed, name in enumerate(("x", "y", "mix"), start=10):
-        scale = 2.0 if name != "mix" else 2.0 * width**0.5  # features of the mixture are of length 1
+        scale = 2.0 if name != "mix" else 2.0 * width**0.5  # features of the mixture have length 1
         made[f"weight_{name}"] = (scale / width**0.5 * cases.randn(classes, width, seed=seed)).to(device, dtype)
         made[f"bias_{name}"] = cases.randn(classes, seed=seed + 3, dtype=dtype, device=device)
     target = torch.arange(batch, device=device) % classes
@@ -56,7 +56,7 @@ def call(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
 
 
 def any_head(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
-    """The same step by `probe_rebalance`, the backend's, and plain torch: two passes through the mixed head, autograd."""
+    """The same step by `probe_rebalance` of the backend and plain torch: two passes through the mixed head, and autograd."""
     x, y, target = arguments["x"], arguments["y"], arguments["target"]
     own = {m: F.linear(arguments[m], arguments[f"weight_{m}"], arguments[f"bias_{m}"]) for m in "xy"}
     mixed = ik.probe_rebalance(
@@ -69,7 +69,7 @@ def any_head(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
 
 
 def two_pass(arguments: dict[str, Any], **options: Any) -> ik.StepResult:
-    """The same step as it reads, in plain torch."""
+    """The same step in plain torch, straight from its definition."""
     with ik.use_backend("reference"):
         return any_head(arguments, **options)
 
@@ -82,12 +82,12 @@ def run(
     call: Callable[..., ik.StepResult] = call,
     **options: Any,
 ) -> Step:
-    """Forward and backward from the outputs named, weighed by fixed numbers, to the leaves named."""
+    """Forward, and backward from the named outputs, weighted by fixed numbers, to the named leaves."""
     leaves = {
         name: t.detach().requires_grad_(name in needed) if name in LEAVES and t is not None else t
         for name, t in arguments.items()
     }
-    # of the plain step both passes, whatever backend is in use
+    # for the plain step both passes, with any backend
     with ik.use_backend("reference") if call is two_pass else contextlib.nullcontext():
         result = call(leaves, **options)
         sum(_weighed(getattr(result, name)) for name in through).backward()
@@ -97,17 +97,17 @@ def run(
 
 
 def _weighed(output: Tensor) -> Tensor:
-    """A sum in which no two elements weigh the same.  (...) -> ()"""
+    """A weighted sum in which all elements have different weights.  (...) -> ()"""
     return (output * weights(output.shape, output.dtype, output.device)).sum()
 
 
 def weights(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Numbers from 1 to 2, by which the elements of an output enter what is differentiated; made on the device."""
+    """Weights from 1 to 2 of the elements of an output in the differentiated sum; computed on the device."""
     return torch.linspace(1, 2, math.prod(shape), dtype=torch.float64, device=device).to(dtype).view(shape)
 
 
 def _gradient(leaf: Tensor | None) -> Tensor | None:
-    """Zeros where the leaf asked and was not reached, None where it did not ask."""
+    """The gradient of a leaf: zeros if it requires one but was not reached, None if it requires none."""
     if leaf is None or not leaf.requires_grad:
         return None
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

@@ -1,4 +1,4 @@
-"""Hostile arguments: strategies for values, layouts and types that an operator must survive, and for those it must refuse."""
+"""Hostile arguments: strategies for values, layouts and types that an operator must support, and for those it must refuse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEEDS = st.integers(0, 10_000)
 UPSTREAM = st.sampled_from(["ordinary", "ordinary", "zero", "NaN", "infinite"])
 DTYPES = st.sampled_from(cases.DTYPES)
 
-#: A pair of rows (x, y) of unit scale, made into what its name says.
+#: Functions that turn a pair of rows (x, y) of unit scale into the named kind.
 ROWS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "ordinary": lambda x, y: (x, y),
     "identical": lambda x, y: (x, x),
@@ -41,9 +41,9 @@ ROWS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "infinite both": lambda x, y: (_at_one_place(x, -math.inf), _at_one_place(y, math.inf)),
     "all NaN": lambda x, y: (x + math.nan, y + math.nan),
 }
-#: Of these the ones that leave numbers behind, and angles below 154° in more than one column.
+#: The kinds whose results are finite, with angles below 154° if there is more than one column.
 TAME = {kind: ROWS[kind] for kind in ("ordinary", "identical", "close", "zero", "both zero", "dead", "subnormal", "one-hot")}
-#: Likewise of logits.
+#: Likewise for logits.
 LOGITS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "ordinary": lambda p, q: (3 * p, 3 * q),
     "identical": lambda p, q: (p, p),
@@ -86,7 +86,7 @@ def rows(table: dict[str, Any], kinds: list[str], width: int, seed: int) -> tupl
 
 
 def upstream(kind: str, rows: int, width: int, seed: int) -> Tensor:
-    """A gradient of ordinary numbers, of zeros, or with one row that is not finite, in float64.  -> (B, D)"""
+    """A gradient of ordinary numbers, zeros, or with one row that is not finite, in float64.  -> (B, D)"""
     g = cases.randn(rows, width, seed=seed, dtype=torch.float64)
     if kind == "zero":
         return 0 * g
@@ -95,15 +95,15 @@ def upstream(kind: str, rows: int, width: int, seed: int) -> Tensor:
     return g
 
 
-# layouts: the same numbers elsewhere in memory
+# layouts: the same numbers in another memory layout
 
 
 class Subclass(Tensor):
-    """A tensor of a class of the user's own."""
+    """A user-defined tensor subclass."""
 
 
 def _filler(t: Tensor) -> float:
-    """What no result may have read."""
+    """A value in unused memory, which no result may depend on."""
     return math.nan if t.is_floating_point() else torch.iinfo(t.dtype).max
 
 
@@ -131,7 +131,7 @@ def _one_column_for_all(t: Tensor) -> Tensor:
 
 
 def _negated(t: Tensor) -> Tensor:
-    """With the bit set that says that the memory holds the numbers negated."""
+    """A tensor with the negative bit set, whose memory holds the negated numbers."""
     return torch.complex(torch.zeros_like(t), -t).conj().imag if t.dtype in (torch.float32, torch.float64) else t
 
 
@@ -140,7 +140,7 @@ def _of_inference(t: Tensor) -> Tensor:
         return t.clone()
 
 
-#: Of these some make rows or columns equal.
+#: Layouts that make rows or columns equal.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
     "columns first": _columns_first,
@@ -157,11 +157,11 @@ WITH_GRADIENT = sorted(set(LAYOUTS) - {"of inference", "a parameter"})
 
 
 def layouts(gradient: bool = True) -> st.SearchStrategy[str]:
-    """Names of LAYOUTS, of those that can receive a gradient where that is wanted."""
+    """Names of LAYOUTS; only those that can receive a gradient, if one is needed."""
     return st.sampled_from(WITH_GRADIENT if gradient else sorted(LAYOUTS))
 
 
-# what must be refused by the argument's name
+# arguments that must be refused by name
 
 NO_TENSOR: dict[str, Callable[[Tensor], Any]] = {
     "a list": lambda t: [t.tolist()],
@@ -183,7 +183,7 @@ NOT_DENSE: dict[str, Callable[[Tensor], Any]] = {
     "nested": lambda t: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], dtype=t.dtype),
     "jagged": lambda t: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], dtype=t.dtype, layout=torch.jagged),
 }
-#: Refused where they do not fit, which depends on the argument.
+#: Refused only for arguments that they do not fit.
 MISFITS: dict[str, Callable[[Tensor], Any]] = {
     "on meta": lambda t: t.detach().to("meta"),
     "one row more": lambda t: torch.cat([t.detach(), t.detach().new_zeros(1, *t.shape[1:])]) if t.dim() else t[None],

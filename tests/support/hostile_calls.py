@@ -1,4 +1,4 @@
-"""Every public operator by the names of its arguments, so that any one of them can be replaced by what it must refuse."""
+"""Every public operator with its arguments by name, so that each argument can be replaced by one that must be refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODALITIES = ("heads[0]", "heads[1]", "heads[2]")
 
 
 class Call(NamedTuple):
-    """An operator and arguments that it takes, by the names that its errors have for them."""
+    """An operator and valid arguments, by the names that its errors use."""
 
     run: Callable[[dict[str, Any]], Any]
     arguments: dict[str, Any]
@@ -29,7 +29,7 @@ class Call(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names that an error may begin with."""
+        """All argument names that an error may begin with."""
         return (*self.arguments, *{name.split(" ")[0] for name in self.arguments}, "features", "heads", "mix_heads")
 
 

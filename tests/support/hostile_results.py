@@ -1,4 +1,4 @@
-"""What may come of a call with hostile arguments: a refusal that names the argument, or what the float64 reference gives."""
+"""Valid outcomes of a call with hostile arguments: an error that names the argument, or the result of the float64 reference."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch import Tensor
 from iprm_kernels.convention import ANTIPODE_MARGIN
 from iprm_kernels.dtypes import arithmetic_dtype
 
-#: Examples that ran to their end, by the name of the test: what `make fuzz` counts.
+#: Completed examples by test name, which `make fuzz` reports.
 EXAMPLES: collections.Counter[str] = collections.Counter()
 
 
 def counted(test: Callable[..., None]) -> Callable[..., None]:
-    """The test, counting its examples."""
+    """Wraps a test so that its examples are counted."""
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ def assert_named(error: Exception, *names: str) -> None:
 
 
 def refused_or_none(call: Callable[[], Any], *names: str) -> Any:
-    """What `call` returns; None where it refused an argument by name."""
+    """The result of `call`; None if it refused an argument by name."""
     try:
         return call()
     except (TypeError, ValueError) as error:
@@ -68,10 +68,10 @@ def overflows(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def mixup_magnitudes(x: Tensor, y: Tensor, w: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """The size of the terms that the rows of results are made of: what rounding errors are proportional to.
+    """The size of the terms of the rows of results, to which rounding errors are proportional.
 
-    For weights in [0, 1] and c from -0.9 up, those of test_accuracy.py. Beyond, S(w, c) and its derivatives in c, which the
-    last bits of c and of w are multiplied by, grow like s √n, s³ n^1.5 and s⁵ n^2.5, with s = max(|w|, |1-w|) and n = 1/(1+c).
+    For weights in [0, 1] and c of at least -0.9, as in test_accuracy.py. Outside, S(w, c) and its derivatives in c, which
+    multiply rounding errors of c and w, grow like s √n, s³ n^1.5 and s⁵ n^2.5, with s = max(|w|, |1-w|) and n = 1/(1+c).
 
     x, y, g (B, D), w (B,), of the type under test.
     """
@@ -92,8 +92,8 @@ def mixup_magnitudes(x: Tensor, y: Tensor, w: Tensor, g: Tensor) -> dict[str, Te
 
 
 def kl_magnitudes(p: Tensor, q: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Likewise of `batch_kl`. A KL moves by Σ|∂KL/∂logits| of its logits' rounding; P is known to within the smallest normal
-    number, and exponentials to within their arguments' ulps.
+    """Likewise for `batch_kl`. Rounding of the logits moves a KL by Σ|∂KL/∂logits|; P is accurate to the smallest normal
+    number, and exponentials to the ulps of their arguments.
 
     p, q (B, C), g (B,), of the type under test.
     """
@@ -117,9 +117,9 @@ def kl_magnitudes(p: Tensor, q: Tensor, g: Tensor) -> dict[str, Tensor]:
 
 @functools.cache
 def ordinary(kind: str, width: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Truth, Tensor]]:
-    """What plain torch makes of ordinary inputs, what is true of them, and the magnitudes, by result.
+    """For ordinary inputs, the results of plain torch, the true results, and the magnitudes, by result.
 
-    They stand beside hostile rows when plain torch's error is measured: of few rows it may be exact by luck."""
+    They are added to the hostile rows when the error of plain torch is measured, which may be zero by chance for few rows."""
     if kind == "kl":
         inputs, truth = truths.kl_truth(64, width, dtype)
         values, sizes = truths.plain(truths.kl_with_gradients, *inputs), kl_magnitudes(*inputs)
@@ -138,14 +138,14 @@ def assert_agrees(
     beside: Iterable[tuple[Tensor, Truth, Tensor]] = (),
     truth: Truth | None = None,
 ) -> None:
-    """`value` has no number where the reference has none, and is within the error budget of the truth elsewhere.
+    """`value` is NaN or infinite where the reference is, and within the error budget of the truth elsewhere.
 
     Args:
         value, plain, double: (B, ...) by the backend, by plain torch at the type under test, and in float64 (or (),
-            one row). Where one of them overflows or underflows and the other does not, anything may come.
-        magnitude: (B,). A row whose magnitude is not finite at the type under test may be anything.
-        beside: rows of like kind that plain torch is measured on as well: its results, what is true, and magnitudes.
-        truth: of the shape of `value`; None is `double`, which for a float64 `value` may be wrong by what plain torch is.
+            one row). Where only one of them overflows or underflows, any value is allowed.
+        magnitude: (B,). A row whose magnitude is not finite in the type under test may have any value.
+        beside: further rows of the same kind to measure plain torch on: its results, the true results, and magnitudes.
+        truth: shaped like `value`; None means `double`, whose error for a float64 `value` may be that of plain torch.
     """
     assert value.dtype == plain.dtype, name
     assert value.shape == plain.shape == double.shape, name
@@ -157,8 +157,8 @@ def assert_agrees(
     value, plain, double, high, low = (exact(tensor).reshape(rows, -1) for tensor in (value, plain, double, *truth))
     if value.numel() == 0:
         return
-    assert not value[~double.isfinite() & ~plain.isfinite()].isfinite().any(), f"{name}: a number where there is none"
-    # a row whose rounding errors alone may overflow is not known
+    assert not value[~double.isfinite() & ~plain.isfinite()].isfinite().any(), f"{name}: a finite number where none is expected"
+    # rows whose rounding errors alone may overflow are not compared
     known = (double.isfinite() & plain.isfinite()).all(1) & (magnitude <= torch.finfo(value.dtype).max)
     assert value[known].isfinite().all(), f"{name}: no number where there is one: {value[known]}, not {double[known]}"
     if known.any():

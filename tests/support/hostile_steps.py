@@ -1,4 +1,4 @@
-"""The linear head step on hostile inputs: what plain torch and float64 make of it, and where its digits are known."""
+"""The linear head step on hostile inputs: results in plain torch and float64, and where their digits are reliable."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 import iprm_kernels as ik
 
-#: Of the inputs of head_accuracy.py, log ω moves by up to 24 of its ulps; beyond, no digit of what ω enters is promised.
+#: For the inputs of head_accuracy.py, rounding moves log ω by up to 24 ulps; beyond, results that depend on ω are not compared.
 MOST_OF_STRENGTH = 30.0
-#: Of these nearly no digit of c is known: see `cases.feature_pairs`.
+#: Kinds for which c has nearly no reliable digit: see `cases.feature_pairs`.
 LEAST_COSINE = -0.9
 THROUGH = ("loss", "logits_mix")
 
@@ -43,8 +43,9 @@ def results_of(step: Step) -> dict[str, Tensor]:
 
 
 def magnitudes_of(inputs: dict[str, Any], truth: dict[str, Truth], ignore_index: int) -> dict[str, Tensor]:
-    """Those of head_accuracy.py, whose means are over all rows, for means over the rows that count. A softmax is wrong by as
-    many ulps as its logits have, so that gradients are by as much more as the logits of hostile heads are larger."""
+    """Magnitudes as in head_accuracy.py, whose means are over all rows, for means over the rows that count. The error of a
+    softmax is proportional to the size of its logits, so gradients have larger errors with the large logits of hostile
+    heads."""
     target = inputs["target"]
     counted = target != ignore_index
     place = torch.where(counted, target, 0)
@@ -57,7 +58,7 @@ def magnitudes_of(inputs: dict[str, Any], truth: dict[str, Truth], ignore_index:
 
 
 def truth_of(inputs: dict[str, Any], double: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> dict[str, Truth]:
-    """Of float64 the step in long double, of narrower types `double`, the reference in float64."""
+    """The truth: for float64 the step in long double, for narrower types `double`, the reference in float64."""
     if dtype != torch.float64:
         return {name: Truth.of(t) for name, t in double.items()}
     upstream = heads.weights((len(inputs["x"]), len(inputs["weight_x"])), dtype).numpy()
@@ -66,7 +67,7 @@ def truth_of(inputs: dict[str, Any], double: dict[str, Tensor], dtype: torch.dty
 
 @functools.cache
 def ordinary(width: int, classes: int, dtype: torch.dtype, call: StepCall) -> dict[str, tuple[Tensor, Truth, Tensor]]:
-    """What plain torch makes of the ordinary inputs of `heads`, what is true of them, and magnitudes, by result."""
+    """For the ordinary inputs of `heads`, the results of plain torch, the true results, and magnitudes, by result."""
     inputs, options = heads.inputs(17, width, classes, dtype), {"label_smoothing": 0.1}
     truth = truth_of(inputs, results_of(by_reference(in_double(inputs), call, **options)), dtype, **options)
     values = results_of(by_reference(inputs, call, **options))
@@ -80,7 +81,7 @@ def cosines(inputs: dict[str, Any]) -> Tensor:
 
 
 def assert_step_agrees(step: Step, call: StepCall, dtype: torch.dtype) -> bool:
-    """Outputs and gradients of a step within the budget, if the digits of its ω are known.  -> whether they are"""
+    """Outputs and gradients of a step within the budget, if the digits of its ω are reliable.  -> whether they are"""
     inputs = {name: exact(t) if isinstance(t, Tensor) else t for name, t in step.inputs.items()}
     options = {name: value for name, value in step.options.items() if name not in ("through", "needed")}
     plain = results_of(by_reference(inputs, call, **options))
@@ -104,5 +105,5 @@ def assert_step_agrees(step: Step, call: StepCall, dtype: torch.dtype) -> bool:
             assert_agrees(name, value, plain[name], double[name], sizes[name], beside, truth[name])
         else:
             nowhere = ~double[name].isfinite() & ~plain[name].isfinite()
-            assert not value[nowhere].isfinite().any(), f"{name}: a number where there is none"
+            assert not value[nowhere].isfinite().any(), f"{name}: a finite number where none is expected"
     return known

@@ -1,7 +1,7 @@
-"""The formulas of `iprm_kernels.reference` once more, in 50 digits, written from their definitions.
+"""A second implementation of the formulas of `iprm_kernels.reference`, in 50 digits, from their definitions.
 
-Scalars are mpmath numbers; a row is a numpy array of them. Nothing here knows a series or a rearrangement that the package
-uses: cancellation is met with digits.
+Scalars are mpmath numbers; a row is a numpy array of them. It uses none of the series and rearrangements of
+the package: extra digits absorb cancellation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from mpmath import mpf
 from torch import Tensor
 
-#: 50 digits are wanted of every result; ∂S/∂c at h = 1e-17 cancels 26 of these, φ at d = 1e-12 another 24.
+#: Every result must have 50 correct digits; ∂S/∂c at h = 1e-17 cancels 26 of these, φ at d = 1e-12 another 24.
 mpmath.mp.dps = 90
 
 
@@ -62,7 +62,7 @@ class Mixup(NamedTuple):
 
 
 def geodesic_mixup(x: np.ndarray, y: np.ndarray, w: mpf, g: np.ndarray) -> Mixup:
-    """Rows (D,) neither dead nor opposite. The gradients by the chain rule through x̂, ŷ and c, a step at a time."""
+    """Rows (D,) that are neither dead nor opposite. Gradients follow the chain rule through x̂, ŷ and c, one step at a time."""
     x_norm, y_norm = mpmath.sqrt(x.dot(x)), mpmath.sqrt(y.dot(y))
     x_hat, y_hat = x / x_norm, y / y_norm
     c = min(x_hat.dot(y_hat), mpf(1))
@@ -95,7 +95,7 @@ class Divergence(NamedTuple):
 
 
 def batch_kl(p_logits: np.ndarray, q_logits: np.ndarray) -> Divergence:
-    """Rows (C,) of finite logits; by Σ P (log P - log Q)."""
+    """Rows (C,) of finite logits; KL = Σ P (log P - log Q)."""
     log_p, log_q = (logits - mpmath.log(sum(map(mpmath.exp, logits))) for logits in (p_logits, q_logits))
     p, q = (np.array([mpmath.exp(value) for value in logs]) for logs in (log_p, log_q))
     d = log_p - log_q

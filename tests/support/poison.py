@@ -1,4 +1,5 @@
-"""Memory from `torch.empty` and `empty_like` filled with what no kernel computes: an element left unwritten fails the test."""
+"""Memory from `torch.empty` and `empty_like` filled with values that no kernel computes, so that an unwritten element fails the
+test."""
 
 from __future__ import annotations
 

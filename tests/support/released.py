@@ -27,7 +27,7 @@ def released_slerp(x: Tensor, y: Tensor, weight: Tensor | float) -> Tensor:
 
 
 def released_strength(logits_x: Tensor, logits_y: Tensor, mixed: Tensor) -> Tensor:
-    """ω by the mean KL of either prediction from the mixed one.  (B, C) x3 -> (2,)"""
+    """ω from the mean KL of both predictions from the mixed one.  (B, C) x3 -> (2,)"""
     log_mixed = mixed.log_softmax(1)
     kl_x, kl_y = (
         F.kl_div(log_mixed, logits.log_softmax(1), reduction="batchmean", log_target=True) for logits in (logits_x, logits_y)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-#: Thousands of launches, which other backends make in the default tier; and repetition, which the interpreter cannot disturb.
+#: Tests with thousands of launches, which run in the default tier for other backends; and tests of repetition, which the
+#: interpreter cannot affect.
 SLOW_INTERPRETED = ("test_follows_the_algorithm_as_released_for_200_steps", "test_repeats_bitwise")
 
 

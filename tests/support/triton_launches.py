@@ -1,7 +1,7 @@
-"""Launches of Triton kernels recorded instead of run, and compiled ahead of time for GPUs that are not here.
+"""Launches of Triton kernels recorded instead of run, and compiled ahead of time for GPUs that this machine lacks.
 
-The launchers run on meta tensors while a recorder stands in for the launch itself; so what is compiled is a call, with the
-tile, the warps and the flags that are the launcher's own choice.
+The launchers run on meta tensors, and a recorder replaces the launch itself. What is compiled is therefore a real call, with
+the tile, warps and flags that the launcher chose.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Launch:
         return self.kernel.fn.__name__
 
     def compile(self, target: GPUTarget) -> CompiledKernel:
-        """As the launch would: None and 1 are constants of the kernel, multiples of 16 (aligned pointers too) known as such."""
+        """Specialises arguments as a launch does: None and 1 are constants, multiples of 16 (and aligned pointers) are
+        marked."""
         signature, constants, attributes = {}, {}, {}
 
         def described(value: Any, path: tuple[int, ...], specialize: bool) -> Any:
@@ -71,7 +72,7 @@ class Launch:
 
 
 def recording(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """A list that the launches of a test go to."""
+    """A list that records the launches of a test."""
     recorded: list[Launch] = []
 
     def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:

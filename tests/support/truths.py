@@ -1,4 +1,4 @@
-"""The row operators with their gradients, and what must come of the ordinary inputs of `cases`."""
+"""The row operators with their gradients, and their true results for the ordinary inputs of `cases`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from iprm_kernels.dtypes import arithmetic_dtype
 
 
 def mixup_with_gradients(x: Tensor, y: Tensor, w: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """By the backend in use, through autograd."""
+    """Results and gradients of the backend in use, through autograd."""
     x, y, w = (tensor.detach().requires_grad_() for tensor in (x, y, w))
     z = ik.geodesic_mixup(x, y, w, eps=EPS)
     z.backward(g)
@@ -38,14 +38,14 @@ def plain(compute: Callable[..., dict[str, Tensor]], *inputs: Tensor) -> dict[st
 
 
 def few_rows(tensors: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
-    """Rows evenly picked: 50 digits take some 50 µs an element."""
+    """Evenly spaced rows; 50 digits take some 50 µs per element."""
     picked = torch.linspace(0, len(tensors[0]) - 1, min(rows, len(tensors[0]))).long()
     return tuple(tensor[picked] for tensor in tensors)
 
 
 @functools.cache
 def mixup_truth(batch: int, width: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Truth]]:
-    """Inputs on the CPU and what must come out of them."""
+    """Inputs on the CPU and their true results."""
     x, y = cases.feature_pairs(batch, width, dtype)
     w = torch.linspace(0, 1, batch, dtype=arithmetic_dtype(dtype))
     inputs = (x, y, w, cases.randn(batch, width, seed=6, dtype=dtype))

@@ -20,7 +20,7 @@ class Watching(TorchDispatchMode):
 
 
 class FunctionWatching(TorchFunctionMode):
-    """The same by `__torch_function__`; it sees no operator of a backward pass, which autograd calls with modes off."""
+    """The same by `__torch_function__`; autograd disables this mode in backward passes, so it sees no operator of these."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The CUDA kernels of the head step on CPU tensors, by an emulator of blocks, warps and their barriers: see emulator.h.
 
-It shows that the kernels compute what they should and wait where they must, on a machine without a GPU. It shows nothing of
-their speed, nor that a GPU's memory model asks for no more.
+On a machine without a GPU, it tests that the kernels compute correct results and have the necessary barriers. It tests neither
+their speed nor whether a GPU's memory model requires more synchronisation.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class Backward(ctypes.Structure):
 
 
 def obstacle() -> str:
-    """Why nothing can be emulated here; empty if it can."""
+    """Why the emulator cannot run here; empty if it can."""
     return "" if shutil.which("g++") else "no g++ was found to compile the CUDA kernels for the host"
 
 
 class Emulated:
-    """`head_forward` and `head_backward` in the calling convention of `iprm_kernels.convention`, of one pair."""
+    """`head_forward` and `head_backward` in the calling convention of `iprm_kernels.convention`, for one pair."""
 
     def __init__(self, folder: Path, *, blocks: int = 2, seed: int = 0) -> None:
-        """blocks: of the cooperative launch; fewer than tiles of rows, so that a block takes several."""
+        """blocks: of the cooperative launch; fewer than tiles of rows, so that a block handles several."""
         library = folder / "head.so"
         flags = ("-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas")
         subprocess.run(["g++", *flags, str(SOURCE), "-o", str(library)], check=True)

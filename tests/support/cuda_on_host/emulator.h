@@ -1,6 +1,6 @@
-// What a CUDA kernel needs of CUDA, on the host: a launch runs every thread of every block as a fiber, and switches between them
-// where they wait for each other. Between two waits a thread runs alone, and which comes next is drawn from a seed: code that
-// misses a barrier reads what is not there yet in one order or another.
+// The parts of CUDA that the kernels use, on the host: a launch runs every thread of every block as a fiber, and switches fibers
+// where threads wait for each other. Between two waits a thread runs alone, and the next thread is drawn from a seed: code that
+// misses a barrier reads unwritten memory in some order.
 #pragma once
 
 #include <ucontext.h>
@@ -27,14 +27,14 @@ struct Index {
   unsigned x;
 };
 
-// A place where `expected` threads meet; the round tells who came before the last meeting.
+// A barrier of `expected` threads; `round` distinguishes arrivals before and after the last time it opened.
 struct Meeting {
   unsigned expected = 0, arrived = 0, round = 0;
 };
 
 struct Warp {
   Meeting meeting;
-  double values[2][32];  // by parity of the round: one exchange is over before the next but one begins
+  double values[2][32];  // by parity of the round: an exchange ends before the one after the next begins
 };
 
 struct Block {
@@ -127,7 +127,7 @@ inline void launch(unsigned blocks, unsigned threads, int64_t shared_bytes, unsi
       swapcontext(&scheduler, &fiber->context);
       progress = true;
     }
-    if (!progress) std::abort();  // threads that wait for others that have gone another way
+    if (!progress) std::abort();  // deadlock: some threads wait for others that took another branch
     std::erase_if(fibers, [](const auto& fiber) { return fiber->done; });
   }
 }
@@ -150,7 +150,7 @@ inline void* shared_memory() { return emulator::current->of->shared.data(); }
 inline void grid_sync() { emulator::meet(emulator::whole_grid); }
 }  // namespace iprm::device
 
-// 16-bit types: stored as they are, and computed in float.
+// 16-bit types: stored in 16 bits, computed in float.
 struct __nv_bfloat16 {
   uint16_t bits;
   __nv_bfloat16() = default;

@@ -1,4 +1,4 @@
-// The launches of csrc/cuda/head.cu on the emulator, from Python: the arguments come as the structures that the kernels take.
+// The launches of csrc/cuda/head.cu on the emulator, from Python: arguments are the structures that the kernels take.
 #include <algorithm>
 
 #include "emulator.h"
