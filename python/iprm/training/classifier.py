@@ -264,7 +264,7 @@ class FusionClassifier(L.LightningModule):
             self._configured.scheduler.step()
 
     def train_metrics(self, *, joint: bool = True) -> dict[str, Tensor]:
-        """Metrics of the epoch so far. If `joint`, of the rows of all processes, all of which must call this; else of its own rows."""
+        """Metrics of the epoch so far: over all processes, which must all call this, or if not `joint` over this one alone."""
         return self.means.compute(self.fusion.state_measures(), joint=joint)
 
     def _own_loader(self) -> Any:
