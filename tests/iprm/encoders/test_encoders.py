@@ -175,9 +175,9 @@ def test_settings_have_one_form():
         (
             {"it": TEXT},
             {},
-            r"'it': none is chosen for a dict of tensors \(ids, mask\); name one, or the import path",
+            r"'it': there is no default for a dict of tensors \(ids, mask\); give a name, or the import path",
         ),
-        ({"it": TEXT["ids"]}, {}, r"'it': none is chosen for tokens \(6,\) of int64"),
+        ({"it": TEXT["ids"]}, {}, r"'it': there is no default for tokens \(6,\) of int64"),
         ({"it": TEXT}, {"it": "mlp"}, r"'it': mlp expects one tensor of floating numbers, got a dict of tensors \(ids, mask\)"),
         (
             {"it": InputSpec((1, 8, 8), "uint8")},
