@@ -1,4 +1,4 @@
-"""Versions of what results depend on, found without importing any of it."""
+"""Versions of the packages that results depend on, read without importing them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGES = ("iprm-kernels", "torch", "triton", "lightning", "torchmetrics", "jso
 
 
 def versions() -> dict[str, str]:
-    """Python, and each package or "not installed"."""
+    """The version of Python and of each of `PACKAGES`, or "not installed"."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
