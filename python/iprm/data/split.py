@@ -59,7 +59,7 @@ class Split(Dataset[Batch]):
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256, shortened to 16 digits, of source items, labels, and dtype, shape and SAMPLED_ROWS evenly spaced rows of
-        each of `inputs`. Changes in other rows are not detected. For a split without `inputs` no values enter the digest, because
+        each of `inputs`. Changes in other rows are not detected. For a split without `inputs` no values enter the digest, as
         they may be random."""
         found = hashlib.sha256()
         for name, numbers in (*sorted(self.origin.items()), ("target", self.target)):

@@ -1,4 +1,4 @@
-"""An encoder class of the user's own, of token ids and their mask, through every command of `iprm`."""
+"""A user-defined encoder class for token ids and their mask, with every command of `iprm`."""
 
 from __future__ import annotations
 
