@@ -1,4 +1,4 @@
-"""The processes of a distributed run, and the one of any other."""
+"""Process group, rank and world size, also for runs with a single process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 def process_group() -> dist.ProcessGroup | None:
-    """All processes of a distributed run; None in a single one."""
+    """The group of all processes of a distributed run; None in a single-process run."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
@@ -19,17 +19,17 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if process_group() else 1
 
 
 def processes_here(trainer: Any = None) -> int:
-    """How many processes of a run share this machine: one a device that its trainer has here, or those of torchrun."""
+    """The number of processes of a run on this machine: one per local device of the trainer, or as started by torchrun."""
     return max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), getattr(trainer, "num_devices", 1))
 
 
 def gathered(value: Any) -> list[Any]:
-    """`value` of every process, on every process, by rank."""
+    """Gathers the `value` of every process on every process, ordered by rank."""
     if process_group() is None:
         return [value]
     values: list[Any] = [None] * world_size()

@@ -19,7 +19,7 @@ VARIABLE = "IPRM_KERNELS_BACKEND"
 
 
 def versions() -> dict[str, str]:
-    """Python, and each package or "not installed"."""
+    """The version of Python and of each of `PACKAGES`, or "not installed"."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""A small problem for training rules: convolutional encoders in float64, batches with labels left out, a loop by `Balancer`.
+"""A small problem for training rules: convolutional encoders in float64, batches with ignored labels, a `Balancer` loop.
 
 python balanced.py RANK PROCESSES STORE RULES       RULES: a Python dict, see `run_processes`
 """
@@ -51,7 +51,7 @@ def balancer(method: str, modalities: tuple[str, ...] = ("audio", "image"), dtyp
 def batches(
     count: int, rows: int = 12, modalities: tuple[str, ...] = ("audio", "image"), dtype=torch.float64, ignored: float = 0.2
 ) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Batches that depend on their numbers alone; about a part `ignored` of the labels is -100."""
+    """Batches that depend on their numbers alone; a fraction of about `ignored` of the labels is -100."""
     made = []
     for number in range(count):
         generator = torch.Generator().manual_seed(100 + number)
@@ -71,7 +71,7 @@ def state(b: Balancer) -> dict[str, Tensor]:
 
 
 def train(method: str, epochs: int = 2, steps: int = 3, **options: Any) -> list[dict[str, Tensor]]:
-    """The state after every step, each of which trains on this process's part of a joint batch."""
+    """The state after every step on this process's part of a joint batch."""
     b = balancer(method, **options)
     course = []
     for epoch in range(epochs):
@@ -85,7 +85,7 @@ def train(method: str, epochs: int = 2, steps: int = 3, **options: Any) -> list[
 
 
 def run_processes(folder: Path, processes: int, rules: dict[str, tuple[str, dict]]) -> list[dict[str, list[dict[str, Tensor]]]]:
-    """What `train` returned on each of so many real processes, by the name of the rule."""
+    """Results of `train` on each of several real processes, by the name of the rule."""
     store = folder / "store"
     command = [sys.executable, __file__]
     workers = [subprocess.Popen([*command, str(rank), str(processes), str(store), repr(rules)]) for rank in range(processes)]

@@ -21,7 +21,7 @@ def inputs_of(shapes: dict[str, list[int]], rows: int, seed: int = 0) -> dict[st
 
 
 def checkpoint(folder: Path, shapes: dict[str, list[int]] = TWO, method: str = "iprm", precision: str = "32", **options: Any):
-    """A file, and the model in evaluation that it was written from: λ and the running statistics are no longer the first."""
+    """A checkpoint file, and its model in evaluation mode, with λ and running statistics changed from their initial values."""
     torch.manual_seed(0)
     model = FusionClassifier(shapes, CLASSES, method, **{"feature_dim": 8, **options})
     model.train()
@@ -35,7 +35,7 @@ def checkpoint(folder: Path, shapes: dict[str, list[int]] = TWO, method: str = "
 
 
 def write(model: L.LightningModule, path: Path) -> None:
-    """Writes a checkpoint of a module that no trainer has had."""
+    """Writes a checkpoint of a module that was never attached to a trainer."""
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.strategy.connect(model)
     trainer.save_checkpoint(path)

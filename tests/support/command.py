@@ -19,7 +19,7 @@ class Outcome(NamedTuple):
 
 
 def iprm(folder: Path, *arguments: str) -> Outcome:
-    """What `iprm ARGUMENTS` returns and prints when it is called in `folder`."""
+    """Exit code and output of `iprm ARGUMENTS`, called in `folder`."""
     before = Path.cwd()
     os.chdir(folder)
     try:

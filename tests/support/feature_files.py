@@ -1,4 +1,4 @@
-"""Small .npz files of features, and a dataset of one of them that turns bad in the middle of training."""
+"""Small .npz files of features, and datasets with NaN, noise or signals in the middle of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from iprm.data.split import Batch, Split
 
 
 def arrays(rows: int = 60) -> dict[str, np.ndarray]:
-    """Three classes that `audio` (4,) tells apart, with mistakes, and `text` (6,) does not."""
+    """Three classes that `audio` (4,) separates with some errors, and `text` (6,) does not."""
     rng = np.random.default_rng(0)
     y = np.arange(rows) % 3
     return {"x_audio": rng.normal(size=(rows, 4)) + y[:, None], "x_text": rng.normal(size=(rows, 6)), "y": y}
@@ -27,7 +27,7 @@ def without(name: str) -> dict[str, np.ndarray]:
 
 
 def changed(name: str, row: int, value: float) -> dict[str, np.ndarray]:
-    """`arrays` with one row of one of them set to a value."""
+    """`arrays` with one row of one array set to a value."""
     copy = arrays()
     copy[name] = copy[name].copy()
     copy[name][row] = value
@@ -56,12 +56,12 @@ class PoisonedFeatures(Features):
 
 
 class NoisyFeatures(Features):
-    """`Features` with noise of torch's, numpy's and Python's generators on every training batch, whose process, the first of
-    several, is sent a signal once, when it reaches a step.
+    """`Features` with noise of torch's, numpy's and Python's generators on every training batch. It sends one signal to its
+    own process, the first of several, before a given step.
 
     Args:
-        signal_step: before which optimiser step; -1 sends none.
-        signal_number: which signal.
+        signal_step: optimiser step before which the signal is sent; -1 sends none.
+        signal_number: number of the signal.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class NoisyFeatures(Features):
 
 
 def with_noise(batch: Batch) -> Batch:
-    """Of torch's, numpy's and Python's generators."""
+    """Noise of torch's, numpy's and Python's generators."""
     inputs, target = batch
     shift = float(np.random.normal()) + random.gauss(0, 1)  # noqa: NPY002 - the generator that others use
     return {name: x + 0.1 * torch.randn_like(x) + 0.01 * shift for name, x in inputs.items()}, target
@@ -101,10 +101,10 @@ class AugmentedSplit(Split):
 
 
 class AugmentedFeatures(NoisyFeatures):
-    """`NoisyFeatures` that workers load, with noise of theirs on every batch.
+    """`NoisyFeatures` loaded by workers, which add noise to every batch.
 
     Args:
-        num_workers: how many.
+        num_workers: number of workers.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Commands of `iprm`, each in a process of its own that may be killed, forked from one that has imported everything already.
+"""Runs commands of `iprm`, each in a process that may be killed, forked from one that has already imported everything.
 
 python forked.py LIST        LIST: a JSON file of [folder, arguments] to run in turn; prints a JSON list of exit codes
 """
@@ -16,7 +16,7 @@ Command = tuple[Path, Sequence[str]]
 
 
 def run_forked(folder: Path, commands: Sequence[Command], timeout: float = 300) -> list[int]:
-    """Exit codes of `iprm ARGUMENTS` in each folder; those of a process that a signal ended are negative, as in subprocess."""
+    """Exit codes of `iprm ARGUMENTS` in each folder; negative if a signal ended the process, as in subprocess."""
     listing = folder / "commands.json"
     listing.write_text(json.dumps([[str(place), list(arguments)] for place, arguments in commands]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process whose OpenMP has threads cannot be forked

@@ -1,4 +1,4 @@
-"""Trains a fusion module under real processes, each on its part of the joint batches, and writes what every step gave.
+"""Trains a fusion module in real processes, each on its part of the joint batches, and writes the results of every step.
 
 python joint_run.py RANK PROCESSES STORE OPTIONS       OPTIONS: a Python dict, see `train`
 """
@@ -26,7 +26,7 @@ CLASSES, WIDTH = 5, 12
 
 
 class Model(nn.Module):
-    """Encoders without normalisation over the batch, which would see a part of it, and a fusion method."""
+    """Encoders without batch normalisation, which would see only part of a batch, and a fusion method."""
 
     def __init__(self, method: str, modalities: tuple[str, ...], options: dict[str, Any]) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ def train(
     ignored: float = 0.0,
     sharded: bool = False,
 ) -> list[dict[str, Any]]:
-    """What this process found in each step: loss, gradients, ω, λ, and the sizes of the sums it had added over processes.
+    """Results of this process in each step: loss, gradients, ω, λ, and the sizes of the all-reduced tensors.
 
-    joint: rows of a joint batch; the last of an epoch has `rows` % `joint`. ignored: the part of the labels that are -100.
-    sharded: by FSDP2, and not by DistributedDataParallel.
+    joint: rows per joint batch; the last one of an epoch has `rows` % `joint`. ignored: fraction of labels that are -100.
+    sharded: use FSDP2 instead of DistributedDataParallel.
     """
     torch.manual_seed(0)
     model = Model(method, modalities, options or {}).double()
@@ -107,7 +107,7 @@ def whole(gradient: Tensor) -> Tensor:
 
 
 def run_processes(folder: Path, processes: int, **options: Any) -> list[list[dict[str, Any]]]:
-    """The course that each of so many real processes had."""
+    """Results of each of several real processes."""
     store = folder / "store"
     command = [sys.executable, __file__]
     of = [str(processes), str(store), repr(options)]

@@ -1,4 +1,4 @@
-"""Training with the head step compared with training by the released algorithm, from the same start on the same data."""
+"""Training with the head step, and with the released algorithm, from the same initial state on the same data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The algorithm as released, transcribed in plain torch and autograd: the oracle of the parity tests."""
+"""The released algorithm, transcribed to plain torch and autograd: the oracle of the parity tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run of `iprm fit` has left in its folder, and whether two have left the same."""
+"""The contents of the folder of a run of `iprm fit`, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def leaves(content: Any, path: str = "") -> dict[str, Any]:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What a run leaves: the leaves of its last states and of its best checkpoint, and metrics.csv."""
+    """The leaves of the last states and the best checkpoint of a run, and metrics.csv."""
     found: dict[str, Any] = {"metrics": (folder / RUN / "metrics.csv").read_text()}
     for path in sorted([*(folder / RUN / "states").glob("*.ckpt"), *(folder / RUN / "checkpoints").glob("*.ckpt")]):
         found |= leaves(torch.load(path, weights_only=True), path.name)
@@ -32,7 +32,7 @@ def left(folder: Path) -> dict[str, Any]:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The names of what is not the same in both, bit by bit."""
+    """The names of entries that are not bit-identical in both."""
 
     def same(a: Any, b: Any) -> bool:
         return a.equal(b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b

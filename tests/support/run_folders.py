@@ -14,7 +14,7 @@ import yaml
 
 
 def course(modalities: Sequence[str], epochs: int, mixes: bool) -> list[dict[str, float]]:
-    """Two rows an epoch, as Lightning's CSVLogger has them: validation, then training with λ and ω."""
+    """Two rows per epoch, as Lightning's CSVLogger writes them: validation, then training with λ and ω."""
     heads = [*modalities, *(["mix"] if mixes else [])]
     pairs = list(itertools.combinations(modalities, 2)) if mixes else []
     rows = []
@@ -36,7 +36,7 @@ def course(modalities: Sequence[str], epochs: int, mixes: bool) -> list[dict[str
 
 
 def diagnostics(modalities: Sequence[str], classes: int, mixes: bool, method: str) -> dict[str, Any]:
-    """Of a model that is right in 5 of 6 samples, and takes every class for the next in the others."""
+    """Confusion of a model that is right in 5 of 6 samples, and otherwise predicts the next class."""
     pairs = [list(pair) for pair in itertools.combinations(modalities, 2)]
     every = range(classes)
     angles = [0] * 12 + [6 * classes] + [0] * 23

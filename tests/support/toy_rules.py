@@ -1,4 +1,4 @@
-"""Training rules that no paper has: each shows one thing that a rule may do."""
+"""Training rules for tests: each uses one feature of the rule interface."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Alternating(Rule):
 
 
 class Counting(Rule):
-    """Counts the rows that it sees between epochs, and what it is told after them."""
+    """Counts the rows of the loader between epochs, and records the accuracies after them."""
 
     seen: Tensor
     told: Tensor
@@ -54,6 +54,6 @@ RULES = {"alternating": Alternating, "counting": Counting, "by-audio": Audio}
 
 
 def register(monkeypatch) -> None:
-    """Puts them among the methods, with sum fusion."""
+    """Registers these rules as methods, with sum fusion."""
     for name, rule in RULES.items():
         monkeypatch.setitem(METHODS, name, Entry({"sum": Sum}, rule))

@@ -14,9 +14,9 @@ WORDS, LENGTH, WIDTH = 12, 6, 5
 
 
 class TextTower(nn.Module):
-    """The mean of the embeddings of the words that are there, (B, dim).
+    """The mean of the embeddings of unmasked tokens, (B, dim).
 
-    Its width is not stated, and it holds a tensor that no checkpoint has.
+    It does not state its width, and it has a non-persistent buffer.
     """
 
     def __init__(self, dim: int = 8, layers: int = 1) -> None:
@@ -32,7 +32,7 @@ class TextTower(nn.Module):
 
 
 def arrays(rows: int) -> dict[str, np.ndarray]:
-    """Three classes that words and numbers tell apart; ``text.ids``, ``text.mask``, ``numbers`` and ``y``."""
+    """Three classes that words and numbers separate; ``text.ids``, ``text.mask``, ``numbers`` and ``y``."""
     rng = np.random.default_rng(0)
     y = np.arange(rows) % 3
     ids = np.where(rng.random((rows, LENGTH)) < 0.5, 1 + y[:, None], rng.integers(4, WORDS, (rows, LENGTH)))
@@ -50,11 +50,11 @@ class Captions(MultimodalData):
     """`arrays` in three splits.
 
     Args:
-        rows: how many.
-        batch_size: rows a step and process.
-        seed: decides the splits.
-        predict_split: what `iprm predict` predicts.
-        num_workers: processes that read batches ahead.
+        rows: number of rows.
+        batch_size: rows per step and process.
+        seed: determines the splits.
+        predict_split: split that `iprm predict` predicts.
+        num_workers: processes that prefetch batches.
     """
 
     def __init__(

@@ -21,12 +21,12 @@ def classifier(data: MultimodalData, method: str = "iprm", **options: Any) -> Fu
 
 
 def sgd(**arguments: Any) -> dict[str, Any]:
-    """Settings of SGD: the default ones, changed."""
+    """The default settings of SGD, with changes."""
     return {"class_path": "torch.optim.SGD", "init_args": OPTIMIZER["init_args"] | arguments}
 
 
 def trainer(folder: Path, epochs: int = 3, **options: Any) -> L.Trainer:
-    """Keeps the checkpoint best on validation below `folder`."""
+    """Keeps the best checkpoint on validation in `folder`."""
     callbacks = [ModelCheckpoint(folder / "best", monitor="val_accuracy", mode="max"), *options.pop("callbacks", [])]
     settings = {"max_epochs": epochs, "callbacks": callbacks, "logger": False, "accelerator": "cpu"}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
@@ -34,7 +34,7 @@ def trainer(folder: Path, epochs: int = 3, **options: Any) -> L.Trainer:
 
 
 def fit(folder: Path, data: MultimodalData, model: FusionClassifier, ckpt_path: str | None = None, **options: Any) -> L.Trainer:
-    """Trains `model`, and returns the trainer it had."""
+    """Trains `model`, and returns the trainer."""
     runner = trainer(folder, **options)
     with quiet_lightning():
         runner.fit(model, datamodule=data, ckpt_path=ckpt_path)
@@ -42,5 +42,5 @@ def fit(folder: Path, data: MultimodalData, model: FusionClassifier, ckpt_path: 
 
 
 def values(runner: L.Trainer) -> dict[str, float]:
-    """What was logged last, by name."""
+    """The values logged last, by name."""
     return {name: value.item() for name, value in runner.callback_metrics.items()}

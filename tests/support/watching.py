@@ -1,4 +1,4 @@
-"""Modes that see every operator, which therefore goes through the dispatcher."""
+"""Modes that observe every operator, so that operators go through the dispatcher."""
 
 from __future__ import annotations
 

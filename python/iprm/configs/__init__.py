@@ -1,4 +1,4 @@
-"""Configurations that come with the package: `--config digits` means the file digits.yaml here."""
+"""Configurations shipped with the package: `--config digits` reads digits.yaml in this folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from iprm.errors import InputError, unknown
 
 
 def shipped() -> list[str]:
-    """The names of the configurations here."""
+    """The names of the shipped configurations."""
     return sorted(Path(entry.name).stem for entry in resources.files(__name__).iterdir() if entry.name.endswith(".yaml"))
 
 
 def find_config(name: str) -> Path:
-    """The file that `--config NAME` means: a path as it is, or else a configuration shipped with the package.
+    """The file that `--config NAME` refers to: an existing path, or else a configuration shipped with the package.
 
     Raises:
-        InputError: neither; the message suggests the closest shipped name.
+        InputError: `name` is neither; the message suggests the closest shipped name.
     """
     if Path(name).is_file():
         return Path(name)
@@ -28,10 +28,10 @@ def find_config(name: str) -> Path:
 
 
 def load_config(name: str) -> dict[str, Any]:
-    """The content of a configuration.
+    """Loads a configuration.
 
     Raises:
-        InputError: there is none of that name, or it is no YAML mapping.
+        InputError: there is no such configuration, or it is not a YAML mapping.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""Datasets by name. A dataset is a `MultimodalData` class; it is imported when it is first asked for."""
+"""Datasets by name. A dataset is a `MultimodalData` class, imported on first use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def dataset_class(name: str) -> type[MultimodalData]:
 
 
 def options_of(cls: type) -> dict[str, inspect.Parameter]:
-    """The keyword options that `cls` is made with, by name."""
+    """The parameters of the constructor of `cls`, by name."""
     return dict(inspect.signature(cls).parameters)
 
 

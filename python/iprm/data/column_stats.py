@@ -1,7 +1,7 @@
-"""One modality of one split, read once in chunks: what is missing, not finite or constant, and a digest of every row.
+"""Statistics of one modality of one split in one pass over chunks: missing, non-finite and constant values, row digests.
 
-A row is called missing where every value of it is 0 or NaN: what features are filled with where there was nothing to extract
-them from.
+A row is called missing if every value of it is 0 or NaN, the usual fill values where there was nothing to extract features
+from.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from iprm.encoders.description import Input
 
-#: Of a modality that is looked at together: what numpy computes with stays in a core's cache.
+#: Size of a chunk, so that numpy's intermediate arrays fit in a core's cache.
 CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What `scan` found.
+    """Result of `scan`.
 
-    shape: of a row, in words; missing, non_finite: the rows that are; digest: (N,) uint64, equal where the bytes of rows are
-    (two that differ share one with probability 2⁻⁶⁴), of use in this process alone; low, high: (D,) extremes of every feature,
-    NaN left aside.
+    shape: of one row, as text; missing, non_finite: indices of such rows; digest: (N,) uint64, equal for rows with equal bytes
+    (different rows collide with probability 2⁻⁶⁴), valid within this process only; low, high: (D,) minimum and maximum of
+    every feature, ignoring NaN.
     """
 
     shape: str
@@ -39,15 +39,15 @@ class Scan:
 
     @property
     def constant(self) -> np.ndarray:
-        """The features (their place in a flattened row) that have one value in all rows."""
+        """Indices, in a flattened row, of features with the same value in all rows."""
         return np.flatnonzero(self.low == self.high)
 
 
 def scan(x: Input) -> Scan:
-    """Reads a modality once, in chunks.  (N, ...), or a dict of these
+    """Scans a modality once, in chunks.  (N, ...), or a dict of such tensors
 
-    A row of a dict of tensors is missing if it is in every tensor, and not finite if it is not in one; its features are those
-    of all tensors, in their order.
+    For a dict, a row is missing if it is missing in every tensor, and non-finite if it is non-finite in any tensor; its
+    features are those of all tensors, in order.
     """
     if not isinstance(x, Tensor):
         return _joined({name: scan(part) for name, part in x.items()})
@@ -91,11 +91,11 @@ def _numpy(x: Tensor) -> np.ndarray:
 
 
 def row_digests(values: np.ndarray) -> np.ndarray:
-    """Python's own hash of the bytes of each row, which holds within one process.  (N, D) -> (N,) uint64"""
+    """Python's hash of the bytes of each row, valid within one process.  (N, D) -> (N,) uint64"""
     rows = np.ascontiguousarray(values).view(np.uint8)
     return np.fromiter(map(hash, map(np.ndarray.tobytes, rows)), np.int64, len(rows)).view(np.uint64)
 
 
 def joint_digests(digests: Sequence[np.ndarray]) -> np.ndarray:
-    """One digest of the digests of a row in several modalities.  (N,) each -> (N,)"""
+    """Combines the digests of each row in several modalities into one.  (N,) each -> (N,)"""
     return row_digests(np.stack(digests, axis=1))

@@ -1,5 +1,5 @@
-"""How batches reach a training step: in an order that depends on seed and epoch alone, shared out exactly among processes, and
-continued in the middle of an epoch by a restored run."""
+"""Data loading: the order of rows depends on seed and epoch alone, joint batches are divided evenly among processes, and a
+restored run resumes in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker
 
 from iprm.distributed import rank, world_size
 
-#: Beyond this many workers a loader of decoded features no longer gets faster, and each holds some 300 MB.
+#: With more workers a loader of decoded features no longer gets faster, and each worker uses some 300 MB.
 MOST_WORKERS = 8
 
 
 class JointBatches(DistributedSampler[Any]):
-    """Indices of the rows of each batch of this process: its part of joint batches of ``batch_size`` rows a process.
+    """Sampler of batch indices: this process's part of joint batches of ``batch_size`` rows per process.
 
-    All processes walk through the same joint batches, which are those that one process with a batch as large would have, and
-    each takes an equal part of every one, to within a row: nothing is repeated or padded, unlike with `DistributedSampler`,
-    which this is so that Lightning leaves it in place. For a `DataLoader` with ``batch_size=None``.
+    All processes iterate over the same joint batches, those of a single process with a batch of the joint size. Each process
+    takes an equal part of every joint batch, to within one row; rows are neither repeated nor padded. Subclasses
+    `DistributedSampler` only so that Lightning does not replace it. For a `DataLoader` with ``batch_size=None``.
 
     Args:
         rows: N.
-        batch_size: rows a step and process.
-        shuffle: a new order every epoch, drawn from seed and epoch alone; a rest of fewer than two rows a process, too few to
-            normalise over, is left out of that epoch. Otherwise in order, and whole.
-        seed: of the order.
-        divided: among processes; else each has all rows.
+        batch_size: rows per step and process.
+        shuffle: draw a new order every epoch, from seed and epoch alone. A last batch of fewer than two rows per process, too
+            few for batch normalisation, is left out. Without shuffling, rows are in order and complete.
+        seed: seed of the order.
+        divided: divide joint batches among processes; otherwise every process has all rows.
     """
 
     def __init__(self, rows: int, batch_size: int, *, shuffle: bool = False, seed: int = 0, divided: bool = True) -> None:
-        # not the parent's, which asks for the processes now: a loader may be made before there are any
+        # without super().__init__(), which needs an initialised process group: a loader may be made before
         self.rows, self.batch_size, self.shuffle, self.seed, self.divided = rows, batch_size, shuffle, seed, divided
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch, and of an epoch that is continued a second time."""
+        """Lightning calls this before each epoch, and again for an epoch that is resumed."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
     @property
     def processes(self) -> int:
-        """How many share in a joint batch."""
+        """Number of processes that share a joint batch."""
         return world_size() if self.divided else 1
 
     @property
     def part(self) -> int:
-        """Which part of it this process takes."""
+        """Index of this process's part of a joint batch."""
         return rank() if self.divided else 0
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class JointBatches(DistributedSampler[Any]):
 
 
 class _SeededBatches(JointBatches):
-    """`JointBatches` with what seeds each: workers are told of no epoch but by what they fetch."""
+    """`JointBatches` that yields (rows, seeds): workers learn the epoch only from the items they fetch."""
 
     def __iter__(self) -> Iterator[Any]:
         for step, rows in enumerate(super().__iter__(), self.start):
@@ -77,8 +77,8 @@ class _SeededBatches(JointBatches):
 
 
 class _Seeded(Dataset[Any]):
-    """A dataset whose batches, fetched by a worker, depend on what seeds them alone: not on how many workers there are, what
-    they have fetched before, or whether the run was restored in between. In the process of the model nothing is seeded."""
+    """Seeds a worker's generators for each batch, so that random augmentation does not depend on the number of workers, on
+    earlier batches, or on whether the run was resumed. Nothing is seeded in the main process."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -91,23 +91,23 @@ class _Seeded(Dataset[Any]):
 
 
 def seed_generators(seeds: Sequence[int]) -> None:
-    """Seeds torch's, numpy's and Python's generators by numbers from 0 up."""
+    """Seeds torch's, numpy's and Python's generators from non-negative integers."""
     state = np.random.SeedSequence(seeds).generate_state(4, np.uint64)
     torch.manual_seed(int(state[0]))
     random.seed(int(state[1]))
-    np.random.seed(state[2:].view(np.uint32))  # noqa: NPY002 - the generator that others use
+    np.random.seed(state[2:].view(np.uint32))  # noqa: NPY002 - the global generator, which other libraries use
 
 
 class Loader(DataLoader[Any]):
-    """A `DataLoader` of `JointBatches` that knows how many it has given out, and begins there when its state was loaded.
+    """A `DataLoader` over `JointBatches` with a resumable position within the epoch.
 
-    Workers, if there are any, live as long as the loader, with generators of random numbers that are seeded for each batch by
-    seed, epoch, step and process; pages are pinned where there is a GPU to copy them to.
+    Workers persist across epochs; their random number generators are seeded for each batch from seed, epoch, step and process.
+    Memory is pinned if a GPU is available.
 
     Args:
-        dataset: gives a batch for indices (B,).
-        num_workers: processes that read ahead.
-        batches: the arguments of `JointBatches`.
+        dataset: returns a batch for indices (B,).
+        num_workers: processes that prefetch batches.
+        batches: arguments of `JointBatches`.
     """
 
     sampler: _SeededBatches
@@ -122,9 +122,9 @@ class Loader(DataLoader[Any]):
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=as_it_is,
-            generator=torch.Generator(),  # of the workers' seeds: a loader takes nothing from the generator of the model
+            generator=torch.Generator(),  # for worker seeds, so that the loader does not draw from the global generator
         )
-        self._given = (0, 0)  # an epoch, and the batches of it that were given out
+        self._given = (0, 0)  # epoch, and batches yielded in it
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         epoch, given = self.sampler.epoch, self.sampler.start
@@ -134,33 +134,33 @@ class Loader(DataLoader[Any]):
             yield batch
 
     def undivided(self) -> Loader:
-        """A loader of the same rows in order, all of them on every process."""
+        """A loader of all rows in order, on every process."""
         rows, batch_size, seed = self.sampler.rows, self.sampler.batch_size, self.sampler.seed
         return Loader(self._rows, num_workers=self.num_workers, rows=rows, batch_size=batch_size, seed=seed, divided=False)
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the batches of it that were given out; Lightning keeps it in checkpoints."""
+        """The epoch, and the number of batches yielded in it; Lightning saves this in checkpoints."""
         epoch, given = self._given
         return {"epoch": self.sampler.epoch, "batches": given if epoch == self.sampler.epoch else 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration begins after those batches."""
+        """Makes the next iteration start after the batches already yielded."""
         self.sampler.epoch, self.sampler.start = state["epoch"], state["batches"]
 
 
 def default_workers(dataset: Sized, processes: int = 1) -> int:
-    """Workers of each of the processes that share this machine: none for tensors in memory, of which a batch takes
-    microseconds; else one for each core of its part but one, at least one and at most MOST_WORKERS."""
+    """Default number of workers for each of the `processes` that share this machine: 0 for data in memory, where a batch takes
+    microseconds; otherwise the process's share of the cores less one, at least 1 and at most MOST_WORKERS."""
     if getattr(dataset, "in_memory", False):
         return 0
     return min(MOST_WORKERS, max(1, available_cores() // processes - 1))
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def as_it_is(batch: Any) -> Any:
-    """The dataset has made the batch already."""
+    """Identity collate function: the dataset already returns batches."""
     return batch

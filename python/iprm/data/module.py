@@ -1,4 +1,4 @@
-"""A dataset: three disjoint splits, in memory or not, served in batches of ({modality: tensor or dict of tensors}, target)."""
+"""Base class of datasets: three disjoint splits, in batches of ({modality: tensor or dict of tensors}, target)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .split import SPLITS, Batch, Split
 
 
 class MultimodalData(L.LightningDataModule, ABC):
-    """A dataset in three splits. A subclass says how it is read, in `read`; everything else follows from the tensors."""
+    """A dataset in three splits. A subclass implements `read`; everything else is derived from the tensors."""
 
     def __init__(
         self, *, batch_size: int = 64, seed: int = 0, predict_split: str = "test", num_workers: int | None = None
@@ -40,13 +40,13 @@ class MultimodalData(L.LightningDataModule, ABC):
         """The splits "train", "val" and "test", determined by the options and the seed alone."""
 
     def inspect(self, faults: list[str]) -> dict[str, Split]:
-        """What `iprm check` looks at: as `read`, but a dataset that refuses a value or a single file tells it in `faults`, or
-        leaves it in the tensors for the check to find, and reads on."""
+        """Like `read`, for `iprm check`: instead of raising an error for an invalid value or file, appends it to `faults` or
+        leaves it in the tensors for the check to find."""
         return self.read()
 
     @property
     def source(self) -> str:
-        """What messages call it: its class, and its `path` where it has one."""
+        """Name of the dataset in messages: its class, and its `path` if it has one."""
         path = getattr(self, "path", None)
         return type(self).__name__ + ("" if path is None else f" {path}")
 
@@ -55,7 +55,7 @@ class MultimodalData(L.LightningDataModule, ABC):
         """What `read` returned, read on first use.
 
         Raises:
-            InputError: `check_at_start` sees that nothing can be trained or evaluated on it.
+            InputError: the splits cannot be trained or evaluated on: see `check_at_start`.
         """
         splits = self.read()
         check_at_start(self.source, splits)
@@ -66,7 +66,7 @@ class MultimodalData(L.LightningDataModule, ABC):
 
     @functools.cached_property
     def inputs(self) -> dict[str, Description]:
-        """modality -> shape, without the batch dimension, and type of its tensor, or of each of its tensors by name."""
+        """modality -> shape, without the batch dimension, and dtype of its tensor; or name -> the same, for a dict."""
         return described(self.splits["train"].first())
 
     @property
@@ -78,7 +78,7 @@ class MultimodalData(L.LightningDataModule, ABC):
         return 1 + max(int(split.target.max()) for split in self.splits.values())
 
     def describe(self) -> dict[str, Any]:
-        """Sizes and digests of the splits: what a report keeps to be checked against, and a run that goes on has to find."""
+        """Sizes and digests of the splits, which reports and resumed runs compare with the data they find."""
         return {name: {"rows": len(split), "digest": split.digest} for name, split in self.splits.items()}
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -91,15 +91,15 @@ class MultimodalData(L.LightningDataModule, ABC):
         return self._loader("test")
 
     def rule_dataloader(self, epoch: int) -> DataLoader[Batch]:
-        """The training split in an order of its own, for what a method computes between epochs; it leaves no trace in the
-        generators of random numbers or in the loop's own loader."""
+        """A separate loader of the training split, in its own order, for `Rule.start_epoch`. It does not affect the random
+        number generators or the training loop's loader."""
         split = self.splits["train"]
         loader = Loader(split, rows=len(split), batch_size=self.batch_size, shuffle=True, seed=self.seed + 2**31)
         loader.sampler.set_epoch(epoch)
         return loader
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        # Lightning makes it anew, to keep count of rows
+        # Lightning re-creates this loader to track row indices, so it must be a plain one
         return self._plain_loader(self.predict_split, self._workers(self.splits[self.predict_split]))
 
     def _plain_loader(self, name: str, num_workers: int = 0) -> DataLoader[Batch]:
@@ -107,7 +107,8 @@ class MultimodalData(L.LightningDataModule, ABC):
 
     def _loader(self, name: str, *, shuffle: bool = False) -> DataLoader[Batch]:
         if getattr(self.trainer, "overfit_batches", 0):
-            return self._plain_loader(name)  # the same batches in every epoch, of a loader that Lightning knows to be in order
+            # the same batches in every epoch, from a loader that Lightning recognises as sequential
+            return self._plain_loader(name)
         split = self.splits[name]
         batches = {"rows": len(split), "batch_size": self.batch_size, "shuffle": shuffle, "seed": self.seed}
         return Loader(split, num_workers=self._workers(split), **batches)

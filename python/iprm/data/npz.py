@@ -1,4 +1,4 @@
-"""Arrays in .npz and .npy files: a header is checked before memory of the size it declares is taken, and no object is
+"""Arrays in .npz and .npy files. Headers are checked before memory of the declared size is allocated; objects are never
 unpickled."""
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 
 from iprm.errors import InputError
 
-#: ``x_<modality>`` is the array of a modality.
+#: Prefix of the array of a modality: ``x_<modality>``.
 PREFIX = "x_"
-#: What numpy and zipfile raise of a file that is no archive, no array, or a part of one.
+#: Errors that numpy and zipfile raise for foreign or truncated files.
 BROKEN = (ValueError, OSError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 class Header(NamedTuple):
-    """What the header of an array declares. by_columns: in Fortran order."""
+    """The header of an array. by_columns: Fortran order."""
 
     shape: tuple[int, ...]
     by_columns: bool
@@ -32,7 +32,7 @@ class Header(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of its values."""
+        """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -40,7 +40,7 @@ def read_header(stream: IO[bytes]) -> Header:
     """Reads the header alone.
 
     Raises:
-        ValueError: it is not one of an array of numbers. Errors of Python's parser, which numpy lets through, are among them.
+        ValueError: it is not the header of a numeric array. Errors of Python's parser, which numpy passes on, are included.
     """
     version = np.lib.format.read_magic(stream)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -53,10 +53,10 @@ def read_header(stream: IO[bytes]) -> Header:
 
 
 def open_archive(path: Path) -> zipfile.ZipFile:
-    """The archive.
+    """Opens an .npz archive.
 
     Raises:
-        InputError: it is none.
+        InputError: the file is not a readable archive.
     """
     try:
         return zipfile.ZipFile(path)
@@ -71,7 +71,7 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file, by name.
 
     Raises:
-        InputError: there is no such file, it is none, an array is broken or of objects, or all take more memory than there is.
+        InputError: the file is missing or not an .npz, an array is broken or of objects, or they exceed the memory.
     """
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
@@ -87,7 +87,7 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
 
 
 def memory() -> int:
-    """Bytes of memory that this machine has."""
+    """Physical memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -99,7 +99,7 @@ def _whole(path: Path, archive: zipfile.ZipFile, name: str, entry: zipfile.ZipIn
             raise EOFError(f"it declares a shape {header.shape} of {header.dtype}, and holds {entry.file_size} bytes")
         with archive.open(entry) as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
-    except Exception as error:  # of a broken file zipfile, its decompressors and numpy each raise errors of their own
+    except Exception as error:  # zipfile, its decompressors and numpy each raise their own errors for broken files
         if "Object arrays cannot be loaded" in str(error):
             raise InputError(f"{path}: array {name!r} cannot be read without running code it holds: {error}") from error
         raise InputError(f"{path}: array {name!r} is broken: {str(error) or type(error).__name__}") from error
@@ -110,7 +110,7 @@ def _whole(path: Path, archive: zipfile.ZipFile, name: str, entry: zipfile.ZipIn
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array of numbers or objects that a file holds: alone, or as a member of an archive. `held` bytes follow its header."""
+    """An array in an .npy file or in a member of an .npz archive. `held` bytes follow its header."""
 
     file: Path
     member: str | None
@@ -122,7 +122,7 @@ class StoredArray:
         return f"{self.file}" if self.member is None else f"{self.file}: array {self.member!r}"
 
     def blocks(self, rows: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """The values as an array of `shape`, at most `rows` rows at a time; one in Fortran order is read whole.
+        """Yields the array, viewed as `shape`, at most `rows` rows at a time. An array in Fortran order is read at once.
 
         Raises:
             InputError: the file is broken.
@@ -158,7 +158,7 @@ class StoredArray:
 
 
 def stored_member(archive: zipfile.ZipFile, file: Path, name: str) -> StoredArray:
-    """The array of that name in an archive, which is in `file`.
+    """The array `name` of an archive opened from `file`.
 
     Raises:
         InputError: its header cannot be read.

@@ -1,4 +1,4 @@
-"""A split of a dataset, and how rows are divided into splits."""
+"""Splits of a dataset, and stratified division of rows into splits."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from iprm.errors import InputError
 
 Batch = tuple[dict[str, Input], Tensor]
 SPLITS = ("train", "val", "test")
-#: Of each input of a split, the rows whose values its digest is made of: data of any size are told apart in a millisecond.
+#: Rows of each input that enter the digest of a split, which therefore takes a millisecond for data of any size.
 SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Split(Dataset[Batch]):
-    """One split, whole in memory.
+    """One split, completely in memory.
 
     inputs: modality -> (N, ...), or name -> (N, ...) for a modality of several tensors, such as token ids and their mask;
-    target: (N,) int64; origin: modality -> (N,) int64, the item of the source that each row was made from, by which splits can
-    be shown to be disjoint.
+    target: (N,) int64; origin: modality -> (N,) int64, the item of the source that each row was made from, so that splits can
+    be checked to be disjoint.
 
-    A subclass with ``in_memory = False`` makes its batches in ``__getitem__``, in workers, and may use random numbers of torch,
-    numpy and Python for them. Its `inputs` are what it makes them of, such as tensors of memory-mapped files, or empty.
+    A subclass with ``in_memory = False`` produces batches in ``__getitem__``, in workers, and may use the random numbers of
+    torch, numpy and Python. Its `inputs` hold the source of the batches, such as memory-mapped tensors, or are empty.
     """
 
     inputs: Mapping[str, Input]
@@ -44,23 +44,23 @@ class Split(Dataset[Batch]):
         return len(self.target)
 
     def __getitem__(self, rows: int | Tensor) -> Batch:
-        """One row, or by indices (B,) a whole batch, by one index_select a tensor: collating 64 rows one by one costs more than
-        a small model's step."""
+        """One row, or for indices (B,) a batch, with one indexing operation per tensor: collating 64 single rows takes
+        longer than a small model's step."""
         return {modality: each(lambda tensor: tensor[rows], x) for modality, x in self.inputs.items()}, self.target[rows]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return self[torch.as_tensor(indices)]
 
     def first(self, rows: int = 2) -> dict[str, Input]:
-        """The inputs of the first rows, as they are in a batch, without a trace in the generators of random numbers."""
+        """The inputs of the first rows, as in a batch. The states of random number generators are preserved."""
         with isolate_rng():
             return self[torch.arange(min(rows, len(self)))][0]
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the items of the source, the labels, and of every one of `inputs` the type, the shape and the values of
-        SAMPLED_ROWS rows, evenly spaced: another dataset has another, unless it differs in other rows alone. Of a split without
-        `inputs` no values are read: random numbers may have changed them."""
+        """SHA-256, shortened to 16 digits, of source items, labels, and dtype, shape and SAMPLED_ROWS evenly spaced rows of
+        each of `inputs`. Changes in other rows are not detected. For a split without `inputs` no values enter the digest, as
+        they may be random."""
         found = hashlib.sha256()
         for name, numbers in (*sorted(self.origin.items()), ("target", self.target)):
             found.update(f"{name} {tuple(numbers.shape)}".encode())
@@ -77,10 +77,10 @@ def stratified(labels: np.ndarray, fractions: Mapping[str, float], rng: np.rando
 
     Args:
         labels: (N,) integers.
-        fractions: split -> its part of the rows, adding up to at most 1; "train" takes what the others leave.
+        fractions: split -> fraction of the rows, with a sum of at most 1; "train" gets the remaining rows.
 
     Returns:
-        split -> indices of its rows, ascending; disjoint, and together all of them.
+        split -> ascending indices of its rows. Splits are disjoint and cover all rows.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
     edges = np.cumsum(list(fractions.values()))
@@ -93,10 +93,10 @@ def stratified(labels: np.ndarray, fractions: Mapping[str, float], rng: np.rando
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Both splits, and what is left for training, have some part of the rows.
+    """Checks that validation, test and training split each get a positive fraction of the rows.
 
     Raises:
-        InputError: otherwise.
+        InputError: they do not.
     """
     if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
         raise InputError(

@@ -1,4 +1,4 @@
-"""What one row of each modality is: a tensor of some shape and type, or a dict of such tensors (token ids and their mask)."""
+"""Descriptions of inputs: shape and dtype of one row of each modality, a tensor or a dict of tensors (token ids and mask)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from iprm.errors import InputError
 
 T = TypeVar("T")
-#: The input of one modality in a batch: (B, ...), or several of these by name.
+#: The input of one modality in a batch: (B, ...), or name -> (B, ...).
 Input: TypeAlias = Tensor | dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Shape of one row, without the batch dimension, and the name of its torch type."""
+    """Shape of one row, without the batch dimension, and the name of its torch dtype."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -45,7 +45,7 @@ class InputSpec:
         return {1: "vector", 2: "sequence", 3: "image", 4: "frames"}.get(len(self.shape), "tensor")
 
     def zeros(self, rows: int, device: torch.device | None = None) -> Tensor:
-        """(rows, *shape) of this type, and if it is floating of the default type: that of a model's parameters."""
+        """Zeros (rows, *shape) of this dtype; a floating one in torch's default dtype, that of new parameters."""
         return torch.zeros(rows, *self.shape, dtype=None if self.floating else self.torch_dtype, device=device)
 
     def __str__(self) -> str:
@@ -62,20 +62,20 @@ def described(inputs: Mapping[str, Input]) -> dict[str, Description]:
 
 
 def plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Descriptions as values that YAML and a checkpoint hold, in the order given: ``{"shape": [1, 8, 8], "dtype": "float32"}``
+    """Descriptions as plain values for YAML and checkpoints, in the given order: ``{"shape": [1, 8, 8], "dtype": "float32"}``
     for a tensor, name -> the same for a dict of tensors.
 
     Args:
-        inputs: modality -> description, its plain form, or the shape of one row, which means float32.
+        inputs: modality -> description, its plain form, or the shape of one row, with dtype float32.
 
     Raises:
-        InputError: not a description, or a name that is not one of letters, digits and underscores.
+        InputError: a value is not a description, or a name has characters other than letters, digits and underscores.
     """
     return nested({name: asdict(spec) | {"shape": list(spec.shape)} for name, spec in flat(descriptions(inputs)).items()})
 
 
 def descriptions(inputs: Mapping[str, Any]) -> dict[str, Description]:
-    """The descriptions that `plain` accepts, as `InputSpec`; see there."""
+    """Converts descriptions in any form that `plain` accepts to `InputSpec`. Raises the errors of `plain`."""
     if not isinstance(inputs, Mapping):
         raise InputError(f"inputs: expected a mapping of modalities to descriptions, got {inputs!r}")
     for modality in inputs:
@@ -106,12 +106,12 @@ def _spec(label: str, value: Any) -> InputSpec:
 
 
 def each(function: Callable[[Any], Any], value: Any) -> Any:
-    """The result of `function` for one modality: of its tensor, or of every tensor of its dict, by name."""
+    """Applies `function` to a tensor, or to every tensor of a dict."""
     return {name: function(part) for name, part in value.items()} if isinstance(value, Mapping) else function(value)
 
 
 def flat(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors (or what stands for each) of all modalities by label: ``image``, ``text.ids``, ``text.mask``."""
+    """The tensors (or their descriptions) of all modalities by label: ``image``, ``text.ids``, ``text.mask``."""
     labelled: dict[str, Any] = {}
     for modality, value in inputs.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Encoders by name or import path: the networks that turn the input of each modality into its features (B, D)."""
+"""Encoders by name or import path: modules that map the input of a modality to features (B, D)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iprm.errors import InputError, unknown
 from .description import Description, descriptions, each
 
 Factory = Callable[..., nn.Module]
-#: name -> a factory, or "module:factory", which is imported when it is first used. A factory is called as
+#: name -> a factory, or "module:factory", which is imported on first use. A factory is called as
 #: ``factory(description, feature_dim, **options)`` and returns a module (B, ...) -> (B, D).
 ENCODERS: dict[str, str | Factory] = {
     "auto": "iprm.encoders.small:auto",
@@ -38,18 +38,17 @@ def build_encoders(
 
     Args:
         inputs: modality -> description of its input, as `description.plain` accepts it.
-        feature_dim: width of the features of those encoders that do not decide it themselves.
+        feature_dim: width of the features of encoders that do not determine it themselves.
         encoders: modality -> a name of `ENCODERS`, the import path of a subclass of nn.Module, or
-            ``{"class_path": either, "init_args": {...}}``. A modality that is absent gets "auto". A class is called with its
-            init_args alone.
+            ``{"class_path": either, "init_args": {...}}``. The default is "auto". A class is called with its init_args alone.
 
     Returns:
-        The encoders, and the width of the features of each: the first of its attributes `WIDTHS` that is a number, or else that
-        of its features of a batch of zeros, in evaluation mode.
+        The encoders, and the feature width of each: the first attribute of `WIDTHS` that is an integer, or else the width
+        measured on a batch of zeros, in evaluation mode.
 
     Raises:
-        InputError: an unknown modality, encoder or option (the closest is suggested), a class that cannot be imported or is no
-            nn.Module, an encoder that does not accept the input, or no width.
+        InputError: an unknown modality, encoder or option (the closest is suggested), a class that cannot be imported or is
+            not an nn.Module, an encoder that does not accept the input, or a width that cannot be determined.
     """
     if isinstance(feature_dim, bool) or not isinstance(feature_dim, int) or feature_dim < 1:
         raise InputError(f"feature_dim: expected a whole number from 1 up, got {feature_dim!r}")
@@ -71,10 +70,10 @@ def build_encoders(
 
 
 def canonical(encoders: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings of encoders in one form: a name or import path, or if there are arguments a dict of class_path and init_args.
+    """Encoder settings in canonical form: a name or import path, or with arguments a dict of class_path and init_args.
 
     Raises:
-        InputError: a setting is neither, or an argument is not a plain value, which a checkpoint can hold.
+        InputError: a setting is neither, or an argument is not a plain value, as checkpoints require.
     """
     settings: dict[str, Any] = {}
     for modality, setting in (encoders or {}).items():
@@ -91,7 +90,7 @@ def canonical(encoders: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def imported_classes(encoders: Mapping[str, Any] | None) -> dict[str, str]:
-    """modality -> import path, of the encoders that are not in `ENCODERS`."""
+    """modality -> import path, for encoders given by import path."""
     paths = {modality: _parts(setting)[0] for modality, setting in canonical(encoders).items()}
     return {modality: path for modality, path in paths.items() if "." in path}
 
@@ -102,7 +101,7 @@ def _parts(setting: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _plain(modality: str, value: Any) -> Any:
-    """A copy of dicts, lists and plain values."""
+    """A copy of nested dicts, lists and plain values; refuses anything else."""
     if isinstance(value, Mapping):
         return {str(key): _plain(modality, part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -129,7 +128,7 @@ def _build(description: Description, feature_dim: int, path: str, options: Mappi
 
 
 def _memory_of_its_own() -> contextlib.AbstractContextManager[Any]:
-    """In place of the meta device the CPU: a class may hold tensors that no checkpoint has, such as buffers not persistent."""
+    """Builds on the CPU instead of the meta device: non-persistent buffers of a class are in no checkpoint."""
     return torch.device("cpu") if torch.get_default_device().type == "meta" else contextlib.nullcontext()
 
 
@@ -157,10 +156,10 @@ def _check_options(path: str, parameters: Sequence[inspect.Parameter], options: 
 
 
 def feature_width(module: nn.Module, description: Description) -> int:
-    """The width D of the features of an encoder: see `build_encoders`.
+    """The feature width D of an encoder: see `build_encoders`.
 
     Raises:
-        InputError: it has no such attribute, and its features of a batch of zeros are not of shape (B, D).
+        InputError: it has no attribute of `WIDTHS`, and its output for a batch of zeros is not of shape (B, D).
     """
     for name in WIDTHS:
         width = getattr(module, name, None)
@@ -171,7 +170,7 @@ def feature_width(module: nn.Module, description: Description) -> int:
     module.eval()
     with torch.no_grad():
         features = module(each(lambda spec: spec.zeros(2, device), description))
-    for part, training in modes:  # a part that its class has put into evaluation stays there
+    for part, training in modes:  # restores submodules that their class keeps in evaluation mode, too
         part.training = training
     if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
         found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__

@@ -1,4 +1,4 @@
-"""ResNet-18, randomly initialised, of images or of several frames. Its layers are those of the package transformers."""
+"""ResNet-18 for images or several frames, randomly initialised, built from the layers of the package transformers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .description import Description, InputSpec
 
 
 class ResNet18(nn.Module):
-    """(B, C, H, W) -> (B, 512); of frames (B, T, C, H, W) the mean of the features of each, (B, 512).
+    """(B, C, H, W) -> (B, 512). For frames (B, T, C, H, W), the mean of the features of all frames, (B, 512).
 
-    He et al., Deep Residual Learning for Image Recognition, arXiv:1512.03385, with a first convolution of `channels` inputs.
-    Features are those after global average pooling, 512 wide as published work on audio-visual learning uses them: the model's
-    `feature_dim` does not change their width.
+    He et al., Deep Residual Learning for Image Recognition, arXiv:1512.03385, with `channels` inputs of the first convolution.
+    Features are taken after global average pooling. Their width is 512, as in published work on audio-visual learning; the
+    model's `feature_dim` does not change it.
     """
 
     feature_dim = 512
@@ -38,7 +38,7 @@ class ResNet18(nn.Module):
 
 
 def resnet18(description: Description, feature_dim: int) -> nn.Module:
-    """`ResNet18` of an input (C, H, W), or of frames (T, C, H, W)."""
+    """`ResNet18` for an input (C, H, W) or frames (T, C, H, W)."""
     if not isinstance(description, InputSpec) or description.kind not in ("image", "frames"):
         raise InputError(f"resnet18 expects an input (C, H, W) or (T, C, H, W), got {description}")
     return ResNet18(description.shape[-3])

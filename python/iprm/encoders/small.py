@@ -1,4 +1,4 @@
-"""Small encoders of one tensor: a convolutional network, a perceptron, a linear map, and none."""
+"""Small encoders of one tensor: convolutional network, perceptron, linear map, identity."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SMALLEST_SIDE = 6
 
 
 class Encoder(nn.Sequential):
-    """Layers one after the other, the last linear map of which has the width of the features.
+    """Sequential layers; the last linear layer determines the feature width.
 
-    `Module.compile` skips code of torch.nn, so it would compile nothing of a plain Sequential.
+    A subclass, because `Module.compile` skips code of torch.nn and would compile nothing of a plain Sequential.
     """
 
     @property
@@ -30,18 +30,18 @@ class Encoder(nn.Sequential):
 
 
 def auto(description: Description, feature_dim: int) -> nn.Module:
-    """`cnn` for an image, `mlp` for any other tensor of floating numbers.
+    """`cnn` for an image, `mlp` for any other floating-point tensor.
 
     Raises:
         InputError: the input is a dict of tensors, or of integers.
     """
     if not isinstance(description, InputSpec) or not description.floating:
-        raise InputError(f"none is chosen for {_named(description)}; name one, or the import path of a class of yours")
+        raise InputError(f"there is no default for {_named(description)}; give a name, or the import path of your own class")
     return (cnn if description.kind == "image" else mlp)(description, feature_dim)
 
 
 def identity(description: Description, feature_dim: int) -> nn.Module:
-    """The input itself, (B, D) -> (B, D), whatever `feature_dim` is."""
+    """Returns the input, (B, D) -> (B, D); ignores `feature_dim`."""
     if len(_shape("identity", description)) != 1:
         raise InputError(f"identity expects an input (D,), got {description}")
     return nn.Identity()
@@ -59,10 +59,10 @@ def mlp(description: Description, feature_dim: int) -> Encoder:
 
 
 def cnn(description: Description, feature_dim: int) -> Encoder:
-    """Convolutions, all but the first and last of which halve the image until a side is 6 or less; the maximum over the image,
-    which discards most of where something is; a linear layer.  (B, C, H, W) -> (B, feature_dim)
+    """Convolutions, global max pooling, and a linear layer.  (B, C, H, W) -> (B, feature_dim)
 
-    Channels double up to CHANNELS at the last convolution, so that the convolutions cost about the same.
+    All but the first and the last convolution halve the image, until its smaller side is 6 or less. Channels double up to
+    CHANNELS at the last convolution, so that all convolutions cost about the same.
     """
     shape = _shape("cnn", description)
     if len(shape) != 3:
@@ -80,7 +80,7 @@ def cnn(description: Description, feature_dim: int) -> Encoder:
 
 
 def _layer(linear: nn.Linear | nn.Conv2d) -> tuple[nn.Module, ...]:
-    """A linear map, batch norm, ReLU."""
+    """A linear or convolutional layer, batch norm, ReLU."""
     norm = nn.BatchNorm2d(linear.out_channels) if isinstance(linear, nn.Conv2d) else nn.BatchNorm1d(linear.out_features)
     return linear, norm, nn.ReLU()
 

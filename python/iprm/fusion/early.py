@@ -1,4 +1,4 @@
-"""Early fusion: one linear head on features that were joined before it."""
+"""Early fusion: features are joined, then classified by one linear head."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .output import FusionOutput
 class Concat(FusionModule):
     r"""Concatenation: ``logits = W [x_1, ..., x_M] + b``.
 
-    ``logits_by`` holds each modality's own part of it, ``W_m x_m + b/M``, with W_m its columns of W: the parts sum to the
-    logits, which is how they are computed.
+    ``logits_by`` holds the contribution of each modality, ``W_m x_m + b/M``, where W_m are its columns of W. The logits are
+    computed as the sum of these contributions.
     """
 
     def __init__(self, feature_dim: int | Mapping[str, int], num_classes: int, modalities: Sequence[str] = ("x", "y")) -> None:
@@ -37,7 +37,7 @@ class Concat(FusionModule):
 
 
 class DGL(Concat):
-    r"""Decoupled gradients: encoders learn from their own losses alone, the fused head from features without gradient::
+    r"""Decoupled gradients: each encoder learns from its own loss alone, the fused head from detached features::
 
         logits = W [x_1, ..., x_M] + b            with detached x_m
         loss   = CE(logits) + alpha Σ_m CE(W_m x_m + b_m)
@@ -79,12 +79,12 @@ class DGL(Concat):
 
 
 class Weight(FusionModule):
-    r"""Weighted fusion, by how much of a modality's softmax over its features lies at each of them::
+    r"""Weighted fusion: each feature is weighted by its modality's share in the softmax over features::
 
         s_m = softmax(x_m over D)      a_m = s_m / Σ_j s_j  elementwise      logits = W (Σ_m a_m ⊙ x_m) + b
 
-    ``logits_by`` holds the head on each weighted modality alone, ``W (a_m ⊙ x_m) + b``. Unequal widths are projected to the
-    smallest.
+    ``logits_by`` holds the logits of each weighted modality alone, ``W (a_m ⊙ x_m) + b``. Features wider than the narrowest
+    modality are projected to its width.
     """
 
     def __init__(self, feature_dim: int | Mapping[str, int], num_classes: int, modalities: Sequence[str] = ("x", "y")) -> None:

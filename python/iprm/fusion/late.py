@@ -11,9 +11,9 @@ from .output import FusionOutput
 
 
 class Sum(FusionModule):
-    r"""Sum fusion: ``logits = Σ_m (W_m x_m + b_m)``, learned by the cross entropy of the sum alone.
+    r"""Sum fusion: ``logits = Σ_m (W_m x_m + b_m)``, trained with the cross entropy of the sum alone.
 
-    For features of equal width this is one linear map of them all, as in `Concat`, with a bias a modality.
+    Equivalent to `Concat` with one bias per modality instead of a shared one.
     """
 
     fused_loss, unimodal_losses = True, False
@@ -44,20 +44,20 @@ class Joint(Sum):
 
 
 class Ensemble(Sum):
-    r"""Unimodal classifiers trained apart, their logits summed: ``loss = Σ_m CE(logits_m)``.
+    r"""Unimodal classifiers trained independently, with summed logits: ``loss = Σ_m CE(logits_m)``.
 
-    No gradient of one modality depends on another, so that each encoder and head is, bit for bit, what `Unimodal` makes of it
-    from the same initial weights and batches. The epoch is selected for all of them together.
+    No gradient of one modality depends on another, so each encoder and head is bit-identical to that of `Unimodal` trained
+    from the same initial weights on the same batches. Model selection picks one epoch for all modalities together.
     """
 
     fused_loss, unimodal_losses = False, True
 
 
 class Unimodal(Sum):
-    """One modality alone: ``logits = W x_m + b``. Its ``modalities`` are that one; features of others are left aside.
+    """One modality alone: ``logits = W x_m + b``. ``modalities`` holds that one; features of other modalities are ignored.
 
     Raises:
-        ValueError: `modality` is none of `modalities`.
+        ValueError: `modality` is not in `modalities`.
     """
 
     minimum_modalities = 1

@@ -19,9 +19,9 @@ class FusionModel(nn.Module):
     Parameters: ``encoders.<modality>.*`` and ``fusion.*``.
 
     Args:
-        encoders: modality -> module (B, ...) -> (B, D); those of modalities that `fusion` does not read are left out.
+        encoders: modality -> module (B, ...) -> (B, D). Encoders of modalities that `fusion` does not read are dropped.
         fusion: the fusion module.
-        memory_format: of images, (B, C, H, W), before they reach their encoder.
+        memory_format: memory format that images (B, C, H, W) are converted to before they are encoded.
     """
 
     encoders: nn.ModuleDict
@@ -45,7 +45,7 @@ class FusionModel(nn.Module):
         return self.fusion(self.encode(inputs), target)
 
     def with_features(self, inputs: Mapping[str, Input], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
-        """The features of every modality beside the output."""
+        """Returns the features of every modality as well: (features, output)."""
         features = self.encode(inputs)
         return features, self.fusion(features, target)
 

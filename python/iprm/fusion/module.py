@@ -1,4 +1,4 @@
-"""What all fusion modules share: the modalities and their widths, checked inputs, projections, the loss of one prediction."""
+"""Base class of fusion modules: modalities and widths, input checks, projections, and the cross entropy of one prediction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from iprm_kernels.collectives import joint_sums, weighted
 
 from .output import FusionOutput
 
-IGNORE_INDEX = -100  # the label of torch.nn.functional.cross_entropy for a sample that enters no loss
+IGNORE_INDEX = -100  # default of torch.nn.functional.cross_entropy: a sample with this label enters no loss
 
 
 class FusionModule(nn.Module, ABC):
@@ -24,10 +24,10 @@ class FusionModule(nn.Module, ABC):
     Args:
         feature_dim: width D of every modality's features, or a mapping modality -> width.
         num_classes: C, at least 2.
-        modalities: names, in the order that weights and pairs refer to.
+        modalities: names; their order is that of weights and pairs.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be, naming it, what was expected and what came.
+        TypeError, ValueError: an invalid argument; the message names it, what was expected and what was given.
     """
 
     minimum_modalities = 2
@@ -44,28 +44,28 @@ class FusionModule(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
-        """Logits, and with a target the loss.
+        """Computes logits, and with a target the loss.
 
-        Under an initialised torch.distributed the training loss is this process's share in that of the joint batch: its mean
-        over the processes, and that of its gradients, as DistributedDataParallel takes it, are what one process would find in
-        all rows, however many of them each has.
+        If torch.distributed is initialised, the training loss is scaled by this process's share in the joint batch. Averaging
+        losses and gradients over processes, as DistributedDataParallel does, then gives the values of one process with all
+        rows, even if processes have different numbers of rows.
 
         Args:
             features: modality -> (B, D_modality), floating, in the dtype of the parameters unless autocast is on.
-            target: (B,) integer class indices; -100 keeps a sample out of the losses. None where there are no labels.
+            target: (B,) integer class indices; -100 excludes a sample from the losses. None without labels.
 
         Raises:
             TypeError: features or target of a wrong type.
-            ValueError: a modality missing or unknown, a wrong shape or device, on the CPU a label outside [0, C). On a GPU,
-                where looking would synchronise, and in a compiled module such a label makes the loss NaN.
+            ValueError: a modality missing or unknown, a wrong shape or device, or on the CPU a label outside [0, C). On a GPU,
+                where checking would synchronise, and in a compiled module such a label makes the loss NaN.
         """
 
     def state_measures(self) -> dict[str, Tensor]:
-        """name -> (): state of the module that is logged at the end of an epoch, beside `FusionOutput.measures`."""
+        """name -> (): state of the module to log at the end of an epoch, in addition to `FusionOutput.measures`."""
         return {}
 
     def _project_to_smallest(self) -> int:
-        """Makes a learned linear map for each modality wider than the narrowest, and returns the narrowest width."""
+        """Creates a learned projection for each modality wider than the narrowest, and returns the narrowest width."""
         smallest = min(self.widths.values())
         self.projections = nn.ModuleDict(
             {name: nn.Linear(width, smallest) for name, width in self.widths.items() if width != smallest}
@@ -73,11 +73,11 @@ class FusionModule(nn.Module, ABC):
         return smallest
 
     def _projected(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The features, all in the narrowest width.  (B, D_modality) each -> (B, D) each"""
+        """The features projected to the narrowest width.  (B, D_modality) each -> (B, D) each"""
         return {name: self.projections[name](x) if name in self.projections else x for name, x in features.items()}
 
     def _share(self, target: Tensor) -> Tensor | None:
-        """This process's share in the training loss of all, by a call to all; None in a single process and in evaluation."""
+        """This process's share in the joint training loss, by an all-reduce; None in a single process and in evaluation."""
         group = process_group()
         if group is None or not self.training:
             return None
@@ -85,7 +85,7 @@ class FusionModule(nn.Module, ABC):
         return joint_sums(nothing, target, IGNORE_INDEX, group)[1]
 
     def _checked(self, features: Mapping[str, Tensor], target: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The features in the order of the modalities and the target as int64, once both were found to fit this module."""
+        """Checks features and target; returns the features in the order of `modalities`, and the target as int64."""
         if not isinstance(features, Mapping):
             raise TypeError(f"features: expected a mapping modality -> tensor, got {type(features).__name__}")
         if set(features) != set(self.modalities):
@@ -119,7 +119,7 @@ class FusionModule(nn.Module, ABC):
             raise ValueError(f"target: expected the device of the features, {like.device}, got {target.device}")
         target = target.long()
         if not torch.compiler.is_compiling():
-            labels(target, self.num_classes, IGNORE_INDEX)  # on the CPU; elsewhere looking would synchronise: see cross_entropy
+            labels(target, self.num_classes, IGNORE_INDEX)  # CPU only: it would synchronise a GPU, see cross_entropy
         return target
 
     def extra_repr(self) -> str:
@@ -128,14 +128,14 @@ class FusionModule(nn.Module, ABC):
 
 
 def cross_entropy(logits: Tensor, target: Tensor, share: Tensor | None = None) -> Tensor:
-    """Mean cross entropy, NaN for a label out of range, where PyTorch would end the CUDA context.  (B, C), (B,) -> ()
+    """Mean cross entropy. A label out of range gives NaN, where PyTorch would abort the CUDA context.  (B, C), (B,) -> ()
 
-    In float32 for narrower logits, as under autocast. Times the share of this process in the mean over the rows of all, if it
-    is given: see `iprm_kernels.collectives.joint_sums`.
+    Computed in float32 for narrower logits, as under autocast. With `share`, the mean is scaled by this process's share in the
+    mean over the rows of all processes: see `iprm_kernels.collectives.joint_sums`.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wrong = _out_of_range(target, logits.shape[1])
-    poison = torch.where(wrong, torch.nan, 1.0).to(logits.dtype)  # multiplied, so that the row's gradient is NaN as well
+    poison = torch.where(wrong, torch.nan, 1.0).to(logits.dtype)  # a factor, so that the row's gradient is NaN as well
     mean = F.cross_entropy(logits * poison[:, None], target.masked_fill(wrong, 0), ignore_index=IGNORE_INDEX)
     return mean if share is None else weighted(mean, share.to(mean.dtype))
 
@@ -157,12 +157,12 @@ def sum_losses(losses_by: Mapping[str, Tensor]) -> Tensor:
 
 
 def _is_integer(value: object) -> bool:
-    """Python's and numpy's integers, such as ``y.max() + 1`` of an array."""
+    """True for integers of Python and numpy, such as ``y.max() + 1`` of an array."""
     return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
 
 
 def checked_modalities(modalities: Sequence[str], minimum: int) -> tuple[str, ...]:
-    """The names as a tuple, once they were found to be names, different ones, and enough of them."""
+    """Checks that modalities are at least `minimum` distinct, valid names; returns them as a tuple."""
     if not isinstance(modalities, Iterable) or isinstance(modalities, str) or not all(isinstance(m, str) for m in modalities):
         raise TypeError(f"modalities: expected a sequence of names, got {modalities!r}")
     names = tuple(modalities)
@@ -171,7 +171,7 @@ def checked_modalities(modalities: Sequence[str], minimum: int) -> tuple[str, ..
     if len(set(names)) != len(names):
         raise ValueError(f"modalities: expected different names, got {names}")
     for name in names:
-        # modalities name submodules and keys of logits_by
+        # they become names of submodules and keys of logits_by
         if not name or "." in name or name == "mix" or hasattr(nn.ModuleDict, name):
             raise ValueError(f"modalities: {name!r} cannot name a modality (empty, dotted, or taken)")
     return names

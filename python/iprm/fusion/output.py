@@ -1,4 +1,4 @@
-"""What every fusion module returns."""
+"""The return value of every fusion module."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class FusionOutput(NamedTuple):
     loss: Tensor | None  #: () the training objective; None without a target
     logits: Tensor  #: (B, C) the prediction
     logits_by: dict[str, Tensor]  #: head -> (B, C)
-    strength: Tensor | None = None  #: (2,) ω of the pair's modalities, (P, 2) for several pairs; None where none is measured
-    weight: Tensor | None = None  #: () λ of the pair's first modality, (P,) for several pairs: the one this call mixed with
+    strength: Tensor | None = None  #: (2,) ω of the pair's modalities, (P, 2) for several pairs; None if not measured
+    weight: Tensor | None = None  #: () λ of the pair's first modality, (P,) for several pairs, as used by this call
     losses_by: dict[str, Tensor] = {}  #: head -> () its loss, for logs and rules; empty without a target  # noqa: RUF012
-    #: name -> (), detached: anything worth logging of this step, equal on all processes; the mean over an epoch is logged
+    #: name -> (), detached: further quantities to log, equal on all processes; their mean over an epoch is logged
     measures: dict[str, Tensor] = {}  # noqa: RUF012

@@ -19,9 +19,9 @@ from .output import FusionOutput
 
 
 class ProbeRebalance(FusionModule):
-    r"""Classifies from the features of several modalities, none of which may starve the others.
+    r"""Classifies the features of several modalities, and rebalances their mixture so that no modality dominates training.
 
-    Each training step probes a pair of modalities (x, y) with its weight λ, and learns from the weights ω it measures::
+    Each training step probes a pair of modalities (x, y) with its weight λ, measures strengths ω, and mixes again with ω::
 
         P̄  = head_xy(mix(x, y, λ))                              # the probe, without gradient
         KL  = batch_kl(head_x(x), P̄), batch_kl(head_y(y), P̄)
@@ -31,12 +31,12 @@ class ProbeRebalance(FusionModule):
         loss   = cross_entropy(logits_xy) + Σ_m cross_entropy(head_m(m))
         logits = logits_xy + Σ_m head_m(m)
 
-    ``mix`` is `iprm_kernels.geodesic_mixup`; all heads are linear. Evaluation mixes once, with the newest λ, and changes
-    nothing. With more than two modalities losses and logits of the pairs' mixtures are averaged. Under an initialised
-    torch.distributed the KL sums and counts of rows are added over all processes, in one call of 2P + 1 numbers a step: ω and λ
-    are those of the joint batch, on every process, and so are loss and gradients once they are averaged over processes.
+    ``mix`` is `iprm_kernels.geodesic_mixup`; all heads are linear. Evaluation mixes once, with the newest λ, and updates no
+    state. With more than two modalities, losses and logits of the pairs' mixtures are averaged. If torch.distributed is
+    initialised, KL sums and row counts are summed over all processes, in one all-reduce of 2P + 1 numbers per step. On every
+    process, ω and λ are then those of the joint batch, and so are loss and gradients once they are averaged over processes.
 
-    Use, on top of any encoders::
+    Example, on top of any encoders::
 
         >>> fusion = ProbeRebalance(512, num_classes=31, modalities=("audio", "video"))
         >>> features = {"audio": torch.randn(64, 512), "video": torch.randn(64, 512)}
@@ -46,32 +46,32 @@ class ProbeRebalance(FusionModule):
         (torch.Size([64, 31]), torch.Size([2]))
 
     Args:
-        feature_dim: width D of all modalities, or a mapping modality -> width; those wider than the narrowest get a
-            learned linear projection to it, ``projections.<modality>``.
+        feature_dim: width D of all modalities, or a mapping modality -> width. Modalities wider than the narrowest get a
+            learned linear projection to its width, ``projections.<modality>``.
         num_classes: C.
         modalities: two or more names.
-        alpha: share of the old λ in the new, in [0, 1]; 0 takes each step's ω as it is.
-        pairs: with M > 2 modalities, "all" pairs a step (Tri-CLS of the paper), or one of them at "random" (with
-            ``shared_mix_head``, its Single-CLS). The draw depends on the count of steps alone: equal on all processes, and
-            continued by a restored module. "random" with separate heads leaves heads without gradient in a step
-            (``find_unused_parameters`` of DistributedDataParallel); "random" is not for torch.compile, which would
+        alpha: decay of the moving average of λ, in [0, 1]; 0 sets λ to the last ω.
+        pairs: with M > 2 modalities, "all" pairs in each step (Tri-CLS of the paper), or one pair at "random" (Single-CLS of
+            the paper, with ``shared_mix_head``). The draw depends on the step count alone, so it is equal on all processes
+            and reproduced by a restored module. "random" with separate heads leaves some heads without gradient in each step,
+            so DistributedDataParallel needs ``find_unused_parameters``. "random" does not support torch.compile, which would
             specialise on the count.
         shared_mix_head: one head, ``mix_heads.shared``, for the mixtures of all pairs instead of ``mix_heads.<a>_<b>``.
-        mixup: "geodesic", or "linear" for λ x + (1-λ) y on the features as they are.
-        passes: 2, or 1 to learn from the probe itself, mixed with λ.
-        ema_start: "paper" as above; "released" averages from the first step on, λ_1 = α/2 + (1-α) ω, and evaluates with the
-            λ that the last training step probed with, as the released code does.
+        mixup: "geodesic", or "linear" for λ x + (1-λ) y of the unnormalised features.
+        passes: 2 for probe and rebalanced mixture, or 1 to learn from the probe itself, mixed with λ.
+        ema_start: "paper" as above; "released" averages from the first step, λ_1 = α/2 + (1-α) ω, and evaluates with the λ
+            that the last training step probed with, as the released code does.
 
     Buffers: ``weight`` (λ of the next step), ``eval_weight`` (λ of evaluation), ``strength`` (last ω), ``steps`` (training
-    steps by pair), of shapes (), (), (2,), () for two modalities and (P,), (P,), (P, 2), (P,) for P pairs. They stay at
-    least float32 in a module of a narrower type.
+    steps per pair), of shapes (), (), (2,), () for two modalities and (P,), (P,), (P, 2), (P,) for P pairs. λ and ω stay
+    at least float32 in a module of a narrower dtype.
 
-    Shapes: features (B, D_modality) each, target (B,) -> `FusionOutput`, whose ``weight`` is the λ this call mixed or probed
-    with and whose ``strength`` is the ω measured, in evaluation the one last measured; ``losses_by`` has "mix" and each
-    modality, ``measures`` each ω: "strength_<modality>" for two modalities, "strength_<a>_<b>_<modality>" for a pair of more.
+    Shapes: features (B, D_modality) each, target (B,) -> `FusionOutput`. Its ``weight`` is the λ that this call mixed or probed
+    with; ``strength`` is the ω measured by this call, in evaluation the ω last measured. ``losses_by`` has "mix" and each
+    modality; ``measures`` has each ω, "strength_<modality>" for two modalities, "strength_<a>_<b>_<modality>" for more.
 
     Raises:
-        TypeError, ValueError: arguments out of the ranges above.
+        TypeError, ValueError: an argument out of the ranges above.
 
     Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
     """
@@ -124,7 +124,7 @@ class ProbeRebalance(FusionModule):
         self.register_buffer("eval_weight", torch.full(shape, 0.5, dtype=dtype))
         self.register_buffer("strength", torch.full((*shape, 2), 0.5, dtype=dtype))
         self.register_buffer("steps", torch.zeros(shape, dtype=torch.int64))
-        self._draws = 0  # training steps on the host, so that drawing a pair reads nothing back from the device
+        self._draws = 0  # host copy of the step count: drawing a pair must not synchronise with the device
         self.register_load_state_dict_post_hook(_recount)
 
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
@@ -135,7 +135,7 @@ class ProbeRebalance(FusionModule):
                 return self._fused_step({name: features[name] for name in self.modalities}, target)
             except Exception as error:
                 refused, self._draws = error, draws
-            self._checked(features, target)  # names a wrong argument as the caller knows it
+            self._checked(features, target)  # raises an error in terms of the caller's arguments, if one is wrong
             raise refused
         features, target = self._checked(features, target)
         features = self._projected(features)
@@ -146,16 +146,16 @@ class ProbeRebalance(FusionModule):
         return self._step(features, target)
 
     def _operator_checks(self, features: Mapping[str, Tensor], target: Tensor) -> bool:
-        """Whether all that `_checked` refuses is refused by the operator of `_fused_step` too, which then checks alone.
+        """Whether the operator's own checks cover those of `_checked`, which can then be skipped.
 
-        Both checks take 35 µs where the operator takes 430 forward and backward, at (64, 512, 6) on one core of a Xeon.
+        Both checks take 35 µs; the operator takes 430 µs forward and backward, at (64, 512, 6) on one core of a Xeon.
         """
         whole = type(features) is dict and features.keys() == self._names and not self.projections
         return whole and isinstance(target, Tensor) and target.dtype == torch.int64 and not torch.compiler.is_compiling()
 
     def _fused_step(self, features: dict[str, Tensor], target: Tensor) -> FusionOutput:
-        """The training step with labels: one operator, which multiplies, probes, rebalances and differentiates."""
-        weight = self.weight.clone()  # the buffer moves on before the backward pass reads this one
+        """The training step with labels: one operator for heads, probe, rebalanced mixture, loss and gradients."""
+        weight = self.weight.clone()  # a copy: the buffer is updated before the backward pass reads this
         drawn = self._draw()
         own = [_parameters(self.heads[name]) for name in features]
         mixing = [_parameters(self.mix_heads[self.mix_head_names[pair]]) for pair in drawn]
@@ -168,7 +168,7 @@ class ProbeRebalance(FusionModule):
             losses_by = dict(zip(("mix", *self.modalities), step.losses.unbind(), strict=True))
         else:
             places = [(self.modalities.index(a), self.modalities.index(b)) for a, b in (self.pairs[pair] for pair in drawn)]
-            probing = weight[drawn[0] : drawn[-1] + 1]  # all pairs, or the one that was drawn
+            probing = weight[drawn[0] : drawn[-1] + 1]  # all pairs, or the drawn one
             steps = ik.linear_probe_rebalance_pairs(
                 list(features.values()), own, mixing, target, probing, pairs=places, group=process_group()
             )
@@ -180,7 +180,7 @@ class ProbeRebalance(FusionModule):
         return self._measured(FusionOutput(loss, sum_logits(logits_by), logits_by, None, weight, losses_by))
 
     def _step(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
-        """The training step without labels, or one that is not the paper's."""
+        """The training step without labels, or with options that the fused operator does not support."""
         weight = self.weight.clone()
         unimodal = {name: self.heads[name](x) for name, x in features.items()}
         drawn = self._draw()
@@ -201,7 +201,7 @@ class ProbeRebalance(FusionModule):
     def _probe_and_rebalance(
         self, drawn: list[int], features: dict[str, Tensor], unimodal: dict[str, Tensor], weight: Tensor
     ) -> tuple[list[Tensor], Tensor]:
-        """Of each of K drawn pairs the mixed logits (B, C) to learn from; and the measured ω (K, 2)."""
+        """The rebalanced mixture logits (B, C) of each of K drawn pairs, and the measured ω (K, 2)."""
         mixed, strengths = [], []
         for pair in drawn:
             a, b = self.pairs[pair]
@@ -212,21 +212,21 @@ class ProbeRebalance(FusionModule):
         return mixed, torch.stack(strengths)
 
     def _divergences(self, drawn: list[int], unimodal: dict[str, Tensor], probes: list[Tensor]) -> Tensor:
-        """Batch KL of both modalities of each drawn pair from its probe.  -> (2P,)"""
+        """Batch KL of both modalities of each drawn pair from its probe.  -> (2K,)"""
         named = zip((self.pairs[pair] for pair in drawn), probes, strict=True)
         return torch.stack([ik.batch_kl(unimodal[name], probe) for pair, probe in named for name in pair])
 
     def _joint(self, kl: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The KL sums of all processes, and the share of this one in the mean of their losses, if there are any."""
+        """KL sums over all processes, and with a target this process's share in the joint mean loss."""
         group = process_group()
         if group is None or target is None:
             return all_reduce_sum(kl, group), None
         return joint_sums(kl, target, IGNORE_INDEX, group)
 
     def _advance(self, drawn: list[int], strength: Tensor, rows: int) -> None:
-        """Takes the measured ω (K, 2) of the drawn pairs into λ: in place, for DistributedDataParallel holds on to the buffers.
+        """Updates λ of the drawn pairs by the measured ω (K, 2), in place: DistributedDataParallel refers to the buffers.
 
-        An empty batch measures nothing, and an ω that is not finite is left out, so that one bad batch spoils no later one.
+        An empty batch and a non-finite ω leave λ unchanged, so that one bad batch does not affect later ones.
         """
         if rows == 0 and process_group() is None:
             return
@@ -244,9 +244,9 @@ class ProbeRebalance(FusionModule):
         return self._output(unimodal, self._mixtures(features, weight), target, weight)
 
     def mixtures(self, features: Mapping[str, Tensor]) -> list[Tensor]:
-        """Each pair's mixed logits as evaluation makes them, with the newest λ, in the order of ``pairs``.
+        """The mixture logits of each pair with the newest λ, as in evaluation, in the order of ``pairs``.
 
-        ``logits_by["mix"]`` of an evaluation is their mean.  (B, D_modality) each -> (B, C) each
+        Their mean is ``logits_by["mix"]`` of an evaluation.  (B, D_modality) each -> (B, C) each
         """
         features, _ = self._checked(features, None)
         return self._mixtures(self._projected(features), self.eval_weight)
@@ -255,7 +255,7 @@ class ProbeRebalance(FusionModule):
         return [self._mixed(pair, features, weight.reshape(-1)[pair]) for pair in range(len(self.pairs))]
 
     def _mixed(self, pair: int, features: dict[str, Tensor], weight: Tensor) -> Tensor:
-        """The pair's mixture with the given weight of its first modality, through its head.  () -> (B, C)"""
+        """The mixture logits of a pair, given the weight of its first modality.  weight () -> (B, C)"""
         x, y = (features[name] for name in self.pairs[pair])
         z = ik.geodesic_mixup(x, y, weight) if self.mixup == "geodesic" else weight * x + (1 - weight) * y
         return self.mix_heads[self.mix_head_names[pair]](z)
@@ -277,7 +277,7 @@ class ProbeRebalance(FusionModule):
         return self._measured(FusionOutput(loss, sum_logits(logits_by), logits_by, None, weight, losses_by))
 
     def _measured(self, output: FusionOutput) -> FusionOutput:
-        """With the ω last measured, in one piece and by name."""
+        """Adds the ω last measured to the output, as a tensor and as named measures."""
         strength = self.strength.clone()
         measures = dict(zip(self._strength_names, strength.flatten().unbind(), strict=True))
         return output._replace(strength=strength, measures=measures)
@@ -288,14 +288,14 @@ class ProbeRebalance(FusionModule):
         return dict(zip(names, self.weight.flatten().unbind(), strict=True))
 
     def _draw(self) -> list[int]:
-        """The pairs of this step."""
+        """Indices of the pairs of this step."""
         if self.sampling == "all" or len(self.pairs) == 1:
             return list(range(len(self.pairs)))
         self._draws += 1
         return [_hash(self._draws) % len(self.pairs)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProbeRebalance:
-        # bfloat16 could not hold the average: its step near 1/2 is 2⁻⁸, and a smaller (1-α)(ω-λ) would leave λ where it is
+        # bfloat16 is too coarse for the average: its spacing near 1/2 is 2⁻⁸, and a smaller (1-α)(ω-λ) would not change λ
         exact = {name: getattr(self, name) for name in ("weight", "eval_weight", "strength")}
         super()._apply(fn, recurse)
         for name, value in exact.items():
@@ -323,7 +323,7 @@ def _parameters(head: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _hash(count: int) -> int:
-    """SplitMix64's output function: the same 64 well-mixed bits for the same count, everywhere."""
+    """SplitMix64's output function: 64 well-mixed bits, a function of the count alone on every platform."""
     mask = 2**64 - 1
     bits = count * 0x9E3779B97F4A7C15 & mask
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & mask
@@ -332,6 +332,6 @@ def _hash(count: int) -> int:
 
 
 def _recount(module: nn.Module, _: Any) -> None:
-    """After a state was loaded, continues the draws from its count of steps."""
+    """Load hook: sets the host's step count from the restored buffer."""
     assert isinstance(module, ProbeRebalance)
     module._draws = int(module.steps.sum())

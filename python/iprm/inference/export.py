@@ -22,11 +22,11 @@ from iprm.errors import InputError
 
 from .model import Inference
 
-#: Batch sizes that the exported graph is compared at: 1 and 2, which tracing treats apart, and one with no special place.
+#: Batch sizes at which the exported graph is compared: 1 and 2, which tracing may specialise on, and an arbitrary one.
 BATCHES = (1, 2, 17)
-#: Largest difference of logits, in units of the largest logit or 1: 64 roundings of float32. The same operators compute both,
-#: but for the mixture, which is plain torch in one and a kernel in the other. With features of width 8 to 512, IPRM's differed
-#: by 8.9e-8 at most, the baselines' by 0.
+#: Largest allowed difference of logits, in units of the largest logit or 1: 64 roundings of float32. Both models run the same
+#: operators, except that the mixture is plain torch in the exported graph and a kernel in the original. With features of width
+#: 8 to 512, IPRM's logits differed by at most 8.9e-8, those of the baselines by 0.
 BOUND = 64 * torch.finfo(torch.float32).eps
 
 
@@ -34,11 +34,11 @@ def export(model: Inference, folder: Path) -> float:
     """Writes model.pt2, model.safetensors and model.json, all or none of them.
 
     Returns:
-        The largest difference between the logits of model.pt2, as read back, and those of `model`, in units of the largest
-        logit or 1.
+        The largest difference between the logits of model.pt2, after reading it back, and those of `model`, in units of the
+        largest logit or 1.
 
     Raises:
-        InputError: that difference is beyond `BOUND`: the files would not be this model.
+        InputError: that difference is above `BOUND`.
     """
     program = exported(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def export(model: Inference, folder: Path) -> float:
 
 
 def exported(model: Inference) -> ExportedProgram:
-    """The graph of `model` for any number of rows, of aten operators alone, without the names of the files it was traced in.
+    """The graph of `model` for any number of rows, in aten operators only, without source file names.
 
     Raises:
         InputError: an encoder class cannot be traced for any number of rows, or uses operators of other libraries.
@@ -66,22 +66,22 @@ def exported(model: Inference) -> ExportedProgram:
     example = {modality: each(lambda spec: spec.zeros(3), description) for modality, description in model.inputs.items()}
     sizes = {modality: each(lambda _: {0: batch}, description) for modality, description in model.inputs.items()}
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # of torch's own, from inside torch.export
+        warnings.filterwarnings("ignore", category=FutureWarning)  # raised by torch itself inside torch.export
         try:
             program = torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
-        except Exception as error:  # of an encoder class of the user's own torch.export raises errors of any type
+        except Exception as error:  # torch.export raises errors of any type for a user's own encoder class
             raise InputError(f"torch.export cannot trace the model: {type(error).__name__}: {error}") from error
         program = program.run_decompositions(ik.decompositions())
     for node in program.graph.nodes:
         for note in ("stack_trace", "from_node", "torch_fn"):
             node.meta.pop(note, None)
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten":
-            raise InputError(f"{node.target}: an operator that torch alone does not have is left in the exported graph")
+            raise InputError(f"{node.target}: the exported graph contains an operator that is not one of torch")
     return program
 
 
 def largest_difference(model: Inference, other: Any) -> float:
-    """Of the logits of two models, in units of the largest logit or 1, at each of `BATCHES`; NaN if anything is."""
+    """The largest difference of the logits of two models over `BATCHES`, in units of the largest logit or 1; NaN if one is."""
     generator = torch.Generator().manual_seed(0)
     differences = []
     for rows in BATCHES:
@@ -93,7 +93,7 @@ def largest_difference(model: Inference, other: Any) -> float:
 
 
 def _random(spec: InputSpec, rows: int, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers, or integers of 0 and 1: how many others an encoder knows is not known."""
+    """Standard normal numbers, or integers 0 and 1: the number of integers that an encoder accepts is unknown."""
     if spec.floating:
         return torch.randn(rows, *spec.shape, generator=generator)
     return torch.randint(2, (rows, *spec.shape), generator=generator).to(spec.torch_dtype)
@@ -101,21 +101,21 @@ def _random(spec: InputSpec, rows: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def logits(model: Any, inputs: Mapping[str, Input]) -> Tensor:
-    """Those of the prediction and of every head.  -> (1 + heads, B, C)"""
+    """Logits of the prediction and of every head.  -> (1 + heads, B, C)"""
     output = model(dict(inputs))
     return torch.stack([output["logits"], *output["logits_by"].values()])
 
 
 def weights_read(program: ExportedProgram) -> dict[str, Tensor]:
-    """The parameters and buffers of the checkpoint that the graph reads, by name: not λ of the next training step, nor buffers
-    that are not persistent, which the graph holds as constants."""
+    """The parameters and buffers of the checkpoint that the graph reads, by name. Excluded are λ of the next training step, and
+    non-persistent buffers, which the graph holds as constants."""
     used = {node.name for node in program.graph.nodes if node.users}
     read = [spec.target for spec in program.graph_signature.input_specs if spec.arg.name in used]
     return {name: program.state_dict[name].detach().contiguous().clone() for name in read if name in program.state_dict}
 
 
 def describe(model: Inference) -> dict[str, Any]:
-    """What model.json says of a model: what it takes, what it gives, and what it was made with."""
+    """The content of model.json: inputs, classes, method, encoders and versions."""
     weight = getattr(model.fusion, "eval_weight", None)
     return {
         "modalities": list(model.inputs),

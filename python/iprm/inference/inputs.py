@@ -1,4 +1,4 @@
-"""New samples, without labels, in .npz or .npy files: found, checked by their headers, and read a few rows at a time."""
+"""Unlabelled samples in .npz or .npy files: located, checked by their headers, and read in chunks of rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Specs = Mapping[str, InputSpec]
 
 
 class Piece(NamedTuple):
-    """Consecutive rows of a source: label of a tensor -> (N, ...), floating numbers in float32 and finite."""
+    """Consecutive rows of a source: label of a tensor -> (N, ...); floating-point values are float32 and finite."""
 
     source: str
     first_row: int
@@ -38,14 +38,14 @@ class Array:
     count: int
 
     def read(self, rows: int) -> Generator[np.ndarray, None, None]:
-        """The rows, at most `rows` at a time: floating numbers in float32, others in the type of the input.
+        """Yields at most `rows` rows at a time, floating-point values in float32, others in the dtype of the input.
 
         Raises:
-            InputError: the file is broken, or a value is not finite in float32, or not one of that type.
+            InputError: the file is broken, or a value is not finite in float32 or not representable in that dtype.
         """
         first = 0
         for block in self.stored.blocks(rows, (self.count, *self.spec.shape)):
-            with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is named below
+            with np.errstate(over="ignore"):  # values beyond float32 become infinite and are reported below
                 values = block.astype(np.float32 if self.spec.floating else self.spec.dtype)
             right = np.isfinite(values) if self.spec.floating else values == block
             right = right.reshape(len(block), -1).all(axis=1)
@@ -61,7 +61,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Source:
-    """Samples that belong together: the arrays of an .npz, or the .npy files of a folder. label of a tensor -> array."""
+    """Samples from one .npz file, or from one folder of .npy files. arrays: label of a tensor -> array."""
 
     name: str
     arrays: dict[str, Array]
@@ -76,15 +76,15 @@ class Source:
 
 
 def find_samples(path: Path, inputs: Mapping[str, Description]) -> list[Source]:
-    """The sources at `path`, in order of name, all of whose headers fit.
+    """The sources at `path`, sorted by name, after checking all headers.
 
     Args:
-        path: an .npz file, a folder of such files, or a folder of a ``<modality>.npy`` a modality.
+        path: an .npz file, a folder of .npz files, or a folder with one ``<modality>.npy`` per modality.
         inputs: modality -> description of its input. The array of a tensor ``ids`` of a modality ``text`` is called
             ``x_text.ids``, its file ``text.ids.npy``.
 
     Raises:
-        InputError: nothing is there, a modality is missing, or an array is of another shape, type or number of rows.
+        InputError: there are no samples, a modality is missing, or an array has a wrong shape, dtype or number of rows.
     """
     specs = flat(inputs)
     if path.is_file():
@@ -127,7 +127,7 @@ def _required(names: dict[str, str], held: Iterable[str], absence: str, presence
 
 
 def _checked(stored: StoredArray, spec: InputSpec) -> Array:
-    """The array, if it is one of samples of this description, and all of its bytes are there."""
+    """Checks that an array holds samples of this description, and that the file holds all of its bytes."""
     found, _, dtype = stored.header
     count = 1 if found == spec.shape else found[0] if found[1:] == spec.shape else -1
     whole = np.issubdtype(dtype, np.integer) or (spec.dtype == "bool" and dtype == np.bool_)
@@ -154,7 +154,7 @@ def _alike(source: Source) -> Source:
 
 
 def gathered(pieces: Iterable[Piece], rows: int) -> Iterator[list[Piece]]:
-    """Consecutive pieces that have at most `rows` rows together: many files of one sample make one batch."""
+    """Groups consecutive pieces of at most `rows` rows in all, so that many files of one sample make one batch."""
     held: list[Piece] = []
     for piece in pieces:
         if held and sum(p.rows for p in held) + piece.rows > rows:

@@ -1,4 +1,4 @@
-"""A trained model as a function of its inputs: what `iprm export` and `iprm predict --input` read from a checkpoint."""
+"""A trained model loaded from a checkpoint for inference, by `iprm export` and `iprm predict --input`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from iprm.training.classifier import FusionClassifier
 
 
 class Inference(nn.Module):
-    """A `FusionClassifier` in evaluation: λ is the one that training left, nothing is learned, float32 on the CPU.
+    """A `FusionClassifier` in evaluation mode, float32 on the CPU, without gradients, with the last λ of training.
 
     modality -> (B, *shape), or a dict of such tensors, to {"logits": (B, C), "probabilities": (B, C), "logits_by":
-    {head: (B, C)}}. It takes the modalities that its method reads, for "unimodal-<modality>" that one alone.
+    {head: (B, C)}}. Its inputs are the modalities that the method reads: for "unimodal-<modality>", that one alone.
     """
 
     def __init__(self, model: FusionClassifier) -> None:
@@ -46,18 +46,18 @@ class Inference(nn.Module):
 
 
 def load_inference(path: str | Path, encoders: Collection[str] = ()) -> Inference:
-    """The model of a checkpoint that `iprm fit` has written, whatever precision or device it was trained with.
+    """Loads the model of a checkpoint of `iprm fit`, trained in any precision and on any device.
 
-    No code of the checkpoint runs: tensors and plain values alone are read, and no module is imported because the checkpoint
-    names it.
+    No code of the checkpoint runs: only tensors and plain values are read, and a class that the checkpoint names is imported
+    only if `encoders` lists it.
 
     Args:
         path: the file.
-        encoders: import paths of encoder classes that the checkpoint may name, beside the encoders of `ENCODERS`.
+        encoders: import paths of encoder classes to allow, in addition to the encoders of `ENCODERS`.
 
     Raises:
-        InputError: no such file, no checkpoint of `iprm fit`, one with an encoder class that is not among `encoders`, or one
-            whose weights are not those of its settings.
+        InputError: there is no such file, it is not a checkpoint of `iprm fit`, it names an encoder class that is not in
+            `encoders`, or its weights do not fit its settings.
     """
     checkpoint = read_checkpoint(path, mmap=True)
     known = options_of(FusionClassifier)
@@ -69,7 +69,7 @@ def load_inference(path: str | Path, encoders: Collection[str] = ()) -> Inferenc
                     f"the encoder of modality {modality!r} is the class {cls}, which would be imported and run; "
                     f"if you trust it, add --encoder {cls}"
                 )
-        with torch.device("meta"):  # no memory is taken for weights that are about to be replaced, however large a size says
+        with torch.device("meta"):  # allocates nothing: the weights are replaced below, and a damaged size may be huge
             model = FusionClassifier(**settings)
         model.load_state_dict(checkpoint["state_dict"], assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""What `iprm predict` writes."""
+"""The predictions file of `iprm predict`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def write_predictions(path: Path, batches: Sequence[dict[str, Tensor]]) -> None:
-    """One CSV row an input: row, target, prediction, and the probability p_<class> of every class.
+    """Writes one CSV row per sample: row, target, prediction, and the probability p_<class> of every class.
 
     Args:
-        path: its folder is created if it is not there.
-        batches: `FusionClassifier.predict_step` of each: probability (B, C), target (B,).
+        path: the file to write; its folder is created if missing.
+        batches: the results of `FusionClassifier.predict_step`: probability (B, C), target (B,).
     """
     probability = torch.cat([batch["probability"] for batch in batches])
     target = torch.cat([batch["target"] for batch in batches])
@@ -29,11 +29,11 @@ def write_predictions(path: Path, batches: Sequence[dict[str, Tensor]]) -> None:
 
 
 def columns(classes: int) -> list[str]:
-    """The titles of a prediction: the class, and the probability of each."""
+    """Column names of a prediction: the predicted class, and the probability of each class."""
     return ["prediction", *(f"p_{k}" for k in range(classes))]
 
 
 def cells(probability: Tensor) -> Iterator[list[Any]]:
-    """What stands below `columns`, a list an input.  (B, C) -> B lists"""
+    """The values for `columns`, one list per sample.  (B, C) -> B lists"""
     for k, p in zip(probability.argmax(1).tolist(), probability.tolist(), strict=True):
         yield [k, *(f"{value:.6g}" for value in p)]

@@ -20,11 +20,11 @@ IPRM = "Yang, Wu, Jiang, IJCAI 2025"
 
 
 class Entry(NamedTuple):
-    """What a method's name stands for.
+    """The fusion modules and the rule of a named method.
 
     Attributes:
-        fusion: name -> fusion module; where there are several, the option ``fusion`` chooses, and the first is the default.
-        rule: how it is trained.
+        fusion: name -> fusion module. If there are several, the option ``fusion`` selects one; the first is the default.
+        rule: the training rule.
         fixed: options that the name fixes.
         paper: authors, place and year; empty for a plain baseline.
     """
@@ -61,7 +61,7 @@ METHODS = {
 
 
 class Method(NamedTuple):
-    """A method made for widths and classes: a fusion module and the rule that trains it."""
+    """A fusion module and the rule that trains it."""
 
     fusion: FusionModule
     rule: Rule
@@ -80,13 +80,13 @@ def build(
         name: a key of `METHODS`, or "unimodal-<modality>".
         feature_dim: width of all modalities' features, or a mapping modality -> width.
         num_classes: C.
-        modalities: the modalities of the data. The fusion module's own ``modalities`` are those that it reads.
+        modalities: the modalities of the data. The attribute ``modalities`` of the fusion module holds those that it reads.
         options: keyword arguments of the fusion module and of the rule, except those that the name fixes; and ``fusion``, the
             name of a fusion module, for methods that have several.
 
     Raises:
         ValueError: an unknown method, or an argument out of its range.
-        TypeError: an option that the method does not take, or one that it needs.
+        TypeError: an option that the method does not have, or a required option that is missing.
     """
     entry = _entry(name, checked_modalities(modalities, 1))
     fusions = list(entry.fusion)
@@ -123,7 +123,7 @@ def _entry(name: str, modalities: Sequence[str]) -> Entry:
 
 
 def _of(owner: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that are arguments of `owner`."""
+    """The options that are parameters of `owner`."""
     parameters = inspect.signature(owner).parameters
     return {name: value for name, value in options.items() if name in parameters}
 

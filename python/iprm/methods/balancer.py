@@ -1,4 +1,4 @@
-"""`Balancer`: any method in a training loop of one's own, one batch at a time."""
+"""`Balancer`: any method in a custom training loop, batch by batch."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ SGD = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 
 
 class Balancer:
-    """Trains encoders by a method, in a loop of the user's::
+    """Trains encoders with a method, in a custom training loop::
 
         b = iprm.Balancer({"audio": a, "image": i}, 512, num_classes=31, method="ogm-ge", epochs=50)
         for epoch in range(50):
             b.start_epoch(epoch, loader)
             for inputs, target in loader:
                 out = b.step(inputs, target)
-            b.end_epoch({"audio": 0.61, "image": 0.43})  # validation accuracies, for methods that ask for them
+            b.end_epoch({"audio": 0.61, "image": 0.43})  # validation accuracies, for methods that need them
         b.model(inputs).logits
 
-    Under an initialised torch.distributed, gradients are averaged over the processes before the method sees them: losses and
-    statistics are those of the joint batch. `iprm.training.classifier.FusionClassifier` trains by the same rules, with the same
-    bits from the same weights, batches and optimiser.
+    If torch.distributed is initialised, gradients are averaged over the processes before the method modifies them: losses and
+    statistics are those of the joint batch. `iprm.training.classifier.FusionClassifier` uses the same rules: from the same
+    weights, batches and optimiser, both give bit-identical results.
 
     Args:
         encoders: modality -> module (B, ...) -> (B, D). Their order is that of the modalities.
         feature_dim: width D of all features, or a mapping modality -> width.
         num_classes: C.
         method: a key of `iprm.methods.METHODS`, or "unimodal-<modality>".
-        optimizer: parameter groups -> Optimizer. Each group has a ``name``; there is one group unless the method asks for more.
-        epochs: how many there will be; unused by the methods so far that do not say so.
-        steps_per_epoch: batches per epoch, for methods that follow a schedule within it.
+        optimizer: parameter groups -> Optimizer. Each group has a ``name``; there is one group unless the method needs more.
+        epochs: number of epochs, for methods whose documentation mentions it.
+        steps_per_epoch: batches per epoch, for methods with a schedule within an epoch.
         freeze: modality -> True, or the number of first epochs in which its encoder is not trained.
-        scaler: a `torch.amp.GradScaler`, for float16: losses are scaled, and gradients unscaled before the method sees them. A
-            step with gradients that are not finite is skipped, as the scaler does it.
+        scaler: a `torch.amp.GradScaler`, for float16: losses are scaled, and gradients unscaled before the method modifies
+            them. The scaler skips steps with non-finite gradients.
         accumulate: batches per optimiser step; their losses are averaged.
-        clip: greatest norm of all gradients together, after the method has changed them; None for no clipping.
-        options: of the method.
+        clip: largest total norm of the gradients, applied after the method has modified them; None for no clipping.
+        options: options of the method.
 
     Attributes:
         model: `FusionModel`; its parameters are ``encoders.<modality>.*`` and ``fusion.*``.
@@ -60,7 +60,7 @@ class Balancer:
         optimizer: the optimiser; give it a learning rate scheduler as usual.
 
     Raises:
-        InputError, TypeError, ValueError: a method, option or argument that cannot be used, by name.
+        InputError, TypeError, ValueError: an invalid method, option or argument, which the message names.
     """
 
     def __init__(
@@ -95,25 +95,25 @@ class Balancer:
         self._accuracies_due = VALIDATION in self.rule.needs
 
     def start_epoch(self, epoch: int, loader: Any = None) -> None:
-        """What the method does between epochs.
+        """Runs the method's computation before an epoch. Call it before the first batch.
 
         Args:
-            epoch: the one that begins, from 0.
-            loader: yields (inputs, target) of the training split, for methods that look at it; iterated apart from the loop.
+            epoch: number of the epoch that begins, from 0.
+            loader: yields (inputs, target) of the training split, for methods that need it. It is iterated separately.
         """
         self.epoch, self.batch = epoch, 0
         self.model.train()
         self.driver.start_epoch(epoch, loader)
 
     def step(self, inputs: Mapping[str, Input], target: Tensor) -> FusionOutput:
-        """One batch: the parameters are updated, at every `accumulate`-th batch.
+        """Trains on one batch. The parameters are updated at every `accumulate`-th batch.
 
         Args:
             inputs: modality -> (B, ...).
-            target: (B,) class indices; -100 keeps a row out of losses and statistics.
+            target: (B,) class indices; -100 excludes a row from losses and statistics.
 
         Returns:
-            The output of the forward pass that was learned from.
+            The output of the forward pass that the loss was computed from.
         """
         self._pending += 1
         due = self._pending == self.accumulate
@@ -131,7 +131,7 @@ class Balancer:
         return output
 
     def end_epoch(self, accuracies: Mapping[str, float] | None = None) -> None:
-        """What the method does with validation accuracies, from 0 to 1, of each modality's own head (``out.logits_by``).
+        """Passes validation accuracies, from 0 to 1, of each modality's own head (``out.logits_by``) to the method.
 
         Raises:
             InputError: the method needs them, and one is missing.
@@ -144,7 +144,7 @@ class Balancer:
             self.rule.end_epoch(accuracies)
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, rule, optimiser, scaler and the place in the run: tensors and plain values. Between optimiser steps alone."""
+        """State of model, rule, optimiser, scaler and run, as tensors and plain values. Only between optimiser steps."""
         if self._pending:
             raise RuntimeError("state_dict: gradients are being accumulated; save after an optimiser step")
         return {
@@ -156,7 +156,7 @@ class Balancer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues bit-identically from what `state_dict` returned."""
+        """Restores the result of `state_dict`. Training resumes bit-identically."""
         self.model.load_state_dict(state["model"])
         self.rule.load_state_dict(state["rule"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -184,12 +184,12 @@ class Balancer:
 
 
 def parameter_groups(model: FusionModel, rule: nn.Module, settings: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The groups of parameters that an optimiser is made with, in the order of the model's parameters.
+    """Parameter groups for the optimiser, in the order of the model's parameters.
 
     Args:
         model: encoders and fusion module.
-        rule: a `Rule`: its groups, and its own parameters.
-        settings: modality -> entries of the group of its encoder, such as {"weight_decay": 0}.
+        rule: a `Rule`, which defines groups and may have parameters.
+        settings: modality -> entries for the group of its encoder, such as {"weight_decay": 0}.
 
     Returns:
         One group "all", or one per name in `Rule.groups` or `settings`, and "rest" for the parameters in none of them.
@@ -206,7 +206,7 @@ def parameter_groups(model: FusionModel, rule: nn.Module, settings: Mapping[str,
 
 @torch.no_grad()
 def _average_gradients(model: nn.Module) -> None:
-    """Gradients averaged over the processes, in one all-reduce per dtype; those of a single process stay."""
+    """Averages gradients over the processes, with one all-reduce per dtype. Does nothing in a single process."""
     if process_group() is None:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

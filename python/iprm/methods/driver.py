@@ -1,4 +1,4 @@
-"""Drives a rule, one batch at a time: the part that a loop of one's own and the Lightning module share."""
+"""Drives a rule batch by batch: the code shared by `Balancer` and the Lightning module."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .rule import Epoch, Rule, Step, Update
 
 
 class Driver:
-    """Runs the hooks of a rule around the forward pass, the backward pass and the optimiser's step of its caller.
+    """Calls the hooks of a rule around the caller's forward pass, backward pass and optimiser step.
 
     Args:
         model: encoders and fusion module.
-        rule: how they are trained.
-        run: inputs, target -> features, output: what `Step.forward` calls; the model itself by default.
-        freeze: modality -> True for an encoder that is never trained, or the number of first epochs in which it is not. Batch
-            statistics of a frozen encoder do not move, and neither momentum nor weight decay touches its parameters.
+        rule: the training rule.
+        run: (inputs, target) -> (features, output), called by `Step.forward`; by default the model's `with_features`.
+        freeze: modality -> True for an encoder that is never trained, or the number of first epochs in which it is frozen.
+            A frozen encoder keeps its batch statistics, and momentum and weight decay do not change its parameters.
 
     Raises:
-        InputError: `freeze` names no modality of the model, or is neither a bool nor a number of epochs from 0 up.
+        InputError: `freeze` names an unknown modality, or a value is neither a bool nor a number of epochs from 0 up.
     """
 
     def __init__(self, model: FusionModel, rule: Rule, run: Any = None, freeze: Mapping[str, bool | int] | None = None) -> None:
@@ -51,8 +51,8 @@ class Driver:
     def updates(
         self, inputs: Mapping[str, Input], target: Tensor, epoch: int, batch: int, batches: int | None
     ) -> Iterator[Update]:
-        """The updates of one batch. Before the next one is taken, the caller differentiates `loss_of` it, calls `modulate`, and
-        lets the optimiser step inside `scaled_rates`."""
+        """Yields the updates of one batch. Before requesting the next one, the caller differentiates `loss_of(update)`, calls
+        `modulate`, and runs the optimiser step inside `scaled_rates`."""
         for modality in self.freeze:
             self.model.encoders[modality].train(not self._frozen(modality, epoch))
         self._step = Step(self.model, inputs, target, epoch, batch, batches, self.run)
@@ -67,7 +67,7 @@ class Driver:
         return self._step.features
 
     def modulate(self) -> None:
-        """Between the backward pass (reduced and unscaled) and clipping."""
+        """Call after gradients are reduced and unscaled, before they are clipped."""
         assert self._step is not None
         assert self._update is not None
         trains, frozen = self._update.trains, [m for m in self.freeze if self._frozen(m, self._step.epoch)]
@@ -79,7 +79,7 @@ class Driver:
 
     @contextmanager
     def scaled_rates(self, optimizer: Optimizer) -> Iterator[None]:
-        """The learning rates of the rule's groups, times `Rule.rates`; afterwards those of the schedule again."""
+        """Multiplies the learning rates of the rule's groups by `Rule.rates` in the context, and restores them afterwards."""
         factors = self.rule.rates()
         scaled = [(group, group["lr"]) for group in optimizer.param_groups if group.get("name") in factors]
         for group, rate in scaled:
@@ -91,7 +91,7 @@ class Driver:
                 group["lr"] = rate
 
     def predicted(self, output: FusionOutput) -> FusionOutput:
-        """The output of an evaluation, with the prediction of the rule."""
+        """Replaces the logits of an evaluation output by the prediction of the rule."""
         return output._replace(logits=self.rule.predict(output))
 
     def _frozen(self, modality: str, epoch: int) -> bool:

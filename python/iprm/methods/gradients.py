@@ -1,4 +1,4 @@
-"""Gradients of a model by modality, for rules that change them."""
+"""Gradients of a model by modality, for rules that modify them."""
 
 from __future__ import annotations
 

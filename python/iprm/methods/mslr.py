@@ -1,4 +1,4 @@
-"""MSLR: a learning rate for each modality, kept, or moved by how its validation accuracy moves."""
+"""MSLR: one learning rate per modality, constant or adapted to its validation accuracy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from iprm.fusion.model import FusionModel
 
 from .rule import VALIDATION, Rule, Step, Update
 
-#: Epochs whose accuracies are averaged, and between two changes of the cumulative form.
+#: Epochs in the average of accuracies, and between two changes of the cumulative form.
 EPOCHS = 5
 
 
@@ -24,20 +24,20 @@ class MSLR(Rule):
         window      factor_m = initial_m · acc_m / mean(acc_m of the 5 epochs before this one);  initial_m until there are 5
         cumulative  after every 5th epoch:  factor_m <- factor_m · acc_m / mean(acc_m of the last 5 epochs, this one included)
 
-    Encoder and own head of a modality share its rate; in the cumulative form the encoder alone, and the heads keep theirs. The
-    factor multiplies the learning rate, not the gradient: weight decay, where the optimiser adds it to the gradient, is scaled
-    with it, and momentum is not. An accuracy of 0 over all of those epochs leaves the factor as it is.
+    The rate applies to a modality's encoder and own head; in the cumulative form to the encoder only. The factor multiplies the
+    learning rate, not the gradient: weight decay that the optimiser adds to the gradient is scaled too, momentum is not. If the
+    mean accuracy is 0, the factor does not change.
 
     Args:
         schedule: "window", "keep" or "cumulative".
-        initial: modality -> initial_m, above 0; 1 for those not named. The AGM authors' runs: CREMA-D audio 0.9, visual 1.1.
+        initial: modality -> initial_m, above 0; 1 by default. The AGM authors' runs: CREMA-D audio 0.9, visual 1.1.
 
     Measures: ``rate_<modality>``, its factor.
 
     Buffers: ``factor`` (M,), ``history`` (M, 5) of accuracies, newest last, ``epochs`` ().
 
     Source: Yao, Mihalcea, "Modality-specific Learning Rates for Effective Multimodal Additive Late-fusion", Findings of ACL
-    2022. No formula of the paper was at hand: "window" is how the AGM authors' code reads it, "cumulative" how AMST's does.
+    2022. The paper's own formula was not available: "window" follows the AGM authors' code, "cumulative" that of AMST.
     """
 
     factor: Tensor
@@ -98,7 +98,7 @@ class MSLR(Rule):
         self._rates = factor.tolist()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MSLR:
-        exact = {"factor": self.factor, "history": self.history}  # stay in float64 in a module of a narrower type
+        exact = {"factor": self.factor, "history": self.history}  # stay in float64 in a module of a narrower dtype
         super()._apply(fn, recurse)
         for name, value in exact.items():
             setattr(self, name, value.to(getattr(self, name).device))
@@ -106,12 +106,12 @@ class MSLR(Rule):
 
 
 def _ratio(accuracy: Tensor, history: Tensor) -> Tensor:
-    """acc_m / mean of history_m, and 1 where that mean is 0.  (M,), (M, 5) -> (M,)"""
+    """acc_m / mean(history_m), or 1 if that mean is 0.  (M,), (M, 5) -> (M,)"""
     mean = history.mean(1)
     return torch.where(mean > 0, accuracy / mean, torch.ones_like(mean))
 
 
 def _read_back(module: nn.Module, _: object) -> None:
-    """After a state was loaded, the rates are those of its factors."""
+    """Load hook: sets the rates from the restored factors."""
     assert isinstance(module, MSLR)
     module._rates = module.factor.tolist()

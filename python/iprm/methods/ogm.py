@@ -1,4 +1,4 @@
-"""OGM and OGM-GE: the encoder of the modality that is ahead learns more slowly."""
+"""OGM and OGM-GE: gradients of the dominant modality's encoder are scaled down."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ NOISE_FLOOR = 1e-8
 
 
 class OGM(Rule):
-    r"""On-the-fly gradient modulation, by the share of probability that each modality gives to the label::
+    r"""On-the-fly gradient modulation, based on the probability that each modality assigns to the label::
 
         s_m = Σ_i softmax(logits_m[i])[y_i]                  # the parts of the fused logits, before the update
         ρ_m = mean over j ≠ m of s_m / s_j
         k_m = 1 - tanh(alpha ρ_m) if ρ_m > 1 else 1
         gradient of encoder m  <-  k_m · gradient  (+ N(0, std(gradient) + 1e-8) per tensor, with `noise`: OGM-GE)
 
-    The noise has the standard deviation of the gradient before it is scaled, and reaches the encoders of all modalities, except
-    tensors of a single number. Sums run over the rows of all processes and of all batches of an accumulation window; rows
-    labelled -100 are left out. Only the epochs of `window` are modulated. ``alpha=0`` without noise is plain training, bit for
-    bit. An optimiser that normalises gradients, such as Adam, cancels k_m.
+    The noise has the standard deviation of the gradient before scaling, and is added in the encoders of all modalities, except
+    to tensors of a single number. Sums run over the rows of all processes and of all batches of an accumulation window, without
+    rows labelled -100. Only the epochs of `window` are modulated. ``alpha=0`` without noise is bit-identical to plain training.
+    An optimiser that normalises gradients, such as Adam, cancels k_m.
 
     Args:
         alpha: strength of the modulation, from 0 up; the authors' README: 0.1 in general, 0.8 for CREMA-D.
-        noise: generalisation enhancement: OGM-GE.
-        modulate: "conv" for the weights of 2-D convolutions (tensors of 4 dimensions) alone, as released; "all" for every
-            parameter of the encoder; "auto" for "conv" in encoders that have such weights, "all" in others.
-        window: first and last epoch that is modulated.
+        noise: add the noise above (generalisation enhancement): OGM-GE.
+        modulate: "conv" for the weights of 2-D convolutions (4-dimensional tensors) only, as in the released code; "all" for
+            every parameter of the encoder; "auto" for "conv" in encoders that have such weights, "all" in others.
+        window: first and last modulated epoch.
         form: "paper", or "released": at exactly equal scores of two modalities the released code slows the first one.
 
-    Buffers: ``seed`` of the noise, drawn when the rule is made and equal on all processes that are seeded alike, and ``count``
-    of the modulated updates; the noise of an update depends on both alone.
+    Buffers: ``seed`` of the noise, drawn at construction and equal on all processes with the same torch seed, and ``count`` of
+    modulated updates. The noise of an update depends only on these two.
 
-    Measures: ``k_<modality>``, of the update.
+    Measures: ``k_<modality>``.
 
     Source: Peng, Wei, Deng, Wang, Hu, "Balanced Multimodal Learning via On-the-fly Gradient Modulation", CVPR 2022, and the
-    authors' code; the mean of pairwise ratios for more than two modalities: the authors' answer to a question there.
+    authors' code; the mean of pairwise ratios for more than two modalities follows the authors' answer in its issues.
     """
 
     needs = frozenset({GRADIENTS})
@@ -79,7 +79,7 @@ class OGM(Rule):
         self._host = (torch.initial_seed() % 2**63, 0)  # seed and count: reading the buffers would synchronise with a GPU
         self.register_buffer("seed", torch.tensor(self._host[0], dtype=torch.int64))
         self.register_buffer("count", torch.tensor(0, dtype=torch.int64))
-        self._scores: Tensor | None = None  # (M,) of this process, over the accumulation window
+        self._scores: Tensor | None = None  # (M,) sums of this process over the accumulation window
         self._factors: Tensor | None = None  # (M,)
         self.register_load_state_dict_post_hook(_read_back)
 
@@ -111,7 +111,7 @@ class OGM(Rule):
             if not self.noise:
                 scale(chosen, factor)
                 continue
-            noisy = [gradient for gradient in chosen if gradient.numel() > 1]  # one number has no standard deviation
+            noisy = [gradient for gradient in chosen if gradient.numel() > 1]  # a single number has no standard deviation
             spreads = [gradient.std() for gradient in noisy]
             scale(chosen, factor)
             for gradient, spread, drawn in zip(noisy, spreads, self.draws(place, noisy), strict=True):
@@ -148,6 +148,6 @@ def label_probability(logits: Sequence[Tensor], target: Tensor) -> Tensor:
 
 
 def _read_back(module: nn.Module, _: object) -> None:
-    """After a state was loaded, the noise continues from its seed and count."""
+    """Load hook: copies the restored seed and count to the host."""
     assert isinstance(module, OGM)
     module._host = (int(module.seed), int(module.count))

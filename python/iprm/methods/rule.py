@@ -1,4 +1,4 @@
-"""Training rules: what a method does beside its loss. The default rule trains as any classifier is trained."""
+"""Training rules: what a method does besides its loss. The default rule is plain training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from iprm.fusion.output import FusionOutput
 
 from .gradients import Gradients
 
-#: What a rule may ask of whoever drives it, in `Rule.needs`; the words complete "needs ...".
+#: Requirements that a rule may list in `Rule.needs`, worded to complete "needs ..." in error messages.
 GRADIENTS = "the whole gradient of every parameter"
 SEVERAL_UPDATES = "several updates per batch"
 VALIDATION = "validation accuracies after every epoch"
@@ -22,7 +22,7 @@ VALIDATION = "validation accuracies after every epoch"
 
 @dataclass
 class Step:
-    """One training batch, as a rule sees it.
+    """One training batch, as passed to a rule.
 
     Attributes:
         model: encoders and fusion module.
@@ -30,8 +30,8 @@ class Step:
         target: (B,) class indices; rows labelled -100 enter no loss and no statistic.
         epoch: from 0.
         batch: number of the batch within the epoch, from 0.
-        batches: how many batches the epoch has; None where that is unknown.
-        features: modality -> (B, D), with their graph, of the last `forward`.
+        batches: number of batches in the epoch; None if unknown.
+        features: modality -> (B, D), with their graph, from the last call of `forward`.
     """
 
     model: FusionModel
@@ -54,10 +54,10 @@ class Update:
     """One update of the parameters.
 
     Attributes:
-        output: of the forward pass that is learned from; what is logged.
-        loss: () to differentiate; the loss of `output` by default.
-        trains: tells by its name ("encoders.audio.0.weight", "fusion.head.bias") whether a parameter takes part. Others keep no
-            gradient, so that neither momentum nor weight decay moves them. None: all take part.
+        output: result of the forward pass; it is logged.
+        loss: () to differentiate; by default the loss of `output`.
+        trains: parameter name ("encoders.audio.0.weight", "fusion.head.bias") -> whether the parameter is updated. Gradients of
+            other parameters are set to None, so that momentum and weight decay do not change them. None: all are updated.
     """
 
     output: FusionOutput
@@ -67,12 +67,12 @@ class Update:
 
 @dataclass
 class Epoch:
-    """What a rule sees between epochs.
+    """Argument of `Rule.start_epoch`.
 
     Attributes:
-        epoch: the one that begins, from 0.
+        epoch: number of the epoch that begins, from 0.
         model: encoders and fusion module.
-        loader: yields (inputs, target) of the training split, in an order of its own; None where none was given.
+        loader: yields (inputs, target) of the training split, in its own order; None if none was given.
     """
 
     epoch: int
@@ -81,18 +81,18 @@ class Epoch:
 
 
 class Rule(nn.Module):
-    """How encoders and fusion module are trained. A subclass overrides what its paper changes.
+    """Training rule of encoders and fusion module. A subclass overrides the hooks that its method changes.
 
-    A rule is a module, so that its buffers are saved, moved and resumed with the model. Its keyword arguments are options of
-    the method. Both of its drivers, `iprm.Balancer` and `iprm.training.classifier.FusionClassifier`, keep this order for each
+    A rule is a module, so its buffers are saved, moved and restored with the model. Its keyword arguments are options of the
+    method. Both of its drivers, `iprm.Balancer` and `iprm.training.classifier.FusionClassifier`, keep this order for each
     update of a batch: forward passes, backward pass, reduction over processes, unscaling of mixed precision, `modulate`,
     clipping, the optimiser's step. Under gradient accumulation `updates` runs once per batch, `modulate` once per step.
 
     Args:
-        modalities: of the fusion module, in its order.
+        modalities: modalities of the fusion module, in its order.
     """
 
-    #: Which of `GRADIENTS`, `SEVERAL_UPDATES`, `VALIDATION` it needs; what cannot serve one refuses the rule by name.
+    #: Subset of {`GRADIENTS`, `SEVERAL_UPDATES`, `VALIDATION`}; a trainer that does not support one raises an error.
     needs: frozenset[str] = frozenset()
 
     def __init__(self, modalities: Sequence[str]) -> None:
@@ -100,26 +100,26 @@ class Rule(nn.Module):
         self.modalities = tuple(modalities)
 
     def groups(self, model: FusionModel) -> dict[str, list[nn.Parameter]]:
-        """Parameter groups by name, for `rates`; parameters in none of them share one more. Empty: one group for all."""
+        """Parameter groups by name, for `rates`. All other parameters form one further group."""
         return {}
 
     def rates(self) -> dict[str, float]:
-        """Group -> factor of its learning rate, on top of the schedule; groups not named keep theirs."""
+        """Group -> factor of its scheduled learning rate; 1 for groups not named."""
         return {}
 
     def start_epoch(self, epoch: Epoch) -> None:
         """Called before the first batch of an epoch, with the model in training mode."""
 
     def updates(self, step: Step) -> Iterator[Update]:
-        """The updates of one batch. Code after a ``yield`` runs when that update is done."""
+        """Yields the updates of one batch. Code after a ``yield`` runs after that update of the parameters."""
         yield Update(step.forward())
 
     def modulate(self, gradients: Gradients, step: Step) -> None:
-        """Called with the gradients of an update: reduced, unscaled, not yet clipped. It may change them in place."""
+        """Called with the gradients of an update: reduced, unscaled, not yet clipped. May modify them in place."""
 
     def end_epoch(self, accuracies: Mapping[str, float]) -> None:
-        """Called after an epoch with the validation accuracy of each modality's head, from 0 to 1, where there was one."""
+        """Called after each validated epoch with the accuracy, from 0 to 1, of each modality's own head."""
 
     def predict(self, output: FusionOutput) -> Tensor:
-        """The prediction (B, C) from the output of an evaluation."""
+        """The prediction (B, C) from an output in evaluation mode."""
         return output.logits

@@ -267,7 +267,7 @@ class FusionClassifier(L.LightningModule):
             self._configured.scheduler.step()
 
     def train_metrics(self, *, joint: bool = True) -> dict[str, Tensor]:
-        """Those of the epoch so far, over all processes, which must all call this, or over the rows of this process."""
+        """Metrics of the epoch so far: over all processes, which must all call this, or if not `joint` over this one alone."""
         return self.means.compute(self.fusion.state_measures(), joint=joint)
 
     def _own_loader(self) -> Any:

@@ -1,4 +1,4 @@
-"""The `digits` dataset, and what all datasets share: the registry, seeds, splits."""
+"""The `digits` dataset, and the behaviour common to all datasets: registry, seeds, splits."""
 
 from __future__ import annotations
 

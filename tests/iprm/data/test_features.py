@@ -1,4 +1,4 @@
-"""The `features` dataset: what a good file gives, and what is said of every bad one."""
+"""The `features` dataset: splits of a valid file, and the error for every kind of invalid file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iprm.encoders.description import InputSpec
 from iprm.errors import InputError
 
 
-def test_features_are_served_as_they_are_in_three_disjoint_stratified_splits(tmp_path):
+def test_features_are_served_unchanged_in_three_disjoint_stratified_splits(tmp_path):
     content = arrays()
     data = make_data("features", path=save(tmp_path, content), seed=3)
     assert data.inputs == {"audio": InputSpec((4,)), "text": InputSpec((6,))}
@@ -76,7 +76,7 @@ def test_a_file_that_is_no_archive_is_named(tmp_path):
         _ = make_data("features", path=str(tmp_path / "broken.npz")).splits
 
 
-def test_a_single_array_is_told_from_an_archive(tmp_path):
+def test_a_single_array_is_distinguished_from_an_archive(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(InputError, match=r"one\.npy: expected an \.npz of several arrays"):
         _ = make_data("features", path=str(tmp_path / "one.npy")).splits

@@ -1,4 +1,4 @@
-"""Files made to do harm: none runs code, ends the interpreter or takes memory, and each is refused with an `InputError`."""
+"""Malicious files: each raises `InputError`; none runs code, ends the interpreter or exhausts memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 class Payload:
-    """Unpickled, it makes the file that no test may find."""
+    """Unpickling it creates a file, which no test may find."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -57,7 +57,7 @@ def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
 
 
 def declared(shape: str, dtype: str = "'<f4'", content: bytes = b"\0" * 64) -> bytes:
-    """An .npy that declares what it does not hold."""
+    """An .npy whose header declares more data than the file holds."""
     header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content
 
@@ -119,7 +119,7 @@ def test_pickled_arrays_run_nothing(tmp_path: Path, canary: Path) -> None:
 
 
 def test_an_archive_that_unpacks_to_more_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 MB of zeros in 64 kB, on a machine of 32 MB."""
+    """64 MB of zeros compressed to 64 kB, on a machine with 32 MB."""
     path = archive(tmp_path / "f.npz", whole() | {"x_audio.npy": npy(np.zeros((60, 2**18), np.float32))})
     assert path.stat().st_size < MIB
     monkeypatch.setattr("iprm.data.npz.memory", lambda: 32 * MIB)
@@ -133,7 +133,7 @@ def test_an_archive_that_unpacks_to_more_than_there_is(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(("size", "message"), [(100, "is broken"), (2**32 - 2, "this machine has")])
 def test_a_directory_that_lies_about_a_size(tmp_path: Path, size: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a megabyte of zeros the zip's directory says that it is a few bytes, or four gigabytes."""
+    """The zip directory declares a megabyte of zeros as a few bytes, or as four gigabytes."""
     path = archive(tmp_path / "f.npz", whole() | {"x_audio.npy": npy(np.zeros((60, 2**12), np.float32))})
     content = bytearray(path.read_bytes())
     place = content.rindex(b"PK\x01\x02", 0, content.rindex(b"x_audio.npy"))
@@ -236,7 +236,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> 
 def test_flipped_bits_of_a_checkpoint_are_refused_or_change_nothing_that_is_read(
     tmp_path: Path, checkpoint: Path, mmap: bool
 ) -> None:
-    """Most of the file is weights, and torch's reader ignores the archive's checksums: `read_checkpoint` verifies them."""
+    """Most of the file holds weights. torch.load ignores the checksums of the archive; `read_checkpoint` verifies them."""
     rng, content, original, refused = random.Random(0), checkpoint.read_bytes(), read_checkpoint(checkpoint), 0
     for _ in range(200):
         (tmp_path / "flipped.ckpt").write_bytes(flipped(content, rng))
@@ -249,7 +249,7 @@ def test_flipped_bits_of_a_checkpoint_are_refused_or_change_nothing_that_is_read
     assert 160 < refused < 200
 
 
-def test_a_changed_weight_is_told_from_a_foreign_file(tmp_path: Path, checkpoint: Path) -> None:
+def test_a_changed_weight_is_distinguished_from_a_foreign_file(tmp_path: Path, checkpoint: Path) -> None:
     content = bytearray(checkpoint.read_bytes())
     content[content.index(torch.ones(8).numpy().tobytes())] ^= 1
     checkpoint.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What loaders and their workers give, how many workers there are, and splits that are not in memory."""
+"""Batches of loaders and their workers, the number of workers, and splits that are not in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from iprm.errors import InputError
 
 
 def loaded(path: str, num_workers: int, epoch: int = 0, after: int = 0, seed: int = 0) -> list[torch.Tensor]:
-    """The images of an epoch, or of what is left of it after some batches, by workers that are started for it."""
+    """The images of an epoch, or of its remaining batches after a resume, from newly started workers."""
     loader = AugmentedFeatures(path, num_workers=num_workers, seed=seed).train_dataloader()
     assert isinstance(loader, Loader)
     loader.load_state_dict({"epoch": epoch, "batches": after})
@@ -51,7 +51,7 @@ def test_workers_that_live_on_augment_each_epoch_as_new_ones_do(features):
 
 
 class Drawn(torch.utils.data.Dataset):
-    """Of a batch, a number of each generator."""
+    """One random number of each generator per batch."""
 
     def __getitem__(self, rows: torch.Tensor) -> tuple[float, float, float]:
         return torch.rand(1).item(), np.random.rand(), random.random()  # noqa: NPY002 - the generator that others use
@@ -77,7 +77,7 @@ def test_without_workers_random_numbers_are_those_of_the_model(features):
     assert first == torch.rand(1, generator=torch.Generator().manual_seed(1)).item()
 
 
-# how many workers
+# number of workers
 
 
 class OnDisk:
@@ -119,7 +119,7 @@ def test_data_in_memory_have_no_workers(features):
 
 @dataclass(frozen=True)
 class Made(Split):
-    """Rows that are made when they are asked for, and count how many were."""
+    """Produces rows on access, and counts them."""
 
     made: list[int]
     width: int = 4

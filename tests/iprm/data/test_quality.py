@@ -1,4 +1,4 @@
-"""`iprm check`: what it says of a dataset that is as it should be, and of every way in which one can be bad."""
+"""`iprm check`: its output for a valid dataset, and for every kind of problem."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def given() -> dict[str, np.ndarray]:
 
 
 def changed(name: str, rows, value) -> dict[str, np.ndarray]:
-    """`given`, of which rows of one array are set to a value, or to rows of it."""
+    """`given`, with some rows of one array set to a value or to other rows of that array."""
     content = given()
     content[name] = content[name].copy()
     content[name][rows] = value
@@ -39,7 +39,7 @@ def changed(name: str, rows, value) -> dict[str, np.ndarray]:
 
 
 def copied(rows, source, *names: str) -> dict[str, np.ndarray]:
-    """`given`, in which rows of some arrays are those of a source."""
+    """`given`, with rows of some arrays copied from other rows."""
     content = given()
     for name in names:
         content[name] = content[name].copy()
@@ -48,7 +48,7 @@ def copied(rows, source, *names: str) -> dict[str, np.ndarray]:
 
 
 def checked(folder: Path, content) -> tuple[int, list[str]]:
-    """The exit code and the lines from the first problem or remark on."""
+    """The exit code, and the output lines from the first problem or remark onwards."""
     code, out, err = iprm(folder, "check", "features", "--path", save(folder, content))
     assert err == ""
     lines = out.splitlines()
@@ -56,7 +56,7 @@ def checked(folder: Path, content) -> tuple[int, list[str]]:
     return code, lines[first:]
 
 
-# what is as it should be
+# valid datasets
 
 
 def test_a_dataset_as_it_should_be_is_clean(tmp_path):
@@ -106,7 +106,7 @@ def test_a_configuration_that_fit_writes_is_checked_with_its_options(tmp_path):
     assert (code, err) == (2, "iprm: other.npz: there is no such file\n")
 
 
-# what is not
+# problems and remarks
 
 NAN = math.nan
 PROBLEMS = {
@@ -182,7 +182,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize(("content", "expected"), PROBLEMS.values(), ids=PROBLEMS.keys())
-def test_a_problem_is_told_by_what_where_and_how_many(tmp_path, content, expected):
+def test_a_problem_is_reported_with_kind_place_and_count(tmp_path, content, expected):
     code, lines = checked(tmp_path, content)
     assert code == 1
     assert [line.removeprefix("problem: ") for line in lines if line.startswith("problem: ")] == expected
@@ -213,7 +213,7 @@ def test_a_remark_is_no_problem(tmp_path, content, expected):
 
 
 def test_missing_rows_are_not_identical_to_each_other(tmp_path):
-    """Zeros of a modality are in every split; that they are missing is said, and is no leakage."""
+    """Zero rows of a modality occur in every split: they are reported as missing, not as leakage."""
     _, lines = checked(tmp_path, changed("x_text", [4, 33, 50], 0))
     assert not [line for line in lines if "leakage" in line]
     _, lines = checked(tmp_path, changed("x_text", [4, 33], 0) | {"x_audio": changed("x_audio", [4, 33], 0)["x_audio"]})
@@ -221,7 +221,7 @@ def test_missing_rows_are_not_identical_to_each_other(tmp_path):
 
 
 class Shared(MultimodalData):
-    """Two splits that hold an item of the source, in rows that differ, as after augmentation."""
+    """Two splits with the same source item in different rows, as after augmentation."""
 
     def read(self) -> dict[str, Split]:
         def split(first: int) -> Split:
@@ -239,7 +239,7 @@ def test_an_item_of_the_source_in_two_splits_is_leakage_however_its_rows_differ(
     assert report.findings == [(True, problem)]
 
 
-def test_of_rows_that_were_drawn_at_random_the_row_of_the_file_is_told(tmp_path):
+def test_for_randomly_divided_rows_the_row_of_the_file_is_reported(tmp_path):
     content = arrays()
     content["x_text"][11] = NAN
     _, lines = checked(tmp_path, content)
@@ -303,7 +303,7 @@ def test_recordings_of_which_none_can_be_read_are_all_named_and_cannot_be_used(r
     assert err.endswith("recordings: none of its 90 files is a recording that can be read\n")
 
 
-# what cannot be used
+# datasets that cannot be checked
 
 UNUSABLE = {
     "an unknown dataset": (("digts",), "unknown dataset 'digts': did you mean 'digits'?"),
@@ -362,7 +362,7 @@ def test_a_modality_is_scanned_in_chunks():
     assert peak < 10 * CHUNK_BYTES
 
 
-# what every run looks at
+# checks at the start of every run
 
 
 def warned(caplog, content, folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Encoders: which is chosen, what each takes and gives, and what is said of those that cannot be built."""
+"""Encoders: default choice, input and output of each, and errors for encoders that cannot be built."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_without_its_package_resnet18_says_how_to_install_it(monkeypatch):
         encoder((3, 32, 32), "resnet18")
 
 
-# classes of the user's own, and factories
+# user-defined classes and factories
 
 
 class Declared(nn.Module):
@@ -101,7 +101,7 @@ class Declared(nn.Module):
 
 
 class Found(nn.Module):
-    """Its width is that of its features; one part stays in evaluation mode."""
+    """States no width, so it is measured; one submodule stays in evaluation mode."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -175,9 +175,9 @@ def test_settings_have_one_form():
         (
             {"it": TEXT},
             {},
-            r"'it': none is chosen for a dict of tensors \(ids, mask\); name one, or the import path",
+            r"'it': there is no default for a dict of tensors \(ids, mask\); give a name, or the import path",
         ),
-        ({"it": TEXT["ids"]}, {}, r"'it': none is chosen for tokens \(6,\) of int64"),
+        ({"it": TEXT["ids"]}, {}, r"'it': there is no default for tokens \(6,\) of int64"),
         ({"it": TEXT}, {"it": "mlp"}, r"'it': mlp expects one tensor of floating numbers, got a dict of tensors \(ids, mask\)"),
         (
             {"it": InputSpec((1, 8, 8), "uint8")},

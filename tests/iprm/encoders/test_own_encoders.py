@@ -1,4 +1,4 @@
-"""An encoder class of the user's own, of token ids and their mask, through every command of `iprm`."""
+"""A user-defined encoder class for token ids and their mask, with every command of `iprm`."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_settings_of_the_command_line_serve_as_well(tmp_path):
     outcome = iprm(tmp_path, "fit", *data, *settings, "--trainer.enable_progress_bar", "false")
     assert outcome.code == 0, outcome.err
     code, _, err = iprm(tmp_path, "fit", *data)
-    assert (code, "encoder of modality 'text': none is chosen for a dict of tensors (ids, mask)" in err) == (2, True)
+    assert (code, "encoder of modality 'text': there is no default for a dict of tensors (ids, mask)" in err) == (2, True)
 
 
 # the parts

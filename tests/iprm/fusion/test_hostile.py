@@ -1,4 +1,4 @@
-"""Hostile features, labels and settings of the fusion modules: refused by the argument's name, or the step of float64."""
+"""Hostile inputs of fusion modules: refused with the name of the argument, or equal to the step in float64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def in_double(fusion: FusionModule) -> FusionModule:
 def test_a_method_agrees_with_float64(
     data: Any, name: str, batch: int, seed: int, training: bool, labelled: bool, widths: Any
 ) -> None:
-    """Forward, backward and evaluation on rows of every kind. A batch that holds a row without numbers leaves λ as it was."""
+    """Forward, backward and evaluation on rows of every kind. A batch with a NaN row does not change λ."""
     fusion = module(name, widths).train(training)
     kinds = data.draw(kinds_of(ROWS, batch))
     features = {}
@@ -78,7 +78,7 @@ def test_a_method_agrees_with_float64(
 
 
 def run(fusion: FusionModule, features: dict[str, Tensor], target: Tensor | None) -> dict[str, Tensor]:
-    """Logits, and where there are labels the loss and all gradients."""
+    """Logits, and with labels the loss and all gradients."""
     out = fusion(features, target)
     found = {"logits": out.logits, **{f"logits_by {key}": value for key, value in out.logits_by.items()}}
     if target is None or out.loss is None:
@@ -89,7 +89,7 @@ def run(fusion: FusionModule, features: dict[str, Tensor], target: Tensor | None
 
 
 FEATURES = hostile.NO_TENSOR | hostile.NOT_DENSE
-#: Not refused for what it is: an integer type holds labels, and of features one row more may be one for all.
+#: Valid on their own: an integer dtype is valid for labels, and an extra row may be an extra row of all modalities.
 LABELS = {kind: make for kind, make in FEATURES.items() if kind not in ("integers", "None", "float8 of exponents")}
 
 

@@ -1,5 +1,5 @@
-"""`ProbeRebalance` where users put it: a plain loop, a Lightning module of their own, a transformers `Trainer`. It learns, and
-λ, ω and the count of steps are saved and restored with the model."""
+"""`ProbeRebalance` in a plain loop, a user's Lightning module, and a transformers `Trainer`: it learns, and λ, ω and the step
+count are saved and restored with the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 40
 
 
 class Pairs(Dataset):
-    """Two noisy views of one of three classes; a row is a dict, as a `Trainer` wants it."""
+    """Two noisy views of one of three classes; a row is a dict, as `Trainer` requires."""
 
     def __init__(self, rows: int = 96) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -35,7 +35,7 @@ class Pairs(Dataset):
 
 
 class Model(nn.Module):
-    """Somebody's encoders with IPRM on top."""
+    """User-defined encoders with IPRM on top."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def accuracy(model: Model) -> float:
 
 
 def check(model: Model, restored: Model) -> None:
-    """It has learned, and the other has all of it."""
+    """Checks that the module has learned, and that the other one has the same state."""
     assert model.fusion.steps == STEPS
     assert model.fusion.weight != 0.5
     assert accuracy(model) > 0.95
@@ -98,7 +98,7 @@ def test_in_a_lightning_module(tmp_path):
     check(module.model, Theirs.load_from_checkpoint(path, weights_only=True).model)
 
 
-def test_a_lightning_module_without_hyperparameters_is_saved_whole_and_goes_on_from_its_state(tmp_path):
+def test_a_lightning_module_without_hyperparameters_is_saved_whole_and_resumes_from_its_state(tmp_path):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
     def trained(steps: int, ckpt_path: str | None = None) -> Theirs:

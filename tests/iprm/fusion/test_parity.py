@@ -1,4 +1,4 @@
-"""`ProbeRebalance(ema_start="released")` follows the algorithm as released, step by step, with encoders below it.
+"""`ProbeRebalance(ema_start="released")` with encoders follows the released algorithm, step by step.
 
 The released sine has 1e-8 added, a relative change of 1e-8 / sin θ of every mixed feature. Over these 200 steps in float64
 it moves the loss by at most 1.3e-8, ω by 3.1e-9 and λ by 2.4e-9, far below the bound of 1e-5.
@@ -18,8 +18,8 @@ from torch import nn
 import iprm_kernels as ik
 
 STEPS, BATCH, WIDTH, CLASSES = 200, 32, 12, 5
-#: How far a float32 run may stand from the released float64 run, in distances of the released float32 run. Two roundings of
-#: one trajectory are independent, and either may be the luckier: measured 0.5 to 1.2.
+#: Largest distance of a float32 run from the released float64 run, in units of that of the released float32 run. The rounding
+#: errors of the two float32 runs are independent: measured ratios are 0.5 to 1.2.
 FACTOR = 2
 
 
@@ -31,7 +31,7 @@ class GeneralPath(ProbeRebalance):
 
 
 class OwnLoop(nn.Module):
-    """A user's own step around `ik.probe_rebalance`, with no part of `ProbeRebalance`."""
+    """A custom step around `ik.probe_rebalance`, without `ProbeRebalance`."""
 
     def __init__(self, released: ReleasedIPRM) -> None:
         super().__init__()

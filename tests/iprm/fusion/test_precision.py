@@ -1,4 +1,4 @@
-"""16-mixed on a CPU: gradients that a `GradScaler` has scaled are, unscaled, those of the step; what overflows is left out."""
+"""16-mixed on a CPU: unscaled gradients equal those without a `GradScaler`; steps that overflow are skipped."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from training import classifier, fit
 
 MODALITIES = ("sound", "image", "text")
-SCALE = 2.0**16  # what a GradScaler begins with
+SCALE = 2.0**16  # initial scale of GradScaler
 ROUNDING = 2.0**-11  # of float16, relative
 
 
 def step(count: int, half: bool, scaler: torch.amp.GradScaler | None = None, **options) -> tuple[ProbeRebalance, Tensor]:
-    """A module of `count` modalities after a backward pass, and the gradients of its features, scaled if they were."""
+    """A module of `count` modalities after a backward pass, and its feature gradients, still scaled if the loss was."""
     torch.manual_seed(0)
     fusion = ProbeRebalance(16, 5, MODALITIES[:count], **options)
     x = torch.randn(count, 32, 16, requires_grad=True)
@@ -52,7 +52,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 
 class Watch(L.Callback):
-    """Keeps the gradients that each step of the optimiser is given, and the scale and parameters before and after it."""
+    """Records the gradients of each optimiser step, and scale and parameters before and after it."""
 
     def __init__(self) -> None:
         self.gradients: list[list[Tensor]] = []
@@ -75,7 +75,7 @@ class Watch(L.Callback):
 
 
 def trained(folder: Path, path: str, scale: float | None) -> tuple[FusionClassifier, Watch]:
-    """A run in 16-mixed that begins with a scale, or in float32."""
+    """A run in 16-mixed with an initial scale, or in float32."""
     data, watch = Features(path, batch_size=13), Watch()
     model = classifier(data, encoders={"audio": "linear", "text": "linear"}, lr=0.1)
     scaled = [] if scale is None else [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
@@ -93,7 +93,7 @@ def test_the_optimiser_of_a_run_is_given_unscaled_gradients_and_steps(tmp_path, 
     assert (moved - expected).norm() < 0.01 * expected.norm()
 
 
-def test_steps_whose_scaled_gradients_overflow_are_left_out_at_half_the_scale_and_the_run_goes_on(tmp_path, features):
+def test_steps_whose_scaled_gradients_overflow_are_left_out_at_half_the_scale_and_the_run_continues(tmp_path, features):
     model, watch = trained(tmp_path, features, 4 * SCALE)
     left_out = [not all(gradient.isfinite().all() for gradient in step) for step in watch.gradients]
     assert 0 < sum(left_out) < 9

@@ -1,4 +1,4 @@
-"""`ProbeRebalance`: its state from step to step, its options, its gradients and its errors."""
+"""`ProbeRebalance`: updates of its state, options, gradients and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import iprm_kernels as ik
 
 B, D, C = 16, 12, 5
 TRIO = ("audio", "text", "video")
-#: Operators that launch nothing.
+#: Operators that launch no kernel.
 VIEWS = tuple(f"aten.{name}." for name in ("alias", "detach", "select", "slice", "unbind", "view"))
 
 
@@ -59,7 +59,7 @@ def test_lambda_is_the_average_of_omega(start, alpha):
 
 @pytest.mark.parametrize(("modalities", "most"), [(("x", "y"), 5), (TRIO, 8)])
 def test_beside_the_head_step_a_training_step_is_a_few_launches(modalities, most):
-    """One averages λ, two copy λ and ω, the others sum logits and, over pairs, average logits and losses."""
+    """One launch averages λ, two copy λ and ω; the others sum logits and, for pairs, average logits and losses."""
     fusion, (features, target) = module(D, C, modalities), batch(modalities)
     with Watching() as watching:
         fusion(features, target)
@@ -89,7 +89,7 @@ def test_one_pass_learns_from_the_probe():
     assert fusion.weight == out.strength[0]
 
 
-def test_linear_mixup_mixes_the_features_as_they_are():
+def test_linear_mixup_mixes_unnormalised_features():
     features, target = batch()
     fusion = module(mixup="linear")
     out = fusion(features, target)
@@ -188,7 +188,7 @@ def test_three_modalities_average_their_pairs(shared):
 
 @pytest.mark.parametrize("pairs", ["all", "random"])
 def test_three_modalities_learn_as_around_any_head(pairs):
-    """The operator of a pair, taken for each, gives the gradients of mixing, heads and divergences one by one."""
+    """The operator for each pair gives the gradients of separate mixing, heads and divergences."""
     features, target = batch(TRIO)
     fusion = module(D, C, TRIO, pairs=pairs)
     general = copy.deepcopy(fusion)
@@ -374,7 +374,7 @@ def test_target_errors_leave_the_state(change, error, message, training):
 
 
 def test_a_refused_step_draws_no_pair():
-    """The draw depends on the count of steps alone: a step that was refused is none."""
+    """The draw depends on the step count alone, which a refused step does not change."""
     fusion, (features, target) = module(D, C, TRIO, pairs="random"), batch(TRIO)
     draws = fusion._draws
     with pytest.raises(ValueError, match=r"features\['text'\]: expected shape"):

@@ -1,4 +1,4 @@
-"""Three inputs on which the formulas as released fail, and this project's do not."""
+"""Three inputs on which the released formulas fail and those of this project do not."""
 
 from __future__ import annotations
 

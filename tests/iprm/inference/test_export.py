@@ -1,4 +1,4 @@
-"""`iprm export`: a model that runs where torch alone is installed, and gives the predictions of its checkpoint."""
+"""`iprm export`: the exported model needs only torch, and gives the predictions of its checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import iprm_kernels as ik
 
 FILES = ["model.json", "model.pt2", "model.safetensors"]
 METHOD_NAMES = [*(name for name in METHODS if name != "unimodal"), "unimodal-image", "unimodal-sound"]
-#: Two modalities by a CNN and an MLP, three by the other encoders as well, of widths that are not the same.
+#: Two modalities with a CNN and an MLP; three with the other encoders as well, of different widths.
 MODELS = {"two modalities": (TWO, {}), "three modalities": (THREE, {"encoders": {"sound": "linear", "text": "identity"}})}
 
 

@@ -1,4 +1,4 @@
-"""`iprm predict --input`: predictions of new samples in files, by nothing but a checkpoint."""
+"""`iprm predict --input`: predictions of new samples in files, from a checkpoint alone."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def expected(model, samples) -> torch.Tensor:
         return model[1]({modality: torch.from_numpy(x) for modality, x in samples.items()}).logits.softmax(1)
 
 
-# the ways to hand over samples
+# layouts of sample files
 
 
 def one_sample_a_file(folder: Path, samples) -> list[tuple[str, int]]:
@@ -268,14 +268,14 @@ def cut(file: Path) -> None:
 
 
 def flip(file: Path) -> None:
-    """One bit in the middle of the values of an archive, which its checksum then does not fit."""
+    """Flips one bit in the middle of the values of an archive, so that its checksum does not match."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
 def unbalance(file: Path) -> None:
-    """A header that numpy's parser ends on with an error of its own."""
+    """A header for which numpy's parser raises an error of its own."""
     file.write_bytes(file.read_bytes().replace(b"(23,", b"((3,", 1))
 
 

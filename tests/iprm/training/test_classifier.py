@@ -1,4 +1,4 @@
-"""`FusionClassifier` in small Lightning runs: what it learns, logs, keeps and refuses."""
+"""`FusionClassifier` in small Lightning runs: learning, logging, checkpoints and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def step_at(fraction: float = 0.7, gamma: float = 0.1) -> dict:
 
 
 class Rates(L.Callback):
-    """Keeps the learning rate of every epoch."""
+    """Records the learning rate of every epoch."""
 
     def __init__(self):
         self.seen = []
@@ -37,7 +37,7 @@ class Rates(L.Callback):
 
 
 class Losses(L.Callback):
-    """Keeps the loss of every step."""
+    """Records the loss of every step."""
 
     def __init__(self):
         self.seen = []
@@ -119,7 +119,7 @@ def test_the_learning_rate_drops_only_once(tmp_path, data, decay_at):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_run_that_goes_on_has_the_settings_it_is_given_and_a_schedule_of_its_own_length(tmp_path, data):
+def test_a_resumed_run_has_the_settings_it_is_given_and_a_schedule_of_its_own_length(tmp_path, data):
     first = fit(tmp_path, data, classifier(data, lr=0.5, lr_scheduler=step_at(0.5)), epochs=2)
     first.save_checkpoint(tmp_path / "at_2.ckpt")
     rates, model = Rates(), classifier(data, optimizer=sgd(lr=0.25, momentum=0.5, weight_decay=0.0), lr_scheduler=step_at(0.75))
@@ -236,7 +236,7 @@ def test_settings_that_cannot_be_are_named(data, options, message):
         classifier(data, **options).check_training(2)
 
 
-# options of speed
+# performance options
 
 
 def images(rows=32):

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: what they compute is what the module computes, and where they cannot be is said once."""
+"""Training steps as CUDA graphs: results equal those of the module, and a warning is logged once where no graph can run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model(**options) -> FusionModel:
 
 
 class Masked(nn.Sequential):
-    """Layers on the values of an input that comes with an integer mask."""
+    """Layers on the values of an input with an integer mask."""
 
     def forward(self, x):
         return super().forward(x["values"] * x["mask"])
@@ -86,7 +86,7 @@ def test_a_graph_of_inputs_of_several_tensors_trains_as_the_module_does():
 
 @pytest.fixture
 def captured_here(monkeypatch):
-    """Capturing on the CPU: warms up as CUDA's does, running the module and what follows for real, and captures nothing."""
+    """Stands in for CUDA's capture on the CPU: runs the module and its backward pass as warm-up, and captures nothing."""
 
     def warm_up(module, samples):
         for _ in range(3):
@@ -119,7 +119,7 @@ def test_inputs_of_several_tensors_are_captured_as_tensors_alone(captured_here, 
     assert len(caplog.records) == 1, "of the smaller batch"
 
 
-def test_without_a_gpu_steps_run_as_they_are_and_that_is_said_once(caplog):
+def test_without_a_gpu_steps_run_without_a_graph_and_a_warning_is_logged_once(caplog):
     module = model()
     alone = copy.deepcopy(module)
     with caplog.at_level(logging.WARNING):
@@ -130,7 +130,7 @@ def test_without_a_gpu_steps_run_as_they_are_and_that_is_said_once(caplog):
 
 
 class OnGpu:
-    """A target that says it is on a GPU."""
+    """A target that reports a GPU as its device."""
 
     device = torch.device("cuda")
 

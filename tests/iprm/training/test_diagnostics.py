@@ -1,4 +1,4 @@
-"""diagnostics.json: numbers against a direct computation, and a run that is left as it would be without it."""
+"""diagnostics.json: values against a direct computation, and no effect on the run itself."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def three(tmp_path) -> Features:
 
 
 def recorded(folder: Path, data: Features, method: str = "iprm", **options) -> tuple[dict, L.Trainer]:
-    """What a short run writes, and its trainer."""
+    """The diagnostics of a short run, and its trainer."""
     model = classifier(data, method, lr=0.1, **options.pop("model", {}))
     runner = fit(folder, data, model, callbacks=[Diagnostics()], default_root_dir=folder, **options)
     return json.loads((folder / "diagnostics.json").read_text()), runner
 
 
 def best_model(runner: L.Trainer) -> FusionClassifier:
-    """The model of the checkpoint best on validation, loaded anew."""
+    """The model loaded from the best checkpoint on validation."""
     return FusionClassifier.load_from_checkpoint(runner.checkpoint_callback.best_model_path, weights_only=True).eval()
 
 
@@ -204,7 +204,7 @@ def test_it_computes_in_the_precision_of_the_run(tmp_path, data, precision):
 
 
 class Spoiling(L.Callback):
-    """Clears the fusion before the validation of one epoch, so that it cannot be the best."""
+    """Zeroes the fusion module before the validation of one epoch, so that this epoch cannot be the best."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -217,7 +217,7 @@ class Spoiling(L.Callback):
 
 
 class Modes(L.Callback):
-    """Freezes an encoder, and keeps the modes at the end of training."""
+    """Freezes an encoder, and records module modes at the end of training."""
 
     def __init__(self) -> None:
         self.seen: list[bool] = []

@@ -8,7 +8,7 @@ from iprm.data.loading import JointBatches
 from joint_run import run_processes, train
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-#: 59 rows in joint batches of 16: the last of an epoch has 11, of which two processes take 6 and 5, four 3, 3, 3 and 2.
+#: 59 rows in joint batches of 16: the last one of an epoch has 11; two processes take 6 and 5, four take 3, 3, 3 and 2.
 CASES = {
     "two": {"processes": 2},
     "four": {"processes": 4},
@@ -22,7 +22,7 @@ CASES = {
 }
 
 
-#: These differ in the method alone, or in the number of processes from another case.
+#: Cases that differ from another one in the method alone, or in the number of processes.
 SLOW = ("three modalities on four", "linear mixup", "one pass", "a baseline")
 
 
@@ -63,7 +63,7 @@ def test_a_process_without_rows_leaves_the_joint_batch_what_it_is(tmp_path):
 
 
 def batches(rows: int, batch_size: int, processes: int, monkeypatch, epoch: int = 0, **options) -> list[list[list[int]]]:
-    """Of every process the rows of each batch."""
+    """The rows of each batch, for every process."""
     found = []
     for rank in range(processes):
         monkeypatch.setattr("iprm.data.loading.rank", lambda rank=rank: rank)

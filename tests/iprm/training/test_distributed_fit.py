@@ -1,5 +1,5 @@
-"""`iprm fit` in several processes: by Lightning's launcher, under torchrun, and sharded. It finds what one process finds, and
-goes on where it was stopped."""
+"""`iprm fit` in several processes: with Lightning's launcher, under torchrun, and sharded. Results equal those of one process,
+and interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IPRM = ("-m", "iprm")
 SCRIPT = (str(Path(sys.executable).parent / "iprm"),)  # unlike -m it does not put the current folder on sys.path
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *IPRM)
 SETTINGS = ("--data.path", "features.npz", "--trainer.max_epochs", str(EPOCHS), "--trainer.enable_progress_bar", "false")
-#: Without normalisation over the batch, of which each process sees its part.
+#: Encoders without batch normalisation, because each process sees only its part of a batch.
 ALIKE = ("--data", "features", "--model.encoders", '{"audio": "linear", "text": "linear"}', "--optimizer.lr", "0.1")
 TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--data.batch_size", "8")
 NOISY = ("--data", "feature_files.NoisyFeatures", "--trainer.strategy", "ddp")
@@ -44,7 +44,7 @@ def metrics(folder: Path, version: int = 0) -> list[dict[str, float]]:
 
 
 def check_alike(folder: Path) -> None:
-    """The second run in `folder` has logged what the first has."""
+    """Checks that the second run in `folder` logged the same metrics as the first."""
     alone, found = metrics(folder, 0), metrics(folder, 1)
     assert len(alone) == EPOCHS
     for expected, row in zip(alone, found, strict=True):
@@ -97,7 +97,7 @@ def test_pairs_at_random_are_learned_by_two_processes_that_look_for_heads_withou
 
 @pytest.mark.slow
 def test_sharded_batch_norm_is_validated_by_the_statistics_that_are_saved(folder):
-    """The first process's, as under DDP, whose rows of metrics are the same. An MLP is chosen by default, and has one."""
+    """Buffers of the first process, as under DDP, with equal metrics. The default MLP has batch normalisation."""
     for strategy in ("ddp", "fsdp2"):
         assert run(folder, "fit", "--data", "features", *SETTINGS, *TWO, "--trainer.strategy", strategy).returncode == 0
     check_alike(folder)
@@ -135,8 +135,8 @@ def test_a_split_is_tested_by_two_processes_as_by_one_and_predicted_in_order(fol
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_process_stops_both_and_they_resume_to_the_same_bits(folder):
-    """Each has noise of its own on its batches."""
+def test_sigterm_to_one_process_stops_both_and_they_resume_bit_identically(folder):
+    """Each process adds its own noise to its batches."""
     places = [folder / "alone", folder / "stopped"]
     for place in places:
         place.mkdir()

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: what is said of the first, and that no checkpoint is lost or written over by them."""
+"""Non-finite numbers: the error names the first one, and no good checkpoint is lost or overwritten."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INFINITE = torch.tensor([[1.0, -math.inf]])
 
 
 def watch(guard, step, *, inputs=GOOD, features=GOOD, loss=1.0, logits=GOOD, target=True):
-    """One step of modalities `sound`, which is well, and `text`."""
+    """One step with modality `sound`, which is finite, and `text`."""
     output = FusionOutput(torch.tensor(loss) if target else None, logits, {})
     guard.watch(step, {"sound": GOOD, "text": inputs}, {"sound": GOOD, "text": features}, output)
 

@@ -1,4 +1,4 @@
-"""What is measured over an epoch, against scikit-learn on the whole split and against sums done by hand."""
+"""Epoch metrics against scikit-learn on the whole split, and against sums computed directly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ C = 4
 
 
 def batches(classes: int = C, sizes=(9, 9, 5)):
-    """Outputs of two heads, and targets below `classes`, a batch each."""
+    """Batches of outputs of two heads, with targets below `classes`."""
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
         logits = torch.randn(size, C, generator=generator)
@@ -137,7 +137,7 @@ def test_an_epoch_without_steps_has_no_means():
 
 
 def test_means_survive_outputs_that_are_written_over():
-    """As the next replay of a CUDA graph does."""
+    """Overwrites the outputs, as the next replay of a CUDA graph does."""
     output, target = step(2.0, 1, 2, strength_x=0.25)
     means = EpochMeans()
     means.update(output, target)

@@ -1,4 +1,4 @@
-"""The progress bar of `iprm fit`: what it says, and how seldom it reads."""
+"""The progress bar of `iprm fit`: its text, and how often it reads metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training import classifier, fit
 
 @pytest.fixture
 def read(monkeypatch) -> list[dict[str, str]]:
-    """What the bar was told each time that it read metrics."""
+    """The metrics that the bar received at each read."""
     said: list[dict[str, str]] = []
 
     def reading(metrics: dict[str, float]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A run that is killed goes on to the very bits of one that never was."""
+"""A killed run resumes bit-identically to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PATHS = os.pathsep.join(filter(None, sys.path))
 def fit(
     folder: Path, *more: str, data: str = "NoisyFeatures", signal_step: int = -1, number: int = signal.SIGKILL
 ) -> tuple[Path, list[str]]:
-    """The command that trains in a folder, and sends itself a signal before a step."""
+    """The command that trains in a folder, and sends a signal to itself before a step."""
     folder.mkdir()
     save(folder, arrays())
     of = ("--data", f"feature_files.{data}", "--data.path", "features.npz")
@@ -61,7 +61,7 @@ Commands = list[tuple[tuple[Path, list[str]], int]]  # and the exit code that ea
 
 
 def ended(folder: Path, *options: str, number: int, step: int, code: int, data: str = "NoisyFeatures") -> Commands:
-    """A run that a signal ends, and its continuation."""
+    """Runs until a signal ends the process, then resumes."""
     return [(fit(folder, *options, data=data, signal_step=step, number=number), code), (resume(folder), 0)]
 
 
@@ -71,7 +71,7 @@ def check_run(place: Path, commands: Commands) -> None:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
-    """Runs left alone, and runs that were ended in many ways and resumed."""
+    """Uninterrupted runs, and runs that were ended in many ways and resumed."""
     place = tmp_path_factory.mktemp("resume")
     kill, terminate = {"number": signal.SIGKILL, "code": -signal.SIGKILL}, {"number": signal.SIGTERM, "code": 143}
     interrupt = {"number": signal.SIGINT, "code": 130}
@@ -93,7 +93,7 @@ def ran(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("step", KILLED_AT)
-def test_a_killed_run_resumes_to_the_same_bits(ran, step):
+def test_a_killed_run_resumes_bit_identically(ran, step):
     expected = left(ran / "alone")
     assert len(expected) > 100
     assert any(name.startswith("best-") for name in expected)
@@ -102,27 +102,27 @@ def test_a_killed_run_resumes_to_the_same_bits(ran, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", MORE_KILLED_AT)
-def test_a_run_killed_at_another_step_resumes_to_the_same_bits(tmp_path, step):
+def test_a_run_killed_at_another_step_resumes_bit_identically(tmp_path, step):
     killed = ended(tmp_path / "killed", number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
     check_run(tmp_path, [(fit(tmp_path / "alone"), 0), *killed])
     assert difference(left(tmp_path / "killed"), left(tmp_path / "alone")) == []
 
 
 @pytest.mark.parametrize("step", AUGMENTED_KILLED_AT)
-def test_a_killed_run_of_convolutions_whose_data_two_workers_augment_resumes_to_the_same_bits(ran, step):
+def test_a_killed_run_of_convolutions_whose_data_two_workers_augment_resumes_bit_identically(ran, step):
     expected = left(ran / "augmented")
     assert any(name.endswith("encoders.image.1.running_var") for name in expected)
     assert difference(left(ran / f"augmented{step}"), expected) == []
 
 
 @pytest.mark.parametrize("step", KILLED_AT_BY_STEPS)
-def test_a_killed_run_that_is_bounded_by_steps_and_validates_within_epochs_resumes_to_the_same_bits(ran, step):
+def test_a_killed_run_that_is_bounded_by_steps_and_validates_within_epochs_resumes_bit_identically(ran, step):
     assert difference(left(ran / f"by steps{step}"), left(ran / "by steps")) == []
 
 
 @pytest.mark.parametrize("step", TERMINATED_AT)
-def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_to_the_same_bits(ran, step):
-    """In the middle of an epoch and in its last step, with no other save but at the beginning of epochs."""
+def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_bit_identically(ran, step):
+    """In the middle of an epoch and in its last step; otherwise states are saved only at the beginning of epochs."""
     log = (ran / f"terminated{step}" / "log.txt").read_text()
     assert f"stopped by SIGTERM; to continue: iprm resume {RUN}" in log
     assert "Traceback" not in log
@@ -135,7 +135,7 @@ def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_to_the_same_bits(
 
 
 @pytest.mark.parametrize("step", INTERRUPTED_AT)
-def test_an_interrupted_run_resumes_to_the_same_bits(ran, step):
+def test_an_interrupted_run_resumes_bit_identically(ran, step):
     assert difference(left(ran / f"interrupted{step}"), left(ran / "alone")) == []
 
 
@@ -147,13 +147,13 @@ def test_gradients_that_were_being_accumulated_are_computed_anew(ran, step):
 def test_a_finished_run_can_be_made_longer(ran, tmp_path):
     longer, folder = tmp_path / "longer", tmp_path / "short"
     two, four = ("--trainer.max_epochs", "2"), ("--trainer.max_epochs", "4")
-    decay = ("--lr_scheduler.gamma", "1")  # else the schedule of a run knows how long it was to be
+    decay = ("--lr_scheduler.gamma", "1")  # otherwise the schedule depends on the length of the run
     commands = [fit(longer, *four, *decay), fit(folder, *two, *decay), resume(folder, *four)]
     assert run_forked(tmp_path, commands) == [0, 0, 0]
     assert left(folder)["metrics"] == left(longer)["metrics"]
 
 
-# what cannot be resumed
+# runs that cannot be resumed
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def states(run: Path) -> list[Path]:
 
 @pytest.fixture
 def run(ran, tmp_path) -> Path:
-    """A copy of a run, elsewhere."""
+    """A copy of a run in another folder."""
     return Path(shutil.copytree(ran / "alone" / RUN, tmp_path / "moved"))
 
 

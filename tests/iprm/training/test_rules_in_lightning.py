@@ -1,5 +1,5 @@
-"""Training rules in Lightning: the bits of `iprm.Balancer`, the order of hooks, accumulation, float16, resumption, refusals by
-name; and the settings of optimisers."""
+"""Training rules in Lightning: bit-identity with `iprm.Balancer`, order of hooks, accumulation, float16, resumption, errors;
+and the settings of optimisers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def made(data: Features, method: str, **options):
 
 
 def balanced(data: Features, model, method: str, epochs: int) -> iprm.Balancer:
-    """The same training in a loop of one's own, from the same weights."""
+    """The same training in a custom loop, from the same weights."""
     optimizer = functools.partial(torch.optim.SGD, **model.optimizer_settings["init_args"])
     initial = copy.deepcopy(model)
     b = iprm.Balancer(initial.encoders, 8, data.num_classes, method, optimizer=optimizer, **RULES[method])
@@ -71,7 +71,7 @@ def balanced(data: Features, model, method: str, epochs: int) -> iprm.Balancer:
 
 
 @pytest.mark.parametrize("method", RULES)
-def test_lightning_and_a_loop_of_ones_own_give_the_same_bits(tmp_path, data, method):
+def test_lightning_and_a_loop_of_ones_own_are_bit_identical(tmp_path, data, method):
     model = made(data, method)
     b = balanced(data, model, method, epochs=9)
     fit(tmp_path, data, model, epochs=9)
@@ -82,7 +82,7 @@ def test_lightning_and_a_loop_of_ones_own_give_the_same_bits(tmp_path, data, met
 
 
 class Order(L.Callback):
-    """Keeps the norm of the gradients when a rule sees them, and when the optimiser does."""
+    """Records the gradient norm when the rule is called, and when the optimiser steps."""
 
     def __init__(self, model) -> None:
         self.modulated: list[float] = []
@@ -228,7 +228,7 @@ def test_sharded_gradients_are_refused_to_a_rule_that_needs_whole_ones(data):
 
 
 class Rates(L.Callback):
-    """Keeps every group's learning rate, by name, in each epoch."""
+    """Records the learning rate of every group, by name, in each epoch."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []

@@ -15,7 +15,7 @@ from .digits import scanned_digits
 from .recordings import Recordings, default_cache_dir, load_recordings, readable_recordings
 from .spectrogram import LogMel
 
-#: The test recordings of the Free Spoken Digit Dataset are those of index 0 to 4 of every speaker and digit.
+#: Recordings with index 0 to 4 of every speaker and digit are the test split of the Free Spoken Digit Dataset.
 TEST_INDICES = 5
 
 
@@ -23,19 +23,19 @@ class AvDigits(MultimodalData):
     """Modality `audio` (1, 40, 64): log-mel spectrogram of a recording. Modality `image` (1, 8, 8): one of scikit-learn's
     scanned digits of the same class, pixels in 0..1 with Gaussian noise added.
 
-    Recordings of index 0 to 4 are the test split, as in the Free Spoken Digit Dataset; validation recordings are drawn from
-    the others. The scans are divided in the same proportions before any is paired, so that no split sees another's.
+    Recordings with index 0 to 4 are the test split, as in the Free Spoken Digit Dataset; validation recordings are drawn from
+    the others. Scans are divided in the same proportions before pairing, so that no scan occurs in two splits.
 
     Args:
         path: the folder of recordings, ``{digit}_{speaker}_{index}.wav``.
-        batch_size: rows a step.
-        seed: decides the splits, the pairs and the noise.
+        batch_size: rows per step.
+        seed: determines the splits, the pairs and the noise.
         noise: standard deviation of the noise on the pixels.
-        val_fraction: part of the recordings outside the test split that models are selected on.
-        sample_rate: what the recordings have, in hertz.
-        cache_dir: where spectrograms are kept; None for ``iprm`` in the user's cache folder.
-        predict_split: what `iprm predict` predicts: "train", "val" or "test".
-        num_workers: processes that read batches ahead; of data in memory none are needed.
+        val_fraction: fraction of the recordings outside the test split that becomes the validation split.
+        sample_rate: of the recordings, in hertz.
+        cache_dir: folder of cached spectrograms; None for ``iprm`` in the user's cache folder.
+        predict_split: split that `iprm predict` predicts: "train", "val" or "test".
+        num_workers: processes that prefetch batches; data in memory needs none.
     """
 
     def __init__(
@@ -105,6 +105,6 @@ class AvDigits(MultimodalData):
 
     @staticmethod
     def _image_split(audio: dict[str, np.ndarray], labels: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """The scans in the proportions of the recordings, but at least a tenth for either held-out split."""
+        """Divides scans in the proportions of the recordings, with at least a tenth for each held-out split."""
         total = sum(len(rows) for rows in audio.values())
         return stratified(labels, {name: min(0.4, max(0.1, len(audio[name]) / total)) for name in ("test", "val")}, rng)

@@ -1,4 +1,4 @@
-"""`digits`: scikit-learn's 1,797 scanned digits, seen whole but wandering, and as a strip of two rows."""
+"""`digits`: scikit-learn's 1,797 scanned digits, as a whole at a random offset, and as a strip of two rows."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ STRIP_ROWS = slice(3, 5)
 
 class Digits(MultimodalData):
     """Modality `image` (1, 12, 12): the 8x8 digit at a random offset in an empty canvas. Modality `strip` (16,): rows 3 and 4
-    of the digit, where they always are: quick to learn, and not enough.
+    of the digit, at a fixed position: quick to learn, but insufficient alone.
 
     Pixels are scaled to 0..1. The embedded data needs no download.
 
     Args:
-        batch_size: rows a step.
-        seed: decides the splits and the offsets.
-        val_fraction: part of all rows that models are selected on.
-        test_fraction: part of all rows that is kept for the end.
-        predict_split: what `iprm predict` predicts: "train", "val" or "test".
-        num_workers: processes that read batches ahead; of data in memory none are needed.
+        batch_size: rows per step.
+        seed: determines the splits and the offsets.
+        val_fraction: fraction of rows in the validation split.
+        test_fraction: fraction of rows in the test split.
+        predict_split: split that `iprm predict` predicts: "train", "val" or "test".
+        num_workers: processes that prefetch batches; data in memory needs none.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Digits(MultimodalData):
 
 @functools.cache
 def scanned_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The digits that scikit-learn carries: pixels (1797, 8, 8) float32 in 0..1, labels (1797,) int64."""
+    """The digits of scikit-learn: pixels (1797, 8, 8) float32 in 0..1, labels (1797,) int64."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,4 +1,4 @@
-"""`features`: what most users have, one .npz of features that some encoders of theirs have extracted."""
+"""`features`: extracted features of several modalities in one .npz file."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ MOST_CLASSES = 2**20
 
 class Features(MultimodalData):
     """One .npz file with arrays ``x_<modality>`` (N, D_m), ``y`` (N,) whole numbers from 0, and optionally ``split`` (N,) of
-    "train", "val" and "test", or of 0, 1 and 2 for these. Features are used as they are, in float32.
+    "train", "val" and "test", or of 0, 1 and 2 for these. Features are converted to float32, without normalisation.
 
-    Without ``split``, rows are divided at random, every class in proportion. Object arrays are refused: loading one would
-    run whatever code the file holds.
+    Without ``split``, rows are divided at random, stratified by class. Object arrays are refused, because unpickling one
+    could run arbitrary code.
 
     Args:
         path: the .npz file.
-        batch_size: rows a step.
-        seed: decides the splits, where the file does not.
-        val_fraction: part of the rows that models are selected on, where the file has no ``split``.
-        test_fraction: part of the rows kept for the end, where the file has no ``split``.
-        predict_split: what `iprm predict` predicts: "train", "val" or "test".
-        num_workers: processes that read batches ahead; of data in memory none are needed.
+        batch_size: rows per step.
+        seed: determines the splits, if the file has no ``split``.
+        val_fraction: fraction of rows in the validation split, if the file has no ``split``.
+        test_fraction: fraction of rows in the test split, if the file has no ``split``.
+        predict_split: split that `iprm predict` predicts: "train", "val" or "test".
+        num_workers: processes that prefetch batches; data in memory needs none.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Features(MultimodalData):
         return self._read(finite=False)
 
     def _read(self, finite: bool) -> dict[str, Split]:
-        """The splits, of which values that are not finite are refused if `finite`."""
+        """The splits. With `finite`, non-finite values raise InputError."""
         arrays = read_archive(self.path)
         labels = self._labels(arrays)
         features = self._features(arrays, len(labels))
@@ -110,7 +110,7 @@ class Features(MultimodalData):
             raise self._error(f"{name}: expected shape (N, D) with D of at least 1, got {x.shape}")
         if len(x) != count:
             raise self._error(f"{name}: expected as many rows as y, {count}, got {len(x)}")
-        with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is named as such
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite and are reported as non-finite
             return x.astype(np.float32)
 
     def _refuse_non_finite(self, features: Mapping[str, np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""A folder of spoken digits, ``{digit}_{speaker}_{index}.wav``, as spectrograms that are computed once and cached."""
+"""Spectrograms of a folder of spoken digits, ``{digit}_{speaker}_{index}.wav``, computed once and cached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from iprm.errors import InputError
 from .spectrogram import LogMel
 
 NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<index>\d+)\.wav")
-#: Raised whenever the same files and parameters would give other spectrograms than before.
+#: Incremented whenever a change of the code changes the spectrograms of the same files and parameters.
 CACHE_VERSION = 1
 
 log = logging.getLogger(__name__)
@@ -42,12 +42,12 @@ def default_cache_dir() -> Path:
 
 
 def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path) -> Recordings:
-    """Reads the folder, from the cache if it holds these very files (name, size, time of change) and parameters.
+    """Reads the folder, or the cache if files (name, size, modification time) and parameters are unchanged.
 
-    There is one cache file a folder, replaced as a whole when anything changed, so the cache does not grow.
+    There is one cache file per folder, which is replaced when anything changes, so the cache does not grow.
 
     Raises:
-        InputError: no such folder, no recordings in it, or a file that is foreign or broken, by name.
+        InputError: there is no such folder, it has no recordings, or a file is foreign or broken; the message names the file.
     """
     files = _list(folder)
     for file in files:
@@ -62,15 +62,15 @@ def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path) -> Recording
 
 
 def readable_recordings(folder: Path, log_mel: LogMel, cache_dir: Path, faults: list[str]) -> Recordings:
-    """As `load_recordings`, but every file that it would refuse is left out, and told in `faults`.
+    """Like `load_recordings`, but skips foreign and broken files and appends their errors to `faults`.
 
     Raises:
-        InputError: no such folder, or nothing in it that can be read.
+        InputError: there is no such folder, or no readable recording in it.
     """
     files = _list(folder)
     try:
         return load_recordings(folder, log_mel, cache_dir)
-    except InputError:  # of the first file that is no good: look at each
+    except InputError:  # names the first invalid file only, so check each
         spectrograms = {}
         for file in track(files, "Recordings", transient=True):
             try:
@@ -121,7 +121,7 @@ def _cached(cache: Path, key: str) -> np.ndarray | None:
 
 
 def _store(cache: Path, key: str, spectrograms: np.ndarray) -> None:
-    """Writes beside the cache and renames: a reader sees the old file or the new one, never a part of it."""
+    """Writes a temporary file and renames it, so that a reader sees the old file or the new one, never a partial one."""
     temporary = None
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

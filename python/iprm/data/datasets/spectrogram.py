@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogMel:
-    """Log-mel spectrogram of a fixed length: log(mel power + floor), standardised a recording.
+    """Log-mel spectrogram of a fixed length: log(mel power + floor), standardised per recording.
 
-    (samples,) -> (1, bands, frames). Windows of 25 ms, 10 ms apart; what is longer than `frames` of these is cut, what is
-    shorter padded with silence. Mel scale: 2595 log10(1 + f/700), triangles of height 1.
+    (samples,) -> (1, bands, frames). Windows of 25 ms, 10 ms apart; longer recordings are cut to `frames` windows, shorter
+    ones are padded with silence. Mel scale: 2595 log10(1 + f/700), triangles of height 1.
     """
 
     sample_rate: int = 8000
@@ -51,9 +51,9 @@ class LogMel:
         log_mel = (self.filterbank() @ spectrum.abs().square() + self.floor).log()
         return ((log_mel - log_mel.mean()) / log_mel.std().clamp(min=1e-6))[None]
 
-    @functools.cache  # noqa: B019 - a handful of small settings a process
+    @functools.cache  # noqa: B019 - few, small instances per process
     def filterbank(self) -> Tensor:
-        """The triangles.  (bands, transform_size / 2 + 1)"""
+        """The triangular mel filters.  (bands, transform_size / 2 + 1)"""
         top = 2595 * np.log10(1 + self.sample_rate / 2 / 700)
         edges = 700 * (10 ** (np.linspace(0, top, self.bands + 2) / 2595) - 1)  # hertz
         frequency = np.linspace(0, self.sample_rate / 2, self.transform_size // 2 + 1)
