@@ -55,7 +55,7 @@ def backends_by_operator() -> dict[str, dict[str, str]]:
 
 
 def _asked(asked: str, statuses: Mapping[str, BackendStatus], device: str, operator: str) -> str:
-    """Of an operator that the backend asked for does not serve, the reason: nothing else serves it either."""
+    """The backend asked for, or the reason why it does not serve this operator; no other backend replaces it."""
     status = statuses.get(asked)
     if status is None or not {device, "any"} & set(status.devices):
         return f"none: {VARIABLE} asks for {asked}, which does not serve {device}"

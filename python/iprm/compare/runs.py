@@ -191,7 +191,7 @@ def read_run(folder: Path) -> Run:
 
 
 def settings_of_comparison(folder: Path) -> dict[str, Any]:
-    """Of settings.json: data, methods and seeds among others; empty where there is none that can be read."""
+    """The content of settings.json, such as data, methods and seeds; empty if it cannot be read."""
     found = _read(folder / COMPARISON, json.loads, [])
     usable = isinstance(found, dict) and all(isinstance(found.get(name), list) for name in ("methods", "seeds"))
     return found if usable else {}

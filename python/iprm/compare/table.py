@@ -84,7 +84,7 @@ def _modalities(run: Run) -> list[str]:
 
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
-    """Of runs whose folders are <comparison>/<method>/seed=<k>."""
+    """One comparison per folder that holds runs as <method>/seed=<k>."""
     folders = dict.fromkeys(run.folder.parent.parent for run in runs)
     return [
         Comparison(folder, [run for run in runs if run.folder.parent.parent == folder])

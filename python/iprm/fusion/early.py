@@ -47,7 +47,7 @@ class DGL(Concat):
     Args:
         alpha: weight of the unimodal losses, above 0.
 
-    Source: the control named DGL (disentangled gradient learning) of the modality imbalance literature, 2025.
+    Source: Wei, Luo, Luo, "Boosting Multimodal Learning via Disentangled Gradient Learning", ICCV 2025.
     """
 
     def __init__(

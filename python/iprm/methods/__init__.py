@@ -53,7 +53,7 @@ METHODS = {
     "weight": Entry({"weight": Weight}, paper=IPRM),
     "joint": Entry({"joint": Joint}),
     "ensemble": Entry({"ensemble": Ensemble}),
-    "dgl": Entry({"dgl": DGL}),
+    "dgl": Entry({"dgl": DGL}, paper="Wei, Luo, Luo, ICCV 2025"),
     "ogm": Entry({"concat": Concat, "sum": Sum}, OGM, {"noise": False}, "Peng et al., CVPR 2022"),
     "ogm-ge": Entry({"concat": Concat, "sum": Sum}, OGM, {"noise": True}, "Peng et al., CVPR 2022"),
     "mslr": Entry({"sum": Sum}, MSLR, paper="Yao and Mihalcea, Findings of ACL 2022"),

@@ -221,8 +221,8 @@ def short(name: str) -> str:
 
 
 def measured(comparison: Comparison) -> list[Line]:
-    """λ, ω and the other measures of every method, as means over the seeds with their range. Of more than `MOST_LINES` those
-    other than ω; of still more, one line for each method and kind, over all pairs and seeds."""
+    """λ, ω and the other measures of every method, as means over the seeds with their range. If there are more than
+    `MOST_LINES`, ω is left out; if there still are, one line per method and kind covers all pairs and seeds."""
     found: dict[tuple[str, str], list[Course]] = {}
     for run in comparison.finished:
         for name, course in run.measures.items():
