@@ -14,6 +14,7 @@ import hostile
 import hostile_results as results
 import pytest
 import torch
+import torch.utils._pytree as pytree
 import truths
 from hostile import BATCHES, CLASSES, DTYPES, LAYOUTS, LOGITS, ROWS, SEEDS, UPSTREAM, WIDTHS, kinds_of, layouts
 from hostile_calls import calls
@@ -243,5 +244,5 @@ def test_on_meta_shapes_and_types_are_those_of_the_cpu(operator: str, dtype: tor
     if operator == "probe_rebalance":
         of["head"] = lambda z: z.new_empty(of["logits_x"].shape)
     there, here = call.run(of), call.run(call.arguments)
-    for value, wanted in zip(*([t] if isinstance(t, Tensor) else t for t in (there, here)), strict=True):
+    for value, wanted in zip(pytree.tree_leaves(there), pytree.tree_leaves(here), strict=True):
         assert (value.shape, value.dtype, value.device.type) == (wanted.shape, wanted.dtype, "meta")

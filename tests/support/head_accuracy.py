@@ -178,7 +178,9 @@ def assert_pairs_within_budget(batch: int, width: int, classes: int, dtype: torc
         [m[0] for m in modalities], [(m[1], m[2]) for m in modalities], [(m[0], m[1]) for m in mixtures],
         first["target"].to(device), probing, label_smoothing=0.1,
     )  # fmt: skip
-    (2 * result.losses.sum() + result.mix_losses.sum() + (result.mix_logits * upstream.to(device)).sum()).backward()
+    (
+        2 * result.losses.sum() + result.mix_losses.sum() + (torch.stack(result.mix_logits) * upstream.to(device)).sum()
+    ).backward()
 
     def check(name: str, value: Tensor, baseline: Tensor, truth: Truth, size: Tensor) -> None:
         value, baseline = (t.detach().cpu().reshape(len(size), -1) for t in (value, baseline))
