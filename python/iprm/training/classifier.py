@@ -59,7 +59,7 @@ class FusionClassifier(L.LightningModule):
         method: a key of `iprm.methods.METHODS`, or "unimodal-<modality>".
         method_options: options of the method, such as {"alpha": 0.9}.
         encoders: modality -> "cnn", "mlp", "linear", "identity", "resnet18", or the import path of your own nn.Module; with
-            arguments, a mapping of class_path and init_args (see docs/your-model.md). For a modality that is not named, the
+            arguments, a mapping of both (see docs/your-model.md). For a modality that is not named, the
             encoder is chosen by the shape of its input.
         feature_dim: width of the features; "identity", "resnet18" and your own classes determine their width themselves.
         optimizer: any class of torch.optim, {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}; None for SGD with

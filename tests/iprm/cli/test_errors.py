@@ -225,7 +225,7 @@ def test_a_checkpoint_of_a_model_whose_encoder_was_replaced_is_refused_by_what_d
     assert code == 2
     assert "Traceback" not in err
     assert "the checkpoint's weights do not fit the model: it has no encoders.audio.2.running_mean, " in err
-    assert err.endswith("replace them alike in the one that is to have its weights\n")
+    assert err.endswith("replace them in this model in the same way\n")
 
 
 def test_of_weights_of_another_shape_both_shapes_are_told(tmp_path):

@@ -215,7 +215,7 @@ def test_a_batch_of_several_backward_passes_and_updates_has_the_sum_of_each_stag
                 output.loss.backward()
                 optimiser.step()
 
-    model = InTurn(data.shapes, data.num_classes, "sum", feature_dim=8)
+    model = InTurn(data.inputs, data.num_classes, "sum", feature_dim=8)
     slow_head_gradient(monkeypatch, clock, model)
     slow_gradient(AUDIO)(monkeypatch, clock, model)
     slow_module("encoders.text")(monkeypatch, clock, model)
