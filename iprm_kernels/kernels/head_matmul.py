@@ -229,7 +229,9 @@ def head_gradients_kernel(
         r_biases = r_next
         b_through = ()
         for k in tl.static_range(P):
-            b_g = b_features[PAIRS[k][0]]  # a placeholder for a product that is not used
+            b_g = b_features[
+                PAIRS[k][0]
+            ]  # of the same type and shape as the product, which is computed only where a gradient needs it
             if (p_grad_features[PAIRS[k][0]] is not None) or (p_grad_features[PAIRS[k][1]] is not None):
                 b_g = tl.dot(narrowed(b_of_logits[k], STORED), b_heads[k], input_precision=PRECISION)
             b_through = b_through + (b_g,)

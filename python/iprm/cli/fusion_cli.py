@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -43,7 +44,7 @@ class SettingsParser(OneLineErrors, LightningArgumentParser):
         return super().add_subclass_arguments(baseclass, nested_key, *args, **(required | options))
 
 
-class FusionCLI(LightningCLI):
+class FusionCLI(LightningCLI, ABC):
     """Parses the settings of a command and builds data, model and trainer; `execute` then does the work of the command.
 
     LightningCLI is used without its subcommands (``run=False``): one parser is built, by public methods. The model's shapes
@@ -71,9 +72,9 @@ class FusionCLI(LightningCLI):
         args = arguments if isinstance(arguments, dict) else _resolve(arguments)
         super().__init__(FusionClassifier, MultimodalData, args=args, run=False, **(settings | options))
 
+    @abstractmethod
     def execute(self) -> None:
         """Does the work of the command."""
-        raise NotImplementedError
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.inputs", "model.inputs", compute_fn=plain, apply_on="instantiate")

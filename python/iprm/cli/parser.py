@@ -60,7 +60,7 @@ def meant_option(name: str, known: Iterable[str]) -> str | None:
 
 
 class Parser(OneLineErrors, jsonargparse.ArgumentParser):
-    """The parser of a command without settings of Lightning. Help texts are printed as they are written."""
+    """The parser of a command without settings of Lightning. Help texts keep their line breaks."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         options.setdefault("formatter_class", RawDescriptionHelpFormatter)

@@ -49,7 +49,7 @@ def read_header(stream: IO[bytes]) -> Header:
     try:
         return Header(*read[version](stream))
     except (TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
-        raise ValueError(f"its header is not one of an array ({error})") from error
+        raise ValueError(f"its header does not describe an array ({error})") from error
 
 
 def open_archive(path: Path) -> zipfile.ZipFile:

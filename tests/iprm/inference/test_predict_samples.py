@@ -284,8 +284,12 @@ def mix_keys(file: Path) -> None:
 
 
 DAMAGE = {
-    "a header without its end": ("image.npy", unbalance, "new/image.npy cannot be read: its header is not one of an array"),
-    "a header of bytes and words": ("image.npy", mix_keys, "new/image.npy cannot be read: its header is not one of an array"),
+    "a header without its end": ("image.npy", unbalance, "new/image.npy cannot be read: its header does not describe an array"),
+    "a header of bytes and words": (
+        "image.npy",
+        mix_keys,
+        "new/image.npy cannot be read: its header does not describe an array",
+    ),
     "an archive cut off": ("a.npz", cut, "new/a.npz: not a readable .npz file"),
     "an archive with a flipped bit": ("a.npz", flip, "new/a.npz: array 'x_image' is broken: Bad CRC"),
     "an archive that is none": ("a.npz", lambda file: file.write_text("x"), "new/a.npz: not a readable .npz file"),
