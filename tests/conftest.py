@@ -75,6 +75,7 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Place]:
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison.poisoned_empty)
     monkeypatch.setattr(torch, "empty_like", poison.poisoned_empty_like)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison.poisoned_new_empty)
 
 
 @pytest.fixture(autouse=True)

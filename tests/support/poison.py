@@ -1,5 +1,5 @@
-"""Memory from `torch.empty` and `empty_like` filled with values that no kernel computes, so that an unwritten element fails the
-test."""
+"""Memory from `torch.empty`, `empty_like` and `Tensor.new_empty`, filled with values that no kernel computes: an unwritten
+element then fails the test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_empty, _empty_like = torch.empty, torch.empty_like
+_empty, _empty_like, _new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
 
 def poisoned_empty(*size: Any, **options: Any) -> Tensor:
@@ -19,6 +19,13 @@ def poisoned_empty(*size: Any, **options: Any) -> Tensor:
 
 def poisoned_empty_like(*like: Any, **options: Any) -> Tensor:
     return _poisoned(_empty_like(*like, **options))
+
+
+def poisoned_new_empty(self: Tensor, *size: Any, **options: Any) -> Tensor:
+    """`Tensor.new_empty`; fake tensors, which a compiler traces with, have no memory to fill."""
+    tensor = _new_empty(self, *size, **options)
+    plain = type(tensor) is Tensor and not tensor.is_meta and not torch.compiler.is_compiling()
+    return _poisoned(tensor) if plain else tensor
 
 
 def _poisoned(tensor: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Emulated:
     def __init__(self, folder: Path, *, blocks: int = 2, seed: int = 0) -> None:
         """blocks: of the cooperative launch; fewer than tiles of rows, so that a block handles several."""
         library = folder / "head.so"
-        # -fno-gnu-unique: or the shared memory of a kernel is one for all libraries, with what another run left in it
+        # -fno-gnu-unique: otherwise all loaded libraries share the state of the emulator
         flags = ("-std=c++20", "-O1", "-fPIC", "-shared", "-fno-gnu-unique", "-Wno-unknown-pragmas")
         subprocess.run(["g++", *flags, str(SOURCE), "-o", str(library)], check=True)
         self.library = ctypes.CDLL(str(library))
