@@ -24,8 +24,8 @@ problems   unreadable files, by name; non-finite values; rows without a modality
            identical to rows of another, in all modalities or in one, and source items shared by two splits
 remarks    features without variance in train, repeated rows within a split, classes without a row
 
-Rows are counted from 0 within their split. An item is the position of a row in the source: the row of the file, or the
-recording in order of name. Exit code: 0 without problems, 1 with problems, 2 if the dataset cannot be used.
+Rows are counted from 0 within their split. An item is the position of a row in the source: its row in the file, or the
+position of its recording in order of name. Exit code: 0 without problems, 1 with problems, 2 if the dataset cannot be used.
 """
 
 EXAMPLES = """\
@@ -36,7 +36,7 @@ examples:
   iprm check runs/digits/fit/version_0/config.yaml
 """
 
-#: At most this many classes have a line of their own; the others share the last line.
+#: Largest number of lines for classes; if there are more classes, the last line gives the range of the rest.
 MOST_CLASSES = 40
 
 

@@ -32,11 +32,11 @@ from .fit import STOPPED, FitCLI, fit_settings, run_fit
 from .parser import Parser, add_dataset_options, at_least_one, dataset_settings, key_values
 
 DESCRIPTION = """\
-Trains several methods with several seeds on one dataset. A seed decides splits, initial weights and the order of batches, and
-is shared by all methods. Every run has a folder OUTPUT/METHOD/seed=K, as iprm fit writes it, and test.json: the test metrics of
-its checkpoint best on validation. Prints a table of mean ± standard deviation over seeds, and writes it to OUTPUT with
-summary.md, runs.csv, history.csv, plot.png and settings.json. The same command with the same --output continues a comparison
-that was ended: finished runs are kept, interrupted ones resume, missing and failed ones start. Exit code 1 if a run failed.
+Trains several methods with several seeds on one dataset. A seed determines splits, initial weights and the order of batches;
+all methods use the same seeds. Every run has a folder OUTPUT/METHOD/seed=K, as iprm fit writes it, with the test metrics of
+its best checkpoint on validation in test.json. Prints a table of mean ± standard deviation over seeds, and writes summary.md,
+runs.csv, history.csv, plot.png and settings.json to OUTPUT. The same command with the same --output resumes an interrupted
+comparison: finished runs are kept, interrupted runs resume, missing and failed runs start. Exit code 1 if a run failed.
 """
 
 EXAMPLES = """\
@@ -50,7 +50,7 @@ examples:
 """
 
 METHOD_NAMES = ", ".join([*(name for name in METHODS if name != "unimodal"), "unimodal-<modality>"])
-#: Settings of `iprm fit` that each run has of its own, or that are this command's options.
+#: Settings of `iprm fit` that differ between runs, and the option of this command that determines each.
 OWN = {"model.method": "--methods", "data.seed": "--seeds", "data.init_args.seed": "--seeds"}
 
 
@@ -61,10 +61,10 @@ def parser() -> Parser:
     add_dataset_options(p)
     names = f"each modality alone, {', '.join(DEFAULT_COMPARISON)}"
     p.add_argument("--methods", metavar="A,B,...", help=f"{METHOD_NAMES} (default: {names})")
-    p.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="how many seeds: 0, 1, ... N-1 (default: 3)")
+    p.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="number of seeds: 0, 1, ..., N-1 (default: 3)")
     p.add_argument("--epochs", type=at_least_one, metavar="N", help="default: as in the dataset's shipped configuration")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/compare-<dataset>-<time>")
-    p.add_argument("--jobs", type=at_least_one, metavar="N", help="processes at a time (default: one per core; 1 with a GPU)")
+    p.add_argument("--jobs", type=at_least_one, metavar="N", help="parallel processes (default: one per core; 1 with a GPU)")
     p.add_argument(
         "--model",
         action="append",
@@ -91,8 +91,8 @@ def compare_command(arguments: Sequence[str]) -> int:
             sweep(pending, _train, given.jobs or default_jobs(len(pending)))
     except BaseException:
         if any((job.folder / TEST).is_file() for job in jobs):
-            done = f"{len(_report(folder).finished)} of {len(jobs)} runs are finished; a report of these: {folder}"
-            print(f"iprm: {done}; the same command with --output {folder} continues", file=sys.stderr)
+            done = f"{len(_report(folder).finished)} of {len(jobs)} runs are finished; their report: {folder}"
+            print(f"iprm: {done}; to continue, repeat the command with --output {folder}", file=sys.stderr)
         raise
     comparison = _report(folder)
     console = Console()
@@ -107,7 +107,7 @@ def compare_command(arguments: Sequence[str]) -> int:
 
 
 def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """This command's own arguments, and settings of `iprm fit`: --GROUP.NAME VALUE."""
+    """Splits the arguments into this command's own and settings of `iprm fit`, --GROUP.NAME VALUE."""
     own: list[str] = []
     settings: list[str] = []
     chosen = own
@@ -120,7 +120,7 @@ def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _settings(given: Any, settings: Sequence[str]) -> list[str]:
-    """The arguments of `iprm fit` that this command's options mean, and then `settings`."""
+    """The arguments of `iprm fit` that correspond to this command's options, followed by `settings`."""
     found = ["--config" if given.data in shipped() else "--data", given.data, "--trainer.devices=1"]
     found += [f"--trainer.accelerator={given.accelerator}"]
     found += [] if given.epochs is None else [f"--trainer.max_epochs={given.epochs}"]
@@ -129,12 +129,12 @@ def _settings(given: Any, settings: Sequence[str]) -> list[str]:
     for argument in (found := [*found, *settings]):
         name = argument.partition("=")[0].removeprefix("--")
         if name in OWN:
-            raise InputError(f"{name}: a comparison gives every run its own; choose them by {OWN[name]}")
+            raise InputError(f"{name}: the comparison determines this setting for each run; use {OWN[name]}")
     return found
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """settings.json: what was asked for, with the methods and seeds that the folder had before."""
+    """Writes settings.json: the settings of this call, with its methods and seeds added to those already in the file."""
     folder.mkdir(parents=True, exist_ok=True)
     before = settings_of_comparison(folder)
     for name in ("methods", "seeds"):
@@ -145,7 +145,7 @@ def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _report(folder: Path) -> Comparison:
-    """Writes what the folder of a comparison has beside its runs."""
+    """Writes the tables and the plot of a comparison to its folder."""
     from iprm.report.figures import comparison_figure
 
     comparison = Comparison(folder, read_runs([folder]))
@@ -155,7 +155,7 @@ def _report(folder: Path) -> Comparison:
 
 
 class _ComparedRun(FitCLI):
-    """`iprm fit` without its words, and then the test of the checkpoint best on validation."""
+    """`iprm fit` without output, followed by a test of the best checkpoint on validation."""
 
     def __init__(self, arguments: dict[str, Any], folder: Path, advance: Advance) -> None:
         self.clock = Clock(advance)
@@ -167,7 +167,7 @@ class _ComparedRun(FitCLI):
 
     def instantiate_trainer(self, **options: Any) -> Any:
         trainer = self.config_init.trainer
-        trainer.enable_progress_bar = False  # here and not in config.yaml, which is that of any run
+        trainer.enable_progress_bar = False  # set here, so that config.yaml equals that of `iprm fit`
         given = trainer.callbacks or []
         callbacks = [*(given if isinstance(given, list) else [given]), self.clock]
         return super().instantiate_trainer(callbacks=callbacks, **options)
@@ -179,7 +179,7 @@ class _ComparedRun(FitCLI):
             raise SystemExit(STOPPED) from end
         best = best_checkpoint(self.trainer)
         assert self.folder is not None
-        self.trainer.loggers = []  # metrics.csv is of training and validation
+        self.trainer.loggers = []  # metrics.csv holds no test metrics
         path = best.best_model_path if best else ""
         (metrics,) = self.trainer.test(self.model, self.datamodule, path or None, verbose=False, weights_only=True)
         self.clock.record(self.folder, metrics, self.datamodule)

@@ -1,4 +1,4 @@
-"""The command `iprm export`: writes a checkpoint as files that only torch, or safetensors, is needed to read."""
+"""The command `iprm export`: writes a checkpoint as files that torch or safetensors can read without this package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Writes the model of a checkpoint, in float32 and with λ frozen, to a folder:
   model.safetensors  the weights of the graph, by their names in the checkpoint
   model.json         modalities, shape and dtype of their inputs, classes, method, λ, versions, sha256 of both files
 
-The files are written only if model.pt2, read back, gives the logits of the checkpoint on random inputs.
+The files are written only if model.pt2, read back, reproduces the logits of the checkpoint on random inputs.
 """
 
 EXAMPLES = """\

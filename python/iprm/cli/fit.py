@@ -31,12 +31,12 @@ def fit_command(arguments: Sequence[str]) -> int:
 
 
 def run_fit(config: Mapping[str, Any], folder: Path, cli: type[FitCLI] | None = None, **options: Any) -> None:
-    """Runs `iprm fit` in this folder with settings as `fit_settings` returns them.
+    """Runs `iprm fit` in this folder, with the settings returned by `fit_settings`.
 
-    A run that the folder already holds continues from its last state.
+    If the folder already holds a run, the run resumes from its last state.
 
     Args:
-        cli: runs it; `FitCLI` by default. `options` are arguments of the class.
+        cli: the class to run, by default `FitCLI`; `options` are further arguments of this class.
 
     Raises:
         InputError, NonFiniteError: as `iprm fit` does.
@@ -46,7 +46,7 @@ def run_fit(config: Mapping[str, Any], folder: Path, cli: type[FitCLI] | None = 
 
 
 def fit_settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """All settings of `iprm fit ARGUMENTS`, as its config.yaml has them.
+    """All settings of `iprm fit ARGUMENTS`, as config.yaml would hold them.
 
     Raises:
         InputError: a configuration, setting or dataset does not exist or cannot be used.
@@ -96,7 +96,7 @@ class FitCLI(FusionCLI):
         return super().instantiate_trainer(logger=loggers, **kwargs)
 
     def _loggers(self, root: str, given: Any) -> list[Logger]:
-        """The logger of metrics.csv, whose folder is that of the run, and the configured loggers, by default TensorBoard."""
+        """The logger of metrics.csv, whose folder is the run's, and the configured loggers, by default TensorBoard."""
         log = RunLog(root)
         if self.folder is not None:
             folder = self.folder.absolute()
@@ -104,7 +104,7 @@ class FitCLI(FusionCLI):
         if given not in (None, True):
             return [log, *as_list(given)]
         state = self.config.ckpt_path
-        purged = logged_steps(read_checkpoint(state, mmap=True)) if state and self.folder else None  # written again from there
+        purged = logged_steps(read_checkpoint(state, mmap=True)) if state and self.folder else None  # these are logged again
         return [log, TensorBoardLogger(log.save_dir, log.name, log.version, default_hp_metric=False, purge_step=purged)]
 
     def execute(self) -> None:
@@ -115,7 +115,7 @@ class FitCLI(FusionCLI):
                 print(f"stopped by SIGTERM; to continue: iprm resume {self._run()}", file=sys.stderr)
             raise SystemExit(STOPPED) from end
         except NonFiniteError as error:
-            best = self._best_checkpoint() or "no checkpoint was due"
+            best = self._best_checkpoint() or "no checkpoint was written"
             raise NonFiniteError(f"{error}\nbest on validation until then: {best}") from error
         best = self._best_checkpoint()
         if best and self.trainer.is_global_zero:
@@ -123,11 +123,11 @@ class FitCLI(FusionCLI):
             print(f"to evaluate it on the test split: iprm test --config {self._run()}/config.yaml --ckpt_path {best}")
 
     def _run(self) -> str:
-        """The folder of the run. `Trainer.log_dir` would broadcast it, and the other processes have exited."""
+        """The folder of the run. `Trainer.log_dir` cannot be used: it broadcasts, and the other processes have exited."""
         return getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
 
     def _best_checkpoint(self) -> str:
-        """Its path; empty if none was written."""
+        """Path of the best checkpoint; empty if none was written."""
         return getattr(best_checkpoint(self.trainer), "best_model_path", "")
 
 

@@ -1,4 +1,4 @@
-"""LightningCLI on `FusionClassifier` and a dataset: what `iprm fit`, `test`, `predict` and `profile` share."""
+"""LightningCLI for `FusionClassifier` and a dataset, shared by `iprm fit`, `test`, `predict` and `profile`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .settings_help import checkpoint_help, help_of, set_titles
 
 
 class SettingsParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser, in which the data are required."""
+    """LightningCLI's parser, with the dataset as a required setting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if self.exit_on_error and message.endswith("arguments are required: data"):
@@ -47,12 +47,12 @@ class SettingsParser(OneLineErrors, LightningArgumentParser):
 class FusionCLI(LightningCLI, ABC):
     """Parses the settings of a command and builds data, model and trainer; `execute` then does the work of the command.
 
-    LightningCLI is used without its subcommands (``run=False``): one parser is built, by public methods. The model's shapes
-    and number of classes are those of the data, its other settings those of the configuration. `FusionClassifier` refuses a
-    checkpoint of a model with other settings.
+    LightningCLI is used without its subcommands (``run=False``): one parser is built, by public methods. The dataset
+    determines the model's input shapes and number of classes; the configuration determines its other settings.
+    `FusionClassifier` refuses a checkpoint of a model with other settings.
 
     Args:
-        arguments: command line arguments after the command, or all settings as config.yaml has them.
+        arguments: command line arguments after the command, or a dict of all settings, as in config.yaml.
         options: override the arguments of LightningCLI.
     """
 
@@ -111,7 +111,7 @@ class FusionCLI(LightningCLI, ABC):
 
 
 def as_list(given: Any) -> list[Any]:
-    """Trainer arguments are None, one object, or a list of objects."""
+    """A Trainer argument, which is None, one object or a list of objects, as a list."""
     return given if isinstance(given, list) else [] if given is None else [given]
 
 
@@ -120,7 +120,7 @@ def run(cli: type[FusionCLI], arguments: Sequence[str] | dict[str, Any], **optio
 
     Raises:
         InputError: a configuration, setting, dataset or method does not exist or cannot be used.
-        NonFiniteError: training met a number that is not finite.
+        NonFiniteError: a non-finite number occurred in training.
     """
     with quiet_lightning():
         cli(arguments, **options).execute()

@@ -1,4 +1,4 @@
-"""The command `iprm info`. It needs no extra of the package."""
+"""The command `iprm info`. It needs no optional dependency of the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DESCRIPTION = "Prints versions, build options, and the implementation that serve
 
 def info_command(arguments: Sequence[str]) -> int:
     """Runs `iprm info` and returns the exit code."""
-    if arguments:  # the parser needs jsonargparse, which belongs to the extra
+    if arguments:  # the parser needs jsonargparse, which the extra `train` installs
         from .parser import Parser
 
         Parser("iprm info", description=DESCRIPTION).parse_args(arguments)
@@ -22,7 +22,7 @@ def info_command(arguments: Sequence[str]) -> int:
     for device, by_operator in backends_by_operator().items():
         _print(f"operators on {device}", by_operator)
     _print("backends", {name: str(status).removeprefix(f"{name}: ") for name, status in ik.backends().items()})
-    print(f"{VARIABLE}=NAME selects one of these backends; a backend that cannot run is an error, never replaced.")
+    print(f"{VARIABLE}=NAME selects one of these backends; a backend that cannot run raises an error and is never replaced.")
     return 0
 
 

@@ -63,10 +63,10 @@ shipped: {shipped}; the path of a YAML file is accepted as well. `iprm {command}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0; 1 after a run that met a non-finite number and for a dataset with
-    problems; 2 for input that cannot be used (one line on stderr says why); 130 after an interrupt."""
+    """Runs the command line and returns the exit code: 0; 1 if training stopped at a non-finite number or a dataset has
+    problems; 2 if the input cannot be used (one line on stderr gives the reason); 130 after an interrupt."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "" not in sys.path:  # the current folder, for datasets of the user; last, so that it shadows nothing
+    if "" not in sys.path:  # the current folder, for a user's own datasets; last, so that it shadows no other module
         sys.path.append("")
     try:
         return _dispatch(arguments)

@@ -1,4 +1,4 @@
-"""The parser of every command: jsonargparse, with errors on one line that suggest the name that was probably meant."""
+"""The parser of every command: jsonargparse, with one-line errors that suggest the name that was probably meant."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUOTED = re.compile(r"Parser key \"([\w.]+)\"|<class '(?:\w+\.)*(\w+)'>")
 class OneLineErrors:
     """Mixin for a jsonargparse parser: its errors are raised as InputError, each on one line.
 
-    The suggestions depend on two of jsonargparse's messages (`UNKNOWN`); any other message is passed on as it is.
+    The suggestions depend on two of jsonargparse's messages (`UNKNOWN`); any other message is passed on unchanged.
     """
 
     def error(self: Any, message: str, ex: Exception | None = None) -> NoReturn:
@@ -52,7 +52,7 @@ def one_line(message: str) -> str:
 
 
 def meant_option(name: str, known: Iterable[str]) -> str | None:
-    """The dotted name of `known` closest to `name`. If any share its prefix, only these are considered."""
+    """The dotted name of `known` closest to `name`; one with the same prefix, if there are any."""
     known = list(known)
     prefix, _, last = name.rpartition(".")
     siblings = {option.rpartition(".")[2]: option for option in known if option.rpartition(".")[0] == prefix}
@@ -94,14 +94,14 @@ def key_values(option: str, texts: Iterable[str]) -> dict[str, str]:
 
 
 def add_encoder_option(parser: Parser) -> None:
-    """--encoder: the user's own classes that a checkpoint may have imported."""
+    """--encoder: the user's own classes that loading a checkpoint may import."""
     parser.add_argument(
         "--encoder",
         action="append",
         default=[],
         metavar="CLASS",
-        help="import path of an encoder class of yours that the checkpoint names, such as my_models.TextTower; a checkpoint "
-        "alone imports no module; may be repeated",
+        help="import path of your own encoder class that the checkpoint names, such as my_models.TextTower; other classes "
+        "named by a checkpoint are not imported; may be repeated",
     )
 
 

@@ -31,10 +31,10 @@ p_<class> of every class. The samples are one of
   one such .npz file
   a folder of .npy files   <modality>.npy, (N, D) or (N, C, H, W)
 
-with integer or floating values and the shapes that the model was trained on. A modality of several tensors has one array per
-tensor, x_<modality>.<name> or <modality>.<name>.npy; an input that was integer in training has to be integer. Other arrays and
-files are ignored. Files are read in order of name; `file` is the .npz, or the folder of .npy files; `row` counts from 0 in
-each.
+with integer or floating-point values, in the shapes that the model was trained on. A modality of several tensors has one array
+per tensor, x_<modality>.<name> or <modality>.<name>.npy; an input that was integer in training must be integer. Other arrays
+and files are ignored. Files are read in order of name; `file` is the .npz, or the folder of .npy files; `row` counts from 0
+in each.
 
 The headers of all files are checked first. A non-finite value ends the run with its file, array and row: the CSV is written
 completely or not at all. At most --batch_size rows are in memory at a time, except that an array of an .npz in Fortran
@@ -69,7 +69,7 @@ class PredictCLI(FusionCLI):
         Path(self.config.output).parent.mkdir(parents=True, exist_ok=True)  # fail before the work rather than after it
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        one_process = {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # which writes the rows in order
+        one_process = {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # so that rows are written in order
         return super().instantiate_trainer(**one_process, **kwargs)
 
     def execute(self) -> None:
@@ -79,10 +79,10 @@ class PredictCLI(FusionCLI):
 
 
 def _predict_samples(arguments: Sequence[str]) -> int:
-    needs_help = not {"-h", "--help"}.isdisjoint(arguments)  # also in the place of a value
+    needs_help = not {"-h", "--help"}.isdisjoint(arguments)  # even in the place of a value
     given = parser().parse_args(["--help"] if needs_help else arguments)
     if given.config is not None:
-        raise InputError("--config: a checkpoint holds all that --input needs; remove --config or --input")
+        raise InputError("--config: --input needs only a checkpoint; remove --config or --input")
     model = load_inference(given.ckpt_path, given.encoder)
     sources = find_samples(given.input, model.inputs)
     given.output.parent.mkdir(parents=True, exist_ok=True)  # fail before the work rather than after it
@@ -103,7 +103,7 @@ def parser() -> Parser:
         "--accelerator",
         default="auto",
         choices=("auto", "cpu", "gpu"),
-        help="default: auto, a GPU if any",
+        help="default: auto, a GPU if there is one",
     )
     p.add_argument("--config", help=SUPPRESS)
     return p

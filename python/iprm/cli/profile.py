@@ -28,7 +28,7 @@ from .fusion_cli import FusionCLI, as_list, run
 from .parser import at_least_one
 
 ABSENT = "-"
-#: Trainer arguments that do not apply to a profile: it records no run, and ends when its batches are measured.
+#: Trainer arguments that do not apply to a profile, which records no run and ends when its batches are measured.
 TRAINER = {
     **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "fast_dev_run"), False),
     **dict.fromkeys(("max_time", "min_epochs", "min_steps"), None),
@@ -92,13 +92,13 @@ class ProfileCLI(FusionCLI):
         epoch = f"an epoch takes {_seconds(profile.epoch)} s, of which validation {_seconds(profile.validation)} s"
         lines = [epoch, f"profile: {folder}"]
         if profile.synchronised:
-            lines.insert(1, "stages do not overlap here, because each waits for the GPU; in an ordinary run they do")
+            lines.insert(1, "stages do not overlap here, because each waits for the GPU; in an ordinary run, stages overlap")
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The machine that the measurement holds for."""
+    """The machine on which the measurement was made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     found = {
         "platform": platform.platform(),

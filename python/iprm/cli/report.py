@@ -14,7 +14,7 @@ from .parser import Parser
 DESCRIPTION = """\
 Writes one HTML file about runs of iprm fit and comparisons of iprm compare: test metrics by method; accuracy of every head,
 losses, λ and ω over the epochs; confusion matrix, angles between the modalities and strength by class on validation; settings
-and versions. It opens in any browser, without a network. An unfinished run is reported as far as it has got.
+and versions. The file opens in any browser, without a network. Unfinished runs are reported up to their last epoch.
 """
 
 EXAMPLES = """\
@@ -33,7 +33,7 @@ def parser() -> Parser:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="the folder of a run, .../fit/version_N, or one above runs, such as that of a comparison",
+        help="the folder of a run, .../fit/version_N, or a folder that contains runs, such as a comparison",
     )
     p.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     return p
@@ -43,7 +43,7 @@ def report_command(arguments: Sequence[str]) -> int:
     """Runs `iprm report` and returns the exit code.
 
     Raises:
-        InputError: a run does not exist or is none, or a package is missing.
+        InputError: a folder does not exist or holds no run, or a package is missing.
     """
     given = parser().parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""The command `iprm resume`: continues a run that was killed or stopped, or that is to be longer, in its own folder."""
+"""The command `iprm resume`: continues a run in its own folder, after a kill or stop, or for more epochs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .parser import Parser
 
 DESCRIPTION = """\
 Continues a run of iprm fit from its last saved state: after a crash, a kill, a scheduler's SIGTERM, or an interrupt. The
-weights, metrics and checkpoints at its end are those of an uninterrupted run. States are saved at the beginning of every
+final weights, metrics and checkpoints equal those of an uninterrupted run. States are saved at the beginning of every
 epoch, and within an epoch at the interval given to iprm fit (--state.every_n_batches N). Settings of iprm fit may follow.
 """
 
@@ -21,7 +21,7 @@ EXAMPLES = """\
 examples:
   iprm resume runs/digits/fit/version_0
   iprm resume runs/digits/fit/version_0 --previous                     if the last state is damaged
-  iprm resume runs/digits/fit/version_0 --trainer.max_epochs 40        continue beyond the end that was set
+  iprm resume runs/digits/fit/version_0 --trainer.max_epochs 40        train for more epochs
 """
 
 

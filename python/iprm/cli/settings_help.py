@@ -39,7 +39,7 @@ EXAMPLES = {
   iprm profile --config runs/digits/fit/version_0/config.yaml --data.batch_size 256""",
 }
 CHECKPOINT = "required: the checkpoint, a path printed by iprm fit"
-#: Help texts that replace the description in a docstring. Only these of Lightning's settings are shown.
+#: Help texts that replace descriptions in docstrings. Lightning's settings are shown only if they have a text here.
 HELP = {
     "config": f"{', '.join(shipped())}, or a YAML file. Settings after it on the command line override it. iprm fit writes the "
     "configuration of a run next to its checkpoints: use that file to test and to predict",
@@ -52,7 +52,7 @@ HELP = {
     "trainer.strategy": "how processes share the work: ddp, or fsdp2, which also shards parameters (default: auto)",
     "trainer.num_nodes": "number of machines, each of which runs this command under torchrun or SLURM (default: 1)",
     "trainer.accumulate_grad_batches": "number of batches per optimiser step; ω is measured on each batch (default: 1)",
-    "trainer.gradient_clip_val": "largest norm of all gradients together (default: none)",
+    "trainer.gradient_clip_val": "maximum norm of all gradients together (default: none)",
     "trainer.default_root_dir": "folder of the runs (default: runs)",
     "optimizer": "SGD, AdamW, ... of torch.optim, or a class path; its arguments: --optimizer.lr 1e-3 (default: SGD)",
     "lr_scheduler": "a schedule of torch.optim.lr_scheduler, or a class path, stepped after every epoch; null for none",
@@ -79,7 +79,7 @@ class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         if not _is_shown(setting, self.command):
             return
         if setting != "help" and not setting.startswith(("model.", "state.", "data.")):
-            # a plain Action, because jsonargparse appends type and default to the help of its own
+            # a plain Action, because jsonargparse appends type and default to the help of its own actions
             text, metavar = HELP.get(setting, action.help), "NAME" if setting == "data" else action.metavar
             action = Action(action.option_strings, setting, action.nargs, default=SUPPRESS, help=text, metavar=metavar)
         super().add_argument(action)
@@ -88,7 +88,7 @@ class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 def _is_shown(setting: str, command: str) -> bool:
     if command == "profile":
         return setting in ("help", "config", "steps", "output")
-    if setting.startswith(("model.", "state.")) or setting in TRAINING_ONLY:  # fixed by a checkpoint
+    if setting.startswith(("model.", "state.")) or setting in TRAINING_ONLY:  # a checkpoint determines these
         return command == "fit" and setting not in (
             "model.inputs",
             "model.num_classes",

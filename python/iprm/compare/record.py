@@ -1,4 +1,4 @@
-"""diagnostics.json, read and checked: what `iprm.training.callbacks.diagnostics.Diagnostics` has written."""
+"""Reads and checks diagnostics.json, which `iprm.training.callbacks.diagnostics.Diagnostics` writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Numbers = list["float | None"]
 
 
 class Angles(NamedTuple):
-    """The histogram of θ of a pair over [0, π]; `mean` in radians, None without a row."""
+    """Histogram of the angle θ of a pair over [0, π]. mean: radians, None without rows; undirected: rows with a zero vector."""
 
     pair: Pair
     counts: list[int]
@@ -21,16 +21,17 @@ class Angles(NamedTuple):
 
 
 class Strength(NamedTuple):
-    """ω of the first and of the second of a pair by class; None where the class has no sample."""
+    """ω by class of the first and the second modality of a pair; None for classes without samples."""
 
     pair: Pair
     omega: tuple[Numbers, Numbers]
 
 
 class Record(NamedTuple):
-    """What a run measured on validation at its end. confusion: (target, prediction) -> count, zeros left out.
+    """Measurements on the validation split at the end of a run.
 
-    best: with the weights best on validation, not the last; epoch: the one that ended with these weights.
+    confusion: (target, prediction) -> count, without zeros; best: whether the weights are those best on validation, not the
+    last; epoch: the epoch at whose end the model had these weights.
     """
 
     method: str | None
@@ -54,7 +55,7 @@ class Record(NamedTuple):
 
 
 def read_record(text: str) -> Record:
-    """Raises ValueError, TypeError, LookupError or AttributeError where the text is no such file."""
+    """Parses diagnostics.json; raises ValueError, TypeError, LookupError or AttributeError for other content."""
     content = json.loads(text)
     classes, class_counts = int(content["num_classes"]), [int(count) for count in content["class_counts"]]
     bins = {len(angles["counts"]) for angles in content["angles"]}
@@ -105,5 +106,5 @@ def _omega(rows: Any, classes: int) -> tuple[Numbers, Numbers]:
 
 
 def _optional(value: Any) -> float | None:
-    """None for what is not there, and for what is not finite."""
+    """The value as a float; None if it is missing or not finite."""
     return float(value) if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The runs of a comparison: one configuration of `iprm fit` for each method and seed, and what such a run has besides."""
+"""The runs of a comparison: one configuration of `iprm fit` per method and seed; reads the data once per seed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from iprm.training.classifier import FusionClassifier
 
 from .runs import CONFIG, TEST, flattened, read_settings
 
-#: What a method takes part in a comparison as, where none are named: after each modality alone.
+#: Methods of a comparison if none are named, after one unimodal method per modality.
 DEFAULT_COMPARISON = ("concat", "sum", "weight", "joint", "iprm")
 
 
 class Job(NamedTuple):
-    """One run. config: the settings of `iprm fit`, as its config.yaml has them."""
+    """One run. config: the settings of `iprm fit`, as in config.yaml."""
 
     method: str
     seed: int
@@ -37,12 +37,12 @@ class Job(NamedTuple):
 def make_jobs(
     config: Mapping[str, Any], methods: Sequence[str] | None, seeds: Sequence[int], folder: Path
 ) -> tuple[list[str], list[Job]]:
-    """The methods, those of `DEFAULT_COMPARISON` for None, and the runs, one seed after the other.
+    """The methods (for None, each modality alone and `DEFAULT_COMPARISON`) and the runs, one seed after the other.
 
-    Reads the data of the first seed and builds every model, so that what is wrong is told before any training.
+    Reads the data of the first seed and builds every model, so that errors are raised before any training.
 
     Raises:
-        InputError: the dataset, a method or an option cannot be used, or the folder has a run of other settings.
+        InputError: the dataset, a method or an option cannot be used, or the folder has a run with other settings.
     """
     data = _data(config["data"], seeds[0])
     unimodal = [f"unimodal-{modality}" for modality in data.modalities]
@@ -72,7 +72,7 @@ def _refuse_other_settings(job: Job) -> None:
     for name in dict.fromkeys((*here, *there)):
         if name.partition(".")[0] in job.config and there.get(name) != here.get(name):
             was, asked = there.get(name), here.get(name)
-            raise InputError(f"{job.folder}: its {name} is {was!r}, {asked!r} was asked for; expected another --output")
+            raise InputError(f"{job.folder}: {name} of this run is {was!r}, not {asked!r}; choose another --output")
 
 
 def _data(config: Mapping[str, Any], seed: int) -> MultimodalData:
@@ -84,7 +84,7 @@ _last_read: dict[str, MultimodalData] = {}  # one entry: memory holds the data o
 
 
 def read_once(cls: type[MultimodalData], *args: Any, **options: Any) -> MultimodalData:
-    """The dataset, with the splits of the last one that this process has made if class and options are the same."""
+    """A new dataset object, with the splits of the last one made in this process if class and options are the same."""
     data, key = cls(*args, **options), f"{cls.__module__}.{cls.__qualname__} {args} {sorted(options.items())}"
     if key in _last_read:
         data.splits = _last_read[key].splits
@@ -95,7 +95,7 @@ def read_once(cls: type[MultimodalData], *args: Any, **options: Any) -> Multimod
 
 
 class Clock(L.Callback):
-    """Times the training steps of each epoch, without validation; tells `advance` how many epochs have ended."""
+    """Times the training steps of each epoch, without validation; calls `advance` with the number of epochs that have ended."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self.advance = advance
@@ -103,13 +103,13 @@ class Clock(L.Callback):
         self._began: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.advance(trainer.current_epoch)  # those of a run that is resumed
+        self.advance(trainer.current_epoch)  # earlier epochs of a resumed run
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._began = time.perf_counter() if self._began is None else self._began
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._began is not None:  # else it is the check before training
+        if self._began is not None:  # otherwise this is the check before training
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
             self.seconds.append(time.perf_counter() - self._began)
@@ -120,7 +120,7 @@ class Clock(L.Callback):
             self.advance(1)
 
     def record(self, job_folder: Path, metrics: Mapping[str, float], data: MultimodalData) -> None:
-        """Writes test.json, with which the run is finished: whole or not at all."""
+        """Writes test.json atomically; a run with this file is finished."""
         content = {
             "metrics": {name.removeprefix("test_"): value for name, value in metrics.items()},
             "seconds_per_epoch": statistics.median(self.seconds) if self.seconds else None,

@@ -24,7 +24,7 @@ TEST, FAILED = "test.json", "failed.txt"  # of a run of a comparison
 COMPARISON = "settings.json"  # in <comparison>, above <comparison>/<method>/seed=<k>
 FILES = (METRICS, CONFIG, DIAGNOSTICS)
 SYMBOLS = {"weight": "λ", "strength": "ω"}
-#: Columns of metrics.csv that are no measure of the method.
+#: Prefixes of columns of metrics.csv that are not measures of the method.
 NO_MEASURE = ("train_", "val_", "test_", "lr-")
 
 LARGEST = 1e30
@@ -34,10 +34,10 @@ Course = dict[int, float]  # epoch -> value
 
 @dataclass
 class Run:
-    """One run. What its folder lacks is empty here, and named in `missing`.
+    """One run. Parts that its folder lacks are empty here, and `missing` names them.
 
-    settings: dotted name -> value, of config.yaml; courses: metric -> epoch -> value; test: metrics on the test split of the
-    checkpoint best on validation, without "test_"; seconds: median of the training part of an epoch; failure: why it ended;
+    settings: dotted name -> value, from config.yaml; courses: metric -> epoch -> value; test: metrics of the best checkpoint
+    on the test split, without "test_"; seconds: median of the training part of an epoch; failure: the reason of a failed run;
     name: the end of its path, and label: method and seed, each unique among the runs of a report.
     """
 
@@ -77,13 +77,13 @@ class Run:
 
     @property
     def best_epoch(self) -> int | None:
-        """The first of those with the highest validation accuracy, as ModelCheckpoint chooses."""
+        """The first epoch with the highest validation accuracy, which ModelCheckpoint also chooses."""
         accuracy = self.courses.get("val_accuracy", {})
         return max(accuracy, key=lambda epoch: (accuracy[epoch], -epoch), default=None)
 
     @property
     def heads(self) -> list[str]:
-        """Modalities in their order, then "mix" where the method mixes."""
+        """Modalities in their order, then "mix" if the method mixes."""
         prefixes = ("val_accuracy_", "train_accuracy_")
         found = dict.fromkeys(name.removeprefix(p) for name in self.courses for p in prefixes if name.startswith(p))
         known = [name for name in (self.record.modalities if self.record else ()) if name in found]
@@ -91,7 +91,7 @@ class Run:
 
     @property
     def measures(self) -> dict[str, Course]:
-        """What the method measured of itself, λ and ω among it, by the name of its column in metrics.csv."""
+        """The measures of the method, such as λ and ω, by the names of their columns in metrics.csv."""
         return {name: course for name, course in self.courses.items() if not name.startswith(NO_MEASURE)}
 
     def last(self, metric: str) -> float | None:
@@ -100,7 +100,7 @@ class Run:
 
 
 def label(measure: str, modalities: Sequence[str]) -> str:
-    """How a measure is written: "λ", "ω audio", "λ audio × text", "ω text (audio × text)"; others by their own name."""
+    """Display name of a measure: "λ", "ω audio", "λ audio × text", "ω text (audio × text)"; other measures keep their names."""
     kind, _, rest = measure.partition("_")
     if kind not in SYMBOLS:
         return measure
@@ -112,10 +112,10 @@ def label(measure: str, modalities: Sequence[str]) -> str:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders or below them, each once, with labels that tell them apart.
+    """The runs in these folders or below them, each once, with unique labels.
 
     Raises:
-        InputError: a folder does not exist or has no run; the message names the closest run there is.
+        InputError: a folder does not exist or has no run; the message names the closest existing run.
     """
     found = {path.resolve(): path for folder in folders for path in _runs_at(folder)}
     runs = [read_run(folder) for folder in found.values()]
@@ -156,14 +156,14 @@ def _runs_below(folder: Path) -> Iterator[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """One run, as far as its folder holds it."""
+    """Reads one run from the files that its folder has."""
     run = Run(folder)
     if (folder / CONFIG).is_file():
         run.settings = read_settings(folder / CONFIG, run.missing)
     else:
         model = read_settings(folder / MODEL, run.missing) if (folder / MODEL).is_file() else {}
         run.settings = {f"model.{name}": value for name, value in model.items()}
-        unknown = "of the settings only the model's are" if model else "method, seed and settings are not"
+        unknown = "only the model's settings are" if model else "method, seed and settings are not"
         run.missing.append(f"No {CONFIG}: {unknown} known.")
     if (folder / METRICS).is_file():
         run.courses = _read(folder / METRICS, lambda text: _courses(text, run.missing), run.missing) or {}
@@ -202,7 +202,7 @@ def is_run(folder: Path) -> bool:
 
 
 def _closest_run(folder: Path) -> Path | None:
-    """A run above or beside what was asked for, by the likeness of its path."""
+    """The run that contains `folder`, or else one near it with a similar path."""
     above = next((parent for parent in list(folder.parents)[:2] if is_run(parent)), None)
     base = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), Path())
     runs = {} if above else {str(path): path for path in itertools.islice(_runs_below(base), 1000)}
@@ -211,7 +211,7 @@ def _closest_run(folder: Path) -> Path | None:
 
 
 def read_settings(path: Path, missing: list[str]) -> dict[str, Any]:
-    """Dotted name -> value of a YAML file; empty, with a word in `missing`, where it holds none."""
+    """Dotted name -> value of a YAML file; empty, with a message in `missing`, if it holds none."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     content = _read(path, lambda text: [yaml.load(text, Loader=loader)], missing)
     if content and not isinstance(content[0], Mapping):
@@ -221,7 +221,7 @@ def read_settings(path: Path, missing: list[str]) -> dict[str, Any]:
 
 
 def _read(path: Path, parse: Callable[[str], Any], missing: list[str]) -> Any:
-    """What `parse` makes of the file, or None and a word in `missing`."""
+    """The parsed content of the file; or None, with a message in `missing`."""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError, csv.Error) as error:
@@ -230,7 +230,7 @@ def _read(path: Path, parse: Callable[[str], Any], missing: list[str]) -> Any:
 
 
 def flattened(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as pairs of dotted name and value; empty ones are values."""
+    """Nested mappings as pairs of dotted name and value; empty mappings are values."""
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
@@ -240,7 +240,7 @@ def flattened(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def _courses(text: str, missing: list[str]) -> dict[str, Course]:
-    """metric -> epoch -> its last finite value. A last line that is being written is left out."""
+    """metric -> epoch -> its last finite value. An incomplete last line is left out."""
     whole, _, partial = text.rpartition("\n")
     if partial:
         missing.append(f"The last line of {METRICS} is incomplete and left out.")
@@ -257,7 +257,7 @@ def _courses(text: str, missing: list[str]) -> dict[str, Course]:
 
 
 def _number(text: Any) -> float | None:
-    """None for what is no finite number, or one that no metric reaches and no axis can show."""
+    """The number; None if it is not finite, or beyond `LARGEST`, which no metric reaches and no axis can show."""
     try:
         value = float(text)
     except (TypeError, ValueError, OverflowError):

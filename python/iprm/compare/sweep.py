@@ -1,4 +1,4 @@
-"""Runs several runs at a time, in processes of their own: the others go on where one fails."""
+"""Trains several runs in parallel processes; if one run fails, the others continue."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .run import Job
 from .runs import CONFIG, FAILED
 
-#: Workers load torch and Lightning anew (some 300 MB each), and models this small do not get faster beyond this.
+#: Each worker loads torch and Lightning (some 300 MB), and small models train no faster with more workers than this.
 MAX_JOBS = 8
 
 Advance = Callable[[int], None]
@@ -29,7 +29,7 @@ Train = Callable[[Job, Advance], None]
 
 
 def default_jobs(runs: int) -> int:
-    """One process per core that this process may use; a GPU is not shared."""
+    """One process per core that this process may use, at most `MAX_JOBS` or the number of runs; one if there is a GPU."""
     if torch.cuda.is_available():
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -39,10 +39,10 @@ def default_jobs(runs: int) -> int:
 def sweep(jobs: Sequence[Job], train: Train, processes: int) -> None:
     """Trains every job, `processes` at a time, under a progress bar that counts epochs.
 
-    A job that raises an Exception has the reason in failed.txt in its folder, and the others go on.
+    If a job raises an Exception, failed.txt in its folder states the reason, and the other jobs continue.
 
     Args:
-        train: called with a job and with what counts epochs; pickled by name where there are several processes.
+        train: called with a job and a function that counts epochs; pickled by name if there are several processes.
     """
     with _progress(sum(max(0, job.config["trainer"]["max_epochs"] or 0) for job in jobs)) as advance:
         if processes == 1:
@@ -66,7 +66,7 @@ def _attempt(train: Train, job: Job, advance: Advance) -> None:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit, and does not end the process at once."""
+    """Within the context, SIGTERM raises SystemExit instead of ending the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -78,7 +78,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def _end(number: int, frame: Any) -> None:
-    raise SystemExit(128 + number)  # as shells count it
+    raise SystemExit(128 + number)  # the convention of shells
 
 
 @contextmanager
@@ -103,26 +103,26 @@ def _in_parallel(jobs: Sequence[Job], train: Train, processes: int, advance: Adv
                     future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            while multiprocessing.active_children():  # one that saves its state, and then has a next job, is asked again
+            while multiprocessing.active_children():  # repeated: a worker may save its state and take its next job
                 for process in multiprocessing.active_children():
                     process.terminate()
                 time.sleep(0.5)
             raise
 
 
-_epochs: Any = None  # in a worker: where it tells its parent of each epoch
+_epochs: Any = None  # in a worker: the queue that reports each epoch to the parent
 
 
 def _start_worker(epochs: Any) -> None:
     global _epochs
     _epochs = epochs
     signal.signal(signal.SIGTERM, _end)
-    logging.getLogger("iprm.data.quality").setLevel(logging.ERROR)  # what it warns of, the parent has said
+    logging.getLogger("iprm.data.quality").setLevel(logging.ERROR)  # the parent has already logged these warnings
     torch.set_num_threads(1)
 
 
 def _attempt_in_worker(train: Train, job: Job) -> None:
     try:
         _attempt(train, job, _epochs.put)
-    except SystemExit as end:  # the pool would take the next job
+    except SystemExit as end:  # otherwise the pool would start its next job
         os._exit(end.code if isinstance(end.code, int) else 1)

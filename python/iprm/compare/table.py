@@ -15,7 +15,7 @@ SECONDS = "s/epoch"
 
 
 class Table(NamedTuple):
-    """A title, the names of the columns, rows of cells of which the first names the row, and the rows to set in bold."""
+    """A title, the names of the columns, rows of cells (the first cell names the row), and the indices of the bold rows."""
 
     title: str
     head: list[str]
@@ -26,8 +26,8 @@ class Table(NamedTuple):
 class Comparison:
     """Runs of several methods and seeds.
 
-    by_method: method -> its runs; finished: those with test metrics; tables: test metrics by method as mean and deviation over
-    seeds, accuracies in percent; and where methods measured more than one λ and its ω, those measures at the last epoch.
+    by_method: method -> its runs; finished: the runs with test metrics; tables: test metrics by method, as mean and standard
+    deviation over seeds, accuracies in percent; and, if there are measures other than one λ and its ω, these at the last epoch.
     """
 
     def __init__(self, folder: Path, runs: Sequence[Run]) -> None:
@@ -46,11 +46,11 @@ class Comparison:
         self.tables = [self._accuracies(), *self._measures()]
 
     def values(self, method: str, value: Callable[[Run], float | None]) -> list[float]:
-        """One for each finished run of the method that has it."""
+        """`value` of each finished run of the method, without None."""
         return [v for run in self.by_method[method] if run.test and (v := value(run)) is not None]
 
     def accuracies(self, method: str, name: str = "accuracy") -> list[float]:
-        """In percent, on the test split."""
+        """A test metric of each finished run of the method, in percent."""
         return [100 * v for v in self.values(method, lambda run: run.test.get(name))]
 
     def _accuracies(self) -> Table:
@@ -102,8 +102,8 @@ def _cell(values: Sequence[float], digits: int) -> str:
 
 
 def text(table: Table, width: int | None) -> Iterator[tuple[str, bool]]:
-    """The lines of the table, and whether one is bold. Columns beyond `width` follow below, in further blocks that
-    repeat the first column; None puts all of them into one block."""
+    """The lines of the table, each with whether it is bold. Columns beyond `width` follow below, in further blocks that
+    repeat the first column; with None, all columns are in one block."""
     heads = [name.rpartition(" ") for name in table.head]
     lines = [[above for above, _, _ in heads], [below for *_, below in heads], *table.rows]
     columns = list(zip(*([cell.replace(" ±", "±") for cell in line] for line in lines), strict=True))
@@ -128,7 +128,7 @@ def markdown(table: Table) -> str:
 
 
 def write(comparison: Comparison) -> None:
-    """Writes summary.md, runs.csv and history.csv into the folder of the comparison; replaces those of before."""
+    """Writes summary.md, runs.csv and history.csv into the folder of the comparison; replaces existing files."""
     first, *others = comparison.tables
     parts = [f"# {comparison.title}\n\n{markdown(first)}", *(f"## {t.title}\n\n{markdown(t)}" for t in others)]
     parts += ["## Failed\n\n" + "".join(f"- {run}\n" for run in comparison.failed)] if comparison.failed else []

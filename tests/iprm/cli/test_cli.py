@@ -1,4 +1,4 @@
-"""The command `iprm` as a user meets it: help, a whole run, and what is said of input that cannot be used."""
+"""The command `iprm` as a user calls it: help, and whole runs of fit, test and predict."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_help_of_fit_explains_the_settings_of_data_and_model_and_the_few_of_
     )
     assert all(f"--{setting}" in out for setting in settings)
     assert "--trainer.sync_batchnorm" not in out
-    assert "--model.feature_dim" not in iprm(tmp_path, "test", "--help").out, "a checkpoint's is fixed"
+    assert "--model.feature_dim" not in iprm(tmp_path, "test", "--help").out, "a checkpoint determines it"
 
 
 def test_the_options_of_a_dataset_are_explained_by_its_name(tmp_path):
@@ -104,7 +104,7 @@ def fitted(folder) -> Outcome:
 
 @pytest.fixture(scope="module")
 def trained(fitted) -> tuple[str, ...]:
-    """The configuration and the checkpoint that `fit` told to test with."""
+    """The arguments of `iprm test` that `iprm fit` printed: configuration and checkpoint."""
     return tuple(re.search(r"iprm test (.+)", fitted.out)[1].split())
 
 

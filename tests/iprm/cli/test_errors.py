@@ -1,4 +1,4 @@
-"""Input that `iprm` cannot use: one line that says which and suggests another, exit code 2, no traceback, nothing trained."""
+"""Input that `iprm` cannot use: one line that names it and suggests a correction, exit code 2, no traceback, no training."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, write, command):
 
 
 class Theirs(L.LightningModule):
-    """A module that is no `FusionClassifier`."""
+    """A module that is not a `FusionClassifier`."""
 
     def __init__(self, width: int = 3) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The command `iprm info`: what serves each operator here, and why not the other backends."""
+"""The command `iprm info`: the backend that serves each operator here, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_the_operators_are_the_public_functions_but_those_about_backends():
 
 
 def statuses_of(**operators):
-    """A backend "triton" of the CPU with an operator status by name, beside a reference that has all."""
+    """A backend "triton" for the CPU with these operator statuses, beside a reference that has all operators."""
     whole = {name: ik.OperatorStatus(True, (), "", "") for name in operators}
     reference = ik.BackendStatus("reference", True, ("any",), ("cpu",), "", whole)
     return lambda: {"triton": ik.BackendStatus("triton", True, ("cpu",), ("cpu",), "", operators), "reference": reference}
 
 
 def test_each_operator_is_told_by_itself(monkeypatch, no_request):
-    """A backend that lacks an operator, or has it for some shapes."""
+    """A backend that lacks an operator, or supports it only for some shapes."""
     lacking = ik.OperatorStatus(False, (), "", "it has no kernel normalize")
     statuses = statuses_of(normalize=lacking, linear_probe_rebalance=ik.OperatorStatus(True, ("cpu",), "one pair", ""))
     monkeypatch.setattr(ik, "backends", statuses)

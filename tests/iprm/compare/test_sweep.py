@@ -1,4 +1,4 @@
-"""The command `iprm compare`: its runs are those of `iprm fit`, it resumes, and it outlives the failure of a run."""
+"""The command `iprm compare`: its runs equal those of `iprm fit`, it resumes, and if one run fails, the others continue."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def compare(folder: Path, *arguments: str, jobs: int = 1, methods: str = "sum,ip
 
 
 def comparison(folder: Path, *arguments: str, **options) -> Path:
-    """-> the folder of a comparison without a fault"""
+    """Runs a comparison without errors or failed runs, and returns its folder."""
     save(folder, arrays())
     code, out, err = compare(folder, *arguments, **options)
     assert (code, err) == (0, "")
@@ -55,7 +55,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def contents(run: Path, states: str = "*") -> dict[str, object]:
-    """What two runs of the same settings have in common, bit by bit; of their states, those of such names."""
+    """The contents that must be bit-identical in two runs with the same settings; `states` is a pattern of names of states."""
     found: dict[str, object] = {"metrics": (run / "metrics.csv").read_text(), "config": (run / "config.yaml").read_text()}
     for path in sorted([*run.glob(f"states/{states}.ckpt"), *run.glob("checkpoints/*.ckpt")]):
         found |= {
@@ -75,7 +75,7 @@ def report(tmp_path_factory) -> Path:
     return comparison(tmp_path_factory.mktemp("compare"))
 
 
-# what a comparison leaves
+# the files of a comparison
 
 
 def test_a_comparison_is_tables_a_plot_and_a_folder_for_each_run(report):
@@ -206,11 +206,11 @@ def test_every_epoch_is_counted_and_timed():
     assert (ended, len(clock.seconds)) == ([0, 1, 1], 2)
 
 
-# a comparison that is ended early, and continued
+# a comparison that is interrupted and resumed
 
 
 class Ended:
-    """Calls `end` when the second run of iprm has begun its second epoch, once."""
+    """Calls `end` once, in the second epoch of the second run of iprm."""
 
     def __init__(self, monkeypatch, end) -> None:
         began = compared.Clock.on_train_batch_start
@@ -240,14 +240,14 @@ def test_a_comparison_that_was_ended_continues_to_the_bit(report, tmp_path, monk
     before = signal.getsignal(signal.SIGTERM)
     Ended(monkeypatch, end)
     found = compare(tmp_path)
-    done = "iprm: 3 of 4 runs are finished; a report of these: report; the same command with --output report continues\n"
+    done = "iprm: 3 of 4 runs are finished; their report: report; to continue, repeat the command with --output report\n"
     assert (found.code, found.err) == (code, done + message)
     assert signal.getsignal(signal.SIGTERM) == before
     assert "2 seeds, 2 epochs; 3 of 4 runs" in (tmp_path / "report/summary.md").read_text()
     finished = {path: path.stat().st_mtime_ns for run in RUNS[:3] for path in (tmp_path / "report" / run).rglob("*")}
     assert compare(tmp_path).code == 0
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    for run in RUNS:  # SIGTERM saves a state of its own, in the middle of the epoch
+    for run in RUNS:  # SIGTERM saves a further state, in the middle of the epoch
         found, whole = (
             contents(folder / run, "none" if end is terminated else "*") for folder in (tmp_path / "report", report)
         )
@@ -257,7 +257,7 @@ def test_a_comparison_that_was_ended_continues_to_the_bit(report, tmp_path, monk
 
 
 def test_sigterm_ends_the_processes_of_a_comparison_which_continues(tmp_path, features, monkeypatch):
-    """In the third of three runs, two at a time, or late in the second."""
+    """SIGTERM arrives in the third of three runs, or late in the second; two runs are trained at a time."""
     epochs = itertools.count(1)
 
     @contextlib.contextmanager
@@ -286,16 +286,16 @@ def test_more_seeds_and_methods_join_a_comparison(tmp_path):
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        (("--model.feature_dim", "16"), "its model.feature_dim is 8, 16 was asked for"),
-        (("--epochs", "3"), "its trainer.max_epochs is 2, 3 was asked for"),
-        (("--model.encoders", "{audio: linear}"), "its model.encoders.audio is None, 'linear' was asked for"),
+        (("--model.feature_dim", "16"), "model.feature_dim of this run is 8, not 16"),
+        (("--epochs", "3"), "trainer.max_epochs of this run is 2, not 3"),
+        (("--model.encoders", "{audio: linear}"), "model.encoders.audio of this run is None, not 'linear'"),
     ],
 )
 def test_other_settings_than_those_of_the_folder_are_refused_by_name_and_nothing_is_touched(report, other, named):
     before = {path: path.stat().st_mtime_ns for path in report.rglob("*")}
     code, out, err = compare(report.parent, *other)
     assert (code, out) == (2, "")
-    assert err == f"iprm: report/sum/seed=0: {named}; expected another --output\n"
+    assert err == f"iprm: report/sum/seed=0: {named}; choose another --output\n"
     assert {path: path.stat().st_mtime_ns for path in report.rglob("*")} == before
 
 
@@ -360,17 +360,17 @@ BAD = {
         (*ARGUMENTS, "--set", "batch_size=1"),
         "batch_size: expected at least 2 to train encoders that normalise",
     ),
-    "a seed": ((*ARGUMENTS, "--set", "seed=3"), "data.seed: a comparison gives every run its own; choose them by --seeds"),
+    "a seed": ((*ARGUMENTS, "--set", "seed=3"), "data.seed: the comparison determines this setting for each run; use --seeds"),
     "a method": (
         (*ARGUMENTS, "--model.method", "sum"),
-        "model.method: a comparison gives every run its own; choose them by --methods",
+        "model.method: the comparison determines this setting for each run; use --methods",
     ),
     "no seeds": ((*ARGUMENTS, "--seeds", "0"), "argument --seeds: expected a whole number from 1 up, got 0"),
     "no epochs": ((*ARGUMENTS, "--epochs", "few"), "argument --epochs: expected a whole number from 1 up, got few"),
     "no path": (("compare", "--data", "features"), "path"),
     "no file": (("compare", "--data", "features", "--path", "no.npz"), "no.npz: there is no such file"),
     "no labels": (("compare", "--data", "features", "--path", "unlabelled/features.npz"), "there is no array 'y' of labels"),
-    "a report in place of a file": ((*ARGUMENTS, "--output", "features.npz"), "File exists: 'features.npz'"),
+    "a folder where there is a file": ((*ARGUMENTS, "--output", "features.npz"), "File exists: 'features.npz'"),
 }
 
 

@@ -45,7 +45,7 @@ def test_what_a_method_does_not_have_is_a_dash(tmp_path):
     assert (row["video head"], row["λ"]) == (ABSENT, ABSENT)
     write_test(folder / "iprm/seed=0", None, accuracy=0.5)
     write_test(folder / "iprm/seed=1", None, accuracy=0.5)
-    assert cells(folder, "iprm")["s/epoch"] == ABSENT, "it was resumed when all epochs had ended"
+    assert cells(folder, "iprm")["s/epoch"] == ABSENT, "a run resumed after its last epoch"
 
 
 def test_a_single_seed_has_no_deviation(tmp_path):
@@ -64,7 +64,7 @@ def test_without_a_method_that_weighs_there_is_no_lambda(tmp_path):
 
 
 def test_lambda_of_several_pairs_has_a_table_of_its_own_by_the_names_of_the_pairs(tmp_path):
-    modalities = ("video", "audio", "text_a")  # a name with what divides the names of a column
+    modalities = ("video", "audio", "text_a")  # a name that contains the separator of column names
     accuracies, measures = comparison(write_comparison(tmp_path / "c", modalities=modalities)).tables
     assert "λ" not in "".join(accuracies.head)
     assert measures.head == ["measure", "iprm"]

@@ -119,7 +119,7 @@ def test_a_run_that_iprm_fit_did_not_start_is_known_by_what_a_logger_writes(tmp_
     (run / "hparams.yaml").write_text("method: iprm-linear\nlearning_rate: 0.5\n")
     (read,) = read_runs([run])
     assert (read.method, read.settings["model.learning_rate"]) == ("iprm-linear", 0.5)
-    assert read.missing == ["No config.yaml: of the settings only the model's are known."]
+    assert read.missing == ["No config.yaml: only the model's settings are known."]
 
 
 def test_of_a_continued_run_the_epochs_before_it_count(tmp_path):
