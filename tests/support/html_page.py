@@ -1,4 +1,4 @@
-"""What the file of `iprm report` holds, taken apart."""
+"""Parses the file that `iprm report` writes."""
 
 from __future__ import annotations
 

@@ -21,15 +21,15 @@ from iprm.compare.record import Angles, Record, Strength
 from iprm.compare.runs import SYMBOLS, Course, label
 from iprm.compare.table import Comparison
 
-#: As in style.css, whose names take their place in a page: there they follow the reader's colour scheme.
+#: The colours of style.css. In a page, its variables replace them, so that they follow the reader's colour scheme.
 PALETTE = ("#0072b2", "#d55e00", "#05a960", "#3a16b8", "#7b828a", "#1b1f24")
 SOFT, GRID, ON = "#57606a", "#e6e9ed", "#ffffff"
 VARIABLES = {colour: f"var(--c{place})" for place, colour in enumerate(PALETTE)} | {SOFT: "var(--soft)", GRID: "var(--grid)"}
 DASHES = ("-", (0, (4, 2)), (0, (1, 2)))
-#: Lines of a figure: beyond, those that are highest and lowest at the end stand for all.
+#: Most lines in a figure; if there are more, it shows their mean and those that end highest and lowest.
 MOST_LINES = 12
-MOST_CELLS = 60  # classes: above it a cell of the matrix would be smaller than 5 units
-MOST_NUMBERED = 12  # classes: up to it a cell has room for its count
+MOST_CELLS = 60  # classes; with more, a cell of the matrix would be smaller than 5 units
+MOST_NUMBERED = 12  # classes; with more, a cell has no room for its count
 MOST_BARS = 48
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 336, 44, 8, 10, 40  # units of an SVG, which a card shows at 1 to 1.2 pixels each
 RC: dict[Any, Any] = dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top", "text.parse_math"), False)
@@ -46,8 +46,11 @@ RC |= {"xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "svg.
 
 
 class Line(NamedTuple):
-    """A course over the epochs: its place in the palette, the same of training, drawn thin; an epoch to mark; and the range of
-    what it is the mean of."""
+    """A metric over the epochs.
+
+    course: epoch -> value; colour: index in the palette; training: the metric in training, drawn thin; marked: an epoch to
+    mark; band: epoch -> range of the courses of which `course` is the mean.
+    """
 
     name: str
     course: Mapping[int, float]
@@ -67,9 +70,9 @@ def style(place: int) -> dict[str, Any]:
 
 
 def svg(draw: Callable[[Axes], None], title: str, description: str = "", height: float = 204, left: float = LEFT) -> Markup:
-    """The figure that `draw` makes of empty axes, the same bytes each time."""
+    """SVG of what `draw` draws on empty axes; the same figure gives the same bytes."""
     with mpl.rc_context(RC), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that matplotlib's font lacks; the browser has it
+        warnings.simplefilter("ignore")  # matplotlib's font lacks a letter; the browser has it
         figure = Figure((WIDTH / 72, height / 72))
         inside = (left / WIDTH, BOTTOM / height, 1 - (left + RIGHT) / WIDTH, 1 - (TOP + BOTTOM) / height)
         axes = figure.add_axes(inside)
@@ -96,8 +99,8 @@ def lines(
     unit: Callable[[float], str] | None = None,
     bounds: tuple[float, float] | None = None,
 ) -> None:
-    """Courses over the epochs, the first on top. Values in `bounds` are shown with a thin line at its middle; `unit` `percent`
-    is bounded by 100 %."""
+    """Draws metrics over the epochs, the first on top. `bounds` limit the axis and add a thin line at their middle; with the
+    unit `percent`, the axis ends at 100 % or below."""
     for place, line in enumerate(reversed(series)):
         for course, options in ((line.training, {"linewidth": 1.1, "alpha": 0.55}), (line.course, {"linewidth": 2})):
             epochs = sorted(course)
@@ -121,13 +124,13 @@ def lines(
 
 
 def ends(series: Sequence[Line], unit: Callable[[float], str] = "{:.3f}".format) -> str:
-    """What a screen reader says of `lines`."""
+    """The description of `lines` for screen readers."""
     said = [(line.name, line.course or line.training) for line in series[:MOST_LINES] if line.course or line.training]
     return "; ".join(f"{name}: {unit(course[max(course)])} in epoch {max(course)}" for name, course in said)
 
 
 def fewer(series: Sequence[Line]) -> list[Line]:
-    """All, or of more than `MOST_LINES` the mean with the range, and the three highest and lowest in their last epoch."""
+    """All lines, up to `MOST_LINES`; otherwise their mean and range, and the three that end highest and the three lowest."""
     if len(series) <= MOST_LINES:
         return list(series)
     ranked = sorted((line for line in series if line.course), key=lambda line: -line.course[max(line.course)])
@@ -153,7 +156,7 @@ def mean(courses: Sequence[Mapping[int, float]], name: str, colour: int, trainin
 
 
 def angles(axes: Axes, histograms: Sequence[Angles]) -> None:
-    """How θ of each pair is spread over [0°, 180°], and its mean, dashed."""
+    """Draws the distribution of θ of each pair over [0°, 180°], and its mean, dashed."""
     for place, histogram in enumerate(histograms):
         bins = len(histogram.counts)
         shares = [count / max(1, sum(histogram.counts)) for count in histogram.counts]
@@ -170,7 +173,7 @@ def angles(axes: Axes, histograms: Sequence[Angles]) -> None:
 
 
 def strength_by_class(axes: Axes, strength: Strength) -> None:
-    """ω of a pair's modalities by class: above the middle the first is the stronger, below it the second."""
+    """Draws ω by class: above the middle, the first modality of the pair is stronger, below it the second."""
     known = [(k, omega) for k, omega in enumerate(strength.omega[0]) if omega is not None]
     if len(known) > MOST_BARS:
         ordered = sorted(known, key=lambda pair: -pair[1])
@@ -187,7 +190,7 @@ def strength_by_class(axes: Axes, strength: Strength) -> None:
 
 
 def confusion(axes: Axes, record: Record) -> None:
-    """The matrix: a row for each true class, shaded by its share of the row; the diagonal in another colour."""
+    """Draws the confusion matrix: one row per true class, shaded by share of the row, the diagonal in another colour."""
     n = record.classes
     cells = [[(0.0, 0.0, 0.0, 0.0)] * n for _ in range(n)]
     for (target, prediction), count in record.confusion.items():
@@ -204,7 +207,7 @@ def confusion(axes: Axes, record: Record) -> None:
 
 
 def accuracies(axes: Axes, comparison: Comparison) -> None:
-    """Test accuracy by method: mean, standard deviation, and a tick for each seed."""
+    """Draws test accuracy by method: mean, standard deviation, and one tick per seed."""
     values = {method: found for method in comparison.by_method if (found := comparison.accuracies(method))}
     for place, seeds in enumerate(values.values()):
         deviation = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
@@ -222,7 +225,7 @@ def short(name: str) -> str:
 
 def measured(comparison: Comparison) -> list[Line]:
     """λ, ω and the other measures of every method, as means over the seeds with their range. If there are more than
-    `MOST_LINES`, ω is left out; if there still are, one line per method and kind covers all pairs and seeds."""
+    `MOST_LINES`, ω is left out; if there still are more, one line per method and kind covers all pairs and seeds."""
     found: dict[tuple[str, str], list[Course]] = {}
     for run in comparison.finished:
         for name, course in run.measures.items():
@@ -239,7 +242,7 @@ def measured(comparison: Comparison) -> list[Line]:
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """Test accuracy by method on the left, what the methods measured over the epochs on the right: plot.png."""
+    """plot.png: test accuracy by method on the left, the measures of the methods over the epochs on the right."""
     with mpl.rc_context(RC | {"font.size": 9}):
         figure = Figure((11, max(4, 1 + 0.32 * len(comparison.by_method))), layout="constrained", dpi=150)
         figure.suptitle(comparison.title)

@@ -1,4 +1,4 @@
-"""The page of a report: runs to cards, cards to one HTML file that needs nothing beside it."""
+"""The page of a report: cards of figures and tables, in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from iprm.compare.table import Comparison, Table, comparisons
 from . import figures, tables
 from .figures import Line, percent
 
-#: Pairs of one run that have a figure of their own, and measures of several runs.
+#: Largest numbers of pairs (of one run) and of measures (of several runs) that have figures.
 MOST_PAIRS, MOST_MEASURES = 6, 12
 BOTH = "Thick: validation. Thin: training."
 
 
 class Key(NamedTuple):
-    """An entry of a legend: its text, and its place in the palette."""
+    """An entry of a legend: its text, and its index in the palette."""
 
     name: str
     place: int
 
 
 class Card(NamedTuple):
-    """A figure or a table with its title, its legend, and a line that says how to read it."""
+    """A figure or a table with a title, a legend, and a note that explains it."""
 
     title: str
     chart: Markup
@@ -42,7 +42,7 @@ class Card(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Runs that differ in their seed alone: one line in a figure."""
+    """Runs that differ only in their seed, shown as one line in a figure."""
 
     label: str
     runs: list[Run]
@@ -52,11 +52,11 @@ class Group(NamedTuple):
 
 
 def render(runs: Sequence[Run], version: str) -> str:
-    """The whole file.
+    """The HTML of the report.
 
     Args:
         runs: one or more, with labels that differ.
-        version: of this package, for the foot.
+        version: of this package, for the footer.
     """
     loader = PackageLoader(__package__, "")
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -81,7 +81,7 @@ def render(runs: Sequence[Run], version: str) -> str:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Seeds of the same settings together."""
+    """Groups runs that differ only in their seed."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         others = {name: str(value) for name, value in run.settings.items() if not name.endswith(("seed", "seed_everything"))}
@@ -119,7 +119,7 @@ def _bounds(measure: str) -> dict[str, Any]:
 
 
 def _courses_of_one(run: Run) -> list[Card]:
-    """Accuracy, the loss, and the measures by their kind: heads, modalities and pairs are told apart by colour."""
+    """Accuracy, loss, and measures by kind; colours distinguish heads, modalities and pairs."""
 
     def both(metric: str, name: str, place: int = 0) -> Line:
         return Line(name, run.courses.get(f"val_{metric}", {}), place, run.courses.get(f"train_{metric}", {}), run.best_epoch)
@@ -137,13 +137,13 @@ def _courses_of_one(run: Run) -> list[Card]:
         series = [Line(label(name, run.heads), run.measures[name], place) for place, name in enumerate(measures)]
         few = figures.fewer(series)
         note = "λ weighs the first modality in the probe, and follows its strength ω. " if kind in ("λ and ω", "weight") else ""
-        note += "" if len(few) == len(series) else f"Of {len(series)} the three highest and lowest at the end; mean and range."
+        note += "" if len(few) == len(series) else f"Mean and range of {len(series)}; the 3 highest and lowest at the end."
         cards.append(_lines(SYMBOLS.get(kind, kind), few, note, **_bounds(measures[0])))
     return cards
 
 
 def _courses_of_several(groups: Sequence[Group]) -> list[Card]:
-    """The same, a card for each quantity: groups are told apart by colour."""
+    """The same metrics of several groups, one card per metric; colours distinguish the groups."""
     runs = [run for group in groups for run in group.runs]
     single = len(groups) == len(runs)
     heads = tables.heads_of(runs)
@@ -160,9 +160,7 @@ def _courses_of_several(groups: Sequence[Group]) -> list[Card]:
     measures = {name: [_of(group, place, name) for place, group in enumerate(groups)] for name in names}
     chosen = sorted(measures, key=lambda name: _range(measures[name]))[-MOST_MEASURES:]
     for name in (name for name in measures if name in chosen):
-        most = (
-            f"One of {len(chosen)} of {len(names)} measures, those with the widest range." if len(chosen) < len(names) else ""
-        )
+        most = f"Shown: the {len(chosen)} of {len(names)} measures with the widest range." if len(chosen) < len(names) else ""
         note = f"{most} {_without(measures[name])}"
         cards.append(_lines(label(name, heads), measures[name], note, legend=False, **_bounds(name)))
     return cards
@@ -178,15 +176,15 @@ def _range(series: Sequence[Line]) -> float:
 
 
 def _without(series: Sequence[Line]) -> str:
-    """The runs that a figure does not show."""
+    """A note that names the groups without values in a figure."""
     absent = [line.name for line in series if not line.course and not line.training]
     if not absent or len(absent) == len(series):
         return ""
-    return f"Not in: {', '.join(absent)}." if len(absent) <= 2 else f"Not in {len(absent)} of them."
+    return f"No values: {', '.join(absent)}." if len(absent) <= 2 else f"{len(absent)} others have no values."
 
 
 def _measured(run: Run) -> list[Card]:
-    """Confusion, angles and strength by class, of what the run has recorded."""
+    """Confusion, angles and strength by class, if the run has recorded them."""
     return [*_confusion(run, run.record), *_angles(run.record), *_strengths(run.record)] if run.record else []
 
 
@@ -197,7 +195,7 @@ def _confusion(run: Run, record: Record) -> list[Card]:
         confused = Table("", ["true", "predicted as", "samples", "of"], tables.most_confused(run, 20))
         return [Card("Most confused classes", Markup(), table=confused)]
     title, worst = "Confusion matrix", [f"{t} as {p} ({n} of {of})" for t, p, n, of in tables.most_confused(run, 3)]
-    note = f"Most often taken for another: {', '.join(worst)}." if worst else "No sample is taken for another class."
+    note = f"Most often confused: {', '.join(worst)}." if worst else "All samples are classified correctly."
     return [Card(title, figures.svg(partial(figures.confusion, record=record), title, note, 330), note=note)]
 
 
@@ -208,13 +206,13 @@ def _angles(record: Record) -> list[Card]:
     means = ", ".join(f"{math.degrees(pair.mean):.1f}°" for pair in chosen if pair.mean is not None)
     undirected = sum(pair.undirected for pair in record.angles)
     note = (f"Mean {means} (dashed)." if means else "") + note
-    note += f" {undirected} of the angles are none: a feature vector is zero." if undirected else ""
+    note += f" {undirected} angles are undefined, because a feature vector is zero." if undirected else ""
     title, keys = "Angle between the modalities", [Key(" × ".join(pair.pair), place) for place, pair in enumerate(chosen)]
     return [Card(title, figures.svg(partial(figures.angles, histograms=chosen), title, note, 188), keys, note.strip())]
 
 
 def _strengths(record: Record) -> list[Card]:
-    some = f" The {figures.MOST_BARS // 2} classes at either end." if record.classes > figures.MOST_BARS else ""
+    some = f" Shown: the {figures.MOST_BARS // 2} classes at each end." if record.classes > figures.MOST_BARS else ""
     chosen, note = _furthest(
         record.strength, lambda pair: max((abs(w - 0.5) for w in pair.omega[0] if w is not None), default=0)
     )
@@ -229,8 +227,8 @@ def _strengths(record: Record) -> list[Card]:
 
 
 def _furthest(pairs: Sequence[Any], distance: Callable[[Any], float]) -> tuple[list[Any], str]:
-    """The pairs, or the few of many that are furthest from even, and a note that says so."""
+    """All pairs, up to `MOST_PAIRS`; otherwise those furthest from balance, and a note that says so."""
     if len(pairs) <= MOST_PAIRS:
         return list(pairs), ""
     chosen = sorted(range(len(pairs)), key=lambda place: distance(pairs[place]))[-MOST_PAIRS:]
-    return [pairs[place] for place in sorted(chosen)], f" {MOST_PAIRS} of {len(pairs)} pairs, those furthest from even."
+    return [pairs[place] for place in sorted(chosen)], f" Shown: the {MOST_PAIRS} of {len(pairs)} pairs furthest from balance."

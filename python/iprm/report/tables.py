@@ -1,4 +1,4 @@
-"""The tables of a report: the runs' figures, and what differs between them in settings and environment."""
+"""The tables of a report: results of the runs, and differences in their settings and environment."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from iprm.compare.table import ABSENT, Table
 
 from .figures import percent
 
-#: Measures beyond these have no column: the page has their figures.
+#: Largest number of measures with columns in the summary; if there are more, the page shows only figures of them.
 MOST_MEASURES = 4
 
 
 def summary(runs: Sequence[Run]) -> Table:
-    """Method, seed, best epoch, accuracies on validation at that epoch, last measures, test accuracy. In bold the runs with the
-    best accuracy on validation, where they are of the same data."""
+    """Method, seed, best epoch, accuracies on validation at that epoch, last measures, test accuracy. The runs with the best
+    accuracy on validation are bold if all runs have the same data."""
 
     def column(value: Callable[[Run], float | None], unit: Callable[[float], str]) -> list[str]:
         return [ABSENT if (v := value(run)) is None else unit(v) for run in runs]
@@ -61,7 +61,7 @@ def _epochs(run: Run) -> str:
 
 
 def compared(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Named values of each run: those that differ between the runs of which any are known, and those that all of them share."""
+    """Named values that differ between the runs, and those that are equal; runs without any values are not considered."""
     differing, shared = [], []
     for name in dict.fromkeys(name for run in values for name in run):
         row = [str(run.get(name, ABSENT)) for run in values]
@@ -70,19 +70,19 @@ def compared(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> list[T
             differing.append([name, *row])
         else:
             shared.append([name, known.pop()])
-    several = "The same in all that have it" if len(runs) > 1 else ""
+    several = "The same in all runs that have it" if len(runs) > 1 else ""
     found = [Table("Differs between the runs", ["", *(run.label for run in runs)], differing), Table(several, [], shared)]
     return [table for table in found if table.rows]
 
 
 def folded(runs: Sequence[Run]) -> list[tuple[str, list[Table]]]:
-    """Settings; and versions, platform, device and backends, as far as the runs have recorded them."""
+    """Settings; and versions, platform, device and backends, if the runs have recorded them."""
     environment = [dict(flattened(run.record.environment)) if run.record else {} for run in runs]
     return [("Settings", compared(runs, [run.settings for run in runs])), ("Environment", compared(runs, environment))]
 
 
 def most_confused(run: Run, count: int) -> list[list[str]]:
-    """The pairs of classes that are most often taken for one another: true, predicted, how often, of how many."""
+    """The most frequent errors: true class, predicted class, their number, and the samples of the true class."""
     record = run.record
     wrong = [(t, p, n) for (t, p), n in (record.confusion if record else {}).items() if t != p]
     wrong.sort(key=lambda cell: (-cell[2], cell[:2]))

@@ -1,4 +1,4 @@
-"""The command `iprm report`: where it writes, what it suggests for a run that is none, and what it does not load."""
+"""The command `iprm report`: its output, its suggestions for paths that are not runs, and the modules it does not load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a report draws: colours that everybody can tell apart, what its figures hold, and that they repeat to the byte."""
+"""The figures of a report: colours that everybody can distinguish, the content, and byte-identical repetition."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIGHT_SCHEME, DARK_SCHEME = (
 )
 COLOURS = [f"c{k}" for k in range(len(PALETTE))]
 
-#: From linear RGB to what is seen with each kind of dichromacy: Machado, Oliveira, Fernandes, "A Physiologically-based Model
+#: Maps linear RGB to the colour seen with each kind of dichromacy: Machado, Oliveira, Fernandes, "A Physiologically-based Model
 #: for Simulation of Color Vision Deficiency", IEEE TVCG 2009, severity 1.
 VISIONS = {
     "all cones": np.eye(3),
@@ -43,13 +43,13 @@ def linear(colour: Sequence[float]) -> np.ndarray:
 
 
 def contrast(one: Sequence[float], other: Sequence[float]) -> float:
-    """That of WCAG 2.2."""
+    """The contrast ratio of WCAG 2.2."""
     low, high = sorted(float(XYZ[1] @ linear(colour)) for colour in (one, other))
     return (high + 0.05) / (low + 0.05)
 
 
 def lab(colour: Sequence[float], vision: str) -> np.ndarray:
-    """CIELAB of a colour as it is seen."""
+    """CIELAB of a colour, as seen with this vision."""
     t = XYZ @ np.clip(np.array(VISIONS[vision]) @ linear(colour), 0, 1) / XYZ.sum(1)
     f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])

@@ -1,4 +1,4 @@
-"""The report in a real browser, headless and without a network: that it renders, and fits, at both widths."""
+"""The report in a real browser, headless and without a network: it renders without errors and fits at both widths."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ REPORTS = ("three modalities", "many classes", "unfinished", "hostile", "several
 
 @pytest.fixture(scope="module", params=[(name, width) for name in REPORTS for width in WIDTHS], ids=lambda p: f"{p[0]}-{p[1]}")
 def page(request, browser, folder) -> Iterator[sync_api.Page]:
-    """A report, opened at a width; what the browser complained of, in `page.complaints`."""
+    """A report, opened at a width. `page.complaints` lists messages, errors and requests of the browser."""
     name, width = request.param
     report = folder / f"{name}.html"
     if not report.exists():
@@ -100,7 +100,7 @@ def page(request, browser, folder) -> Iterator[sync_api.Page]:
 
 
 def colours(page: sync_api.Page) -> int:
-    """How many there are in a picture of the window."""
+    """The number of colours in a picture of the window."""
     picture = matplotlib_image.imread(io.BytesIO(page.screenshot()), format="png")
     return len(np.unique(np.rint(255 * picture[..., :3]).astype(int) @ [1, 256, 65536]))
 
@@ -113,7 +113,7 @@ def open_all(page: sync_api.Page) -> None:
 def test_it_renders_without_a_complaint_and_no_wider_than_the_window(page):
     assert colours(page) > 50, "a blank page has one"
     open_all(page)
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "folded settings opened, too"
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "with the settings unfolded"
     assert page.complaints == []
 
 

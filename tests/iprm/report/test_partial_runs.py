@@ -1,4 +1,4 @@
-"""`iprm report` of runs that go on, were stopped or are broken: a report all the same, which says what is missing."""
+"""`iprm report` of runs that are running, stopped or broken: it still writes a report, which states what is missing."""
 
 from __future__ import annotations
 

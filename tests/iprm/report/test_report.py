@@ -1,4 +1,4 @@
-"""`iprm report`: what the file says of runs, what it must not hold, and how large it may be."""
+"""`iprm report`: the content of the file, what it must not contain, and its size."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def test_the_confusion_matrix_has_a_number_for_every_count_that_is_not_zero(tmp_
     content = card(report(tmp_path, write_run(tmp_path / "version_0")), "Confusion matrix")
     (picture,) = pictures(content)
     numbers = [text.text for text in picture.iter("text")]
-    assert [numbers.count("5"), numbers.count("1")] == [4, 4 + 2], "and two axes"
-    assert "Most often taken for another: 0 as 1 (1 of 6)" in content
+    assert [numbers.count("5"), numbers.count("1")] == [4, 4 + 2], "each axis also has a 1"
+    assert "Most often confused: 0 as 1 (1 of 6)" in content
 
 
 def test_what_was_recorded_is_said(tmp_path):
     page = report(tmp_path, write_run(tmp_path / "version_0"))
     assert "Mean 63.0°" in card(page, "Angle between the modalities")
     assert "1: all weight on video. 0: on audio." in card(page, "ω by class: video × audio")
-    assert "20 of 24 samples right, with the weights best on validation (epoch 2)" in page
+    assert "20 of 24 samples are classified correctly, with the weights best on validation (epoch 2)" in page
 
 
 def test_of_three_modalities_every_pair_has_its_charts_in_the_order_of_the_modalities(tmp_path):
@@ -82,12 +82,12 @@ def test_twelve_modalities_make_a_page_that_can_be_read(tmp_path):
     runs = [write_run(tmp_path / f"version_{k}", modalities=modalities, seed=k) for k in range(2)]
     one, two = report(tmp_path, runs[0]), report(tmp_path, *runs)
     assert titles(one)[2:4] == ["ω", "λ"]
-    assert "Of 66 the three highest and lowest at the end" in card(one, "λ")
+    assert "Mean and range of 66; the 3 highest and lowest at the end." in card(one, "λ")
     assert len(re.findall("<li>", card(one, "λ"))) == 7
     assert len([title for title in titles(one) if title.startswith("ω by class")]) == 6
-    assert "6 of 66 pairs" in card(one, "Angle between the modalities")
+    assert "Shown: the 6 of 66 pairs furthest from balance." in card(one, "Angle between the modalities")
     assert len([title for title in titles(two) if title[:1] in "λω" and "class" not in title]) == 12
-    assert "One of 12 of 198 measures" in two
+    assert "Shown: the 12 of 198 measures with the widest range." in two
     assert max(len(one), len(two)) < 6e5
 
 
@@ -179,7 +179,7 @@ def test_runs_are_told_apart_by_colour_in_a_chart_a_quantity_and_have_their_own_
     fusion = card(page, "Accuracy of the fusion")
     assert [f"var(--c{run})" in fusion for run in range(4)] == [True, True, True, False]
     assert "concat · seed 0: " in said(fusion)[1]
-    assert "Not in: concat · seed 0." in card(page, "Accuracy of the mixture")
+    assert "No values: concat · seed 0." in card(page, "Accuracy of the mixture")
 
 
 def test_seeds_of_the_same_settings_are_one_line_and_the_first_of_them_is_shown(tmp_path):
@@ -202,7 +202,7 @@ def test_a_comparison_and_a_run_beside_it_share_a_report(tmp_path):
     page = report(tmp_path, folder, single)
     assert [row["run"] for row in summary(page)][-1] == "fit/version_0"
     assert "Test accuracy by method" in titles(page)
-    assert "Test accuracy by method" not in titles(report(tmp_path, folder / "iprm/seed=0")), "of one run"
+    assert "Test accuracy by method" not in titles(report(tmp_path, folder / "iprm/seed=0")), "one run is no comparison"
 
 
 def test_what_differs_in_the_settings_comes_first(tmp_path):
@@ -229,7 +229,7 @@ def test_runs_of_different_data_and_modalities_share_a_report(tmp_path):
     assert [row["data"] for row in table] == ["Digits", "Features"]
     assert table[0]["text head"] == table[1]["strip head"] == "–"
     assert {"Accuracy of the strip head", "Accuracy of the text head", "λ"} <= set(titles(page))
-    assert "iprm · seed 0 · digits/version_0" in page, "method and seed do not tell them apart"
+    assert "iprm · seed 0 · digits/version_0" in page, "both runs have this method and seed"
 
 
 def test_a_run_named_twice_is_shown_once(tmp_path):
@@ -245,7 +245,7 @@ def test_more_runs_than_colours_are_dashed(tmp_path):
     assert len(set(re.findall(r'class="(swatch c\d d\d)"', page))) == len(runs)
 
 
-# what the file must not hold
+# what the file must not contain
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;"
 
@@ -308,5 +308,5 @@ def test_of_1000_classes_the_most_confused_pairs_take_the_place_of_the_matrix(tm
         ["417", "418", "3", "6"],
         ["0", "1", "1", "6"],
     ]
-    assert "The 24 classes at either end." in card(page, "ω by class: video × audio")
+    assert "Shown: the 24 classes at each end." in card(page, "ω by class: video × audio")
     assert len(page) < 1e5
