@@ -1,4 +1,4 @@
-"""The picture of a profile."""
+"""The figure of a profile."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from iprm.errors import InputError
 DATA = "data"
 DEVICE = "to the device"
 HEAD_FORWARD, HEAD_BACKWARD = "head forward", "head backward"
-#: Stages of a step that is one CUDA graph, in which modules cannot be told apart.
+#: Stages of a step that is one CUDA graph, in which modules cannot be distinguished.
 GRAPH_FORWARD, GRAPH_BACKWARD = "encoders and head forward", "encoders and head backward"
 OPTIMISER = "optimiser"
 METRICS = "metrics and checks"
@@ -47,7 +47,7 @@ STAGE_OF = {
     "configure_gradient_clipping": OPTIMISER,
     "optimizer_step": OPTIMISER,  # without the closure, which is the training step and the backward pass
 }
-#: Batches before the first that is measured: memory pools, threads and caches are created in these.
+#: Batches before the first measured one, in which memory pools, threads and caches are created.
 WARM_UP = 5
 
 
@@ -82,7 +82,7 @@ class Profile:
 
 
 class StageProfiler(Profiler):
-    """Measures batches of a fit and then stops it after a last validation. The Trainer must have no limits of its own::
+    """Measures batches of a fit, and then stops the fit after a last validation. The Trainer must have no limits of its own::
 
         profiler = StageProfiler(steps=50)
         trainer = L.Trainer(profiler=profiler, max_epochs=-1)
@@ -94,7 +94,7 @@ class StageProfiler(Profiler):
 
     Args:
         steps: number of batches to measure.
-        warm_up: number of batches before the first.
+        warm_up: number of batches before the first measured one.
         now: the clock, in seconds.
     """
 
@@ -133,7 +133,7 @@ class StageProfiler(Profiler):
             yield
 
     def result(self) -> Profile:
-        """What was measured.
+        """The means of the measured batches.
 
         Raises:
             InputError: the fit ended before any batch was measured.
@@ -200,7 +200,7 @@ class StageProfiler(Profiler):
         return self._now()
 
     def _cut(self) -> None:
-        """The time since the last border belongs to the innermost open stage."""
+        """Adds the time since the last border to the innermost open stage."""
         if self._batch is not None:
             now = self._time()
             self._batch[self._open[-1] if self._open else REST] += now - self._border
@@ -233,7 +233,7 @@ class StageProfiler(Profiler):
         return self._inside(HEAD_FORWARD, call, features, *args, **kwargs)
 
     def _enter(self, stage: str) -> None:
-        """The backward pass that is running has arrived at another stage."""
+        """The running backward pass enters another stage."""
         self._cut()
         self._open[-1:] = [stage]
 

@@ -1,4 +1,4 @@
-"""`iprm profile`: every second of a batch is found in the stage that took it, and nothing but the profile is left behind."""
+"""`iprm profile`: every second of a batch belongs to the stage that took it, and only the profile is written."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ AUDIO, TEXT = "audio", "text"
 
 
 class Clock:
-    """A clock that stands still but when it is told that a second has passed."""
+    """A clock that advances only when `second` is called."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -56,7 +56,7 @@ class Clock:
         self.seconds += 1
 
     def after(self, function):
-        """The function, a second slower."""
+        """The function, slower by one second."""
 
         def slow(*args, **kwargs):
             result = function(*args, **kwargs)
@@ -93,7 +93,7 @@ def seconds(profile: Profile) -> dict[str, float]:
 
 
 class SlowBackward(torch.autograd.Function):
-    """x, whose gradient takes a second."""
+    """The identity, whose backward pass takes one second."""
 
     @staticmethod
     def forward(ctx, x, clock):
@@ -127,7 +127,7 @@ def slow_head_gradient(patch, clock, model):
 
 
 def slow_gradient(modality):
-    """Of the encoder's first weights, which autograd comes to last."""
+    """Delays the gradient of the encoder's first weights, which autograd computes last."""
     return lambda patch, clock, model: next(model.encoders[modality].parameters()).register_hook(clock.second)
 
 
@@ -197,7 +197,7 @@ def test_every_stage_takes_time_on_a_real_clock(tmp_path, data):
 
 
 def test_a_batch_of_several_backward_passes_and_updates_has_the_sum_of_each_stage(tmp_path, data, clock, monkeypatch):
-    """As rules that update encoders and heads in turn: no action of Lightning surrounds their passes and steps."""
+    """Like rules that update encoders and heads in turn: no action of Lightning surrounds their passes and steps."""
 
     class InTurn(FusionClassifier):
         def __init__(self, *args, **options):
@@ -336,7 +336,7 @@ def test_a_run_that_ends_before_anything_was_measured_is_refused(tmp_path, data,
 
 
 class OnGpu:
-    """A trainer that says its device is a GPU."""
+    """A trainer that reports a GPU as its device."""
 
     strategy = SimpleNamespace(root_device=torch.device("cuda"))
 
@@ -353,7 +353,7 @@ class OnGpu:
 def test_on_a_gpu_borders_wait_for_it_and_a_graph_has_none_within(tmp_path, data, clock, monkeypatch, graph):
     waits = []
     monkeypatch.setattr(torch.accelerator, "synchronize", waits.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # it would be asked for its stream
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # otherwise the profiler would query its stream
     model = classifier(data, cuda_graph=graph)
     slow_gradient(AUDIO)(monkeypatch, clock, model)
     slow_module("fusion")(monkeypatch, clock, model)
