@@ -174,7 +174,7 @@ def train(
 
     `epochs[e][t]` is step t of epoch e: its micro-batches, whose losses (mean over the labelled rows, times `share`) add up.
     The ranks of a distributed run are micro-batches too. A micro-batch without a labelled row contributes the loss 0. `lr` may
-    be a function of the epoch. The arguments are left as they are.
+    be a function of the epoch. The arguments are not modified.
     """
     now = {name: p.detach().to(torch.float64, copy=True) for name, p in parameters.items()}
     buffers: Parameters = {}
@@ -209,7 +209,7 @@ def train(
 def sgd(p: Tensor, g: Tensor | None, buffers: Parameters, name: str, lr: float, momentum: float, weight_decay: float) -> Tensor:
     """torch.optim.SGD without dampening: p - lr v, v ← momentum v + g + weight_decay p; at first v = g + weight_decay p.
 
-    A parameter without gradient does not move, and its buffer stays as it is.
+    A parameter without gradient does not move, and its buffer does not change.
     """
     if g is None:
         return p
