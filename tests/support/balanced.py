@@ -1,20 +1,13 @@
-"""A small problem for training rules: convolutional encoders in float64, batches with ignored labels, a `Balancer` loop.
-
-python balanced.py RANK PROCESSES STORE RULES       RULES: a Python dict, see `run_processes`
-"""
+"""A small problem for training rules: convolutional encoders in float64, batches with ignored labels, a `Balancer` loop."""
 
 from __future__ import annotations
 
-import ast
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from forked import run_on_ranks
 from iprm import Balancer
 from iprm.distributed import rank, world_size
 from torch import Tensor, nn
@@ -86,21 +79,8 @@ def train(method: str, epochs: int = 2, steps: int = 3, **options: Any) -> list[
 
 def run_processes(folder: Path, processes: int, rules: dict[str, tuple[str, dict]]) -> list[dict[str, list[dict[str, Tensor]]]]:
     """Results of `train` on each of several real processes, by the name of the rule."""
-    store = folder / "store"
-    command = [sys.executable, __file__]
-    workers = [subprocess.Popen([*command, str(rank), str(processes), str(store), repr(rules)]) for rank in range(processes)]
-    assert [worker.wait(timeout=300) for worker in workers] == [0] * processes
-    return [torch.load(f"{store}.{rank}") for rank in range(processes)]
+    return run_on_ranks(folder, processes, _train, rules)
 
 
-def _main(rank: int, processes: int, store: str, rules: dict[str, tuple[str, dict]]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-    torch.save({name: train(method, **options) for name, (method, options) in rules.items()}, f"{store}.{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # results are saved; gloo threads may abort an ordinary interpreter exit
-
-
-if __name__ == "__main__":
-    _main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], ast.literal_eval(sys.argv[4]))
+def _train(rules: dict[str, tuple[str, dict]]) -> dict[str, list[dict[str, Tensor]]]:
+    return {name: train(method, **options) for name, (method, options) in rules.items()}

@@ -1,20 +1,15 @@
-"""Trains a fusion module in real processes, each on its part of the joint batches, and writes the results of every step.
-
-python joint_run.py RANK PROCESSES STORE OPTIONS       OPTIONS: a Python dict, see `train`
-"""
+"""Trains a fusion module in real processes, each on its part of the joint batches, and returns the results of every step."""
 
 from __future__ import annotations
 
-import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import run_on_ranks
 from iprm.data.loading import JointBatches
+from iprm.distributed import rank
 from iprm.methods import build
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,14 +42,17 @@ def train(
     options: dict[str, Any] | None = None,
     ignored: float = 0.0,
     sharded: bool = False,
+    apart: bool = False,
 ) -> list[dict[str, Any]]:
     """Results of this process in each step: loss, gradients, ω, λ, and the sizes of the all-reduced tensors.
 
     joint: rows per joint batch; the last one of an epoch has `rows` % `joint`. ignored: fraction of labels that are -100.
-    sharded: use FSDP2 instead of DistributedDataParallel.
+    sharded: use FSDP2 instead of DistributedDataParallel. apart: each process starts with a λ of its own; that of rank 0 holds.
     """
     torch.manual_seed(0)
     model = Model(method, modalities, options or {}).double()
+    if apart:
+        model.fusion.weight += 0.25 * rank()
     inputs = {name: torch.randn(rows, 7, dtype=torch.float64) for name in modalities}
     target = torch.randint(CLASSES, (rows,))
     target[torch.rand(rows) < ignored] = -100
@@ -108,22 +106,8 @@ def whole(gradient: Tensor) -> Tensor:
 
 def run_processes(folder: Path, processes: int, **options: Any) -> list[list[dict[str, Any]]]:
     """Results of each of several real processes."""
-    store = folder / "store"
-    command = [sys.executable, __file__]
-    of = [str(processes), str(store), repr(options)]
-    workers = [subprocess.Popen([*command, str(rank), *of]) for rank in range(processes)]
-    assert [worker.wait(timeout=300) for worker in workers] == [0] * processes
-    return [torch.load(f"{store}.{rank}") for rank in range(processes)]
+    return run_on_ranks(folder, processes, _train, processes, options)
 
 
-def _main(rank: int, processes: int, store: str, options: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-    torch.save(train(processes, **options), f"{store}.{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # results are saved; gloo threads may abort an ordinary interpreter exit
-
-
-if __name__ == "__main__":
-    _main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], ast.literal_eval(sys.argv[4]))
+def _train(processes: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+    return train(processes, **options)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .run import Job
 from .runs import CONFIG, FAILED
 
-#: Each worker loads torch and Lightning (some 300 MB), and small models train no faster with more workers than this.
+#: Small models train no faster with more workers than this.
 MAX_JOBS = 8
 
 Advance = Callable[[int], None]
@@ -90,9 +90,15 @@ def _progress(epochs: int) -> Iterator[Advance]:
 
 
 def _in_parallel(jobs: Sequence[Job], train: Train, processes: int, advance: Advance) -> None:
-    context = multiprocessing.get_context("spawn")  # forking a process whose torch has threads can hang
+    # A fork of this process could hang, because its torch has threads. The workers are forked from a server, which imports once
+    # what they need, and does not initialise CUDA; where there is no fork, every worker imports it.
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([train.__module__])
     epochs = context.SimpleQueue()
-    with ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=_start_worker, initargs=(epochs,)) as pool:
+    own = (epochs, multiprocessing.get_start_method())
+    with ProcessPoolExecutor(min(processes, len(jobs)), context, initializer=_start_worker, initargs=own) as pool:
         pending: set[Future[None]] = {pool.submit(_attempt_in_worker, train, job) for job in jobs}
         try:
             while pending:
@@ -113,9 +119,11 @@ def _in_parallel(jobs: Sequence[Job], train: Train, processes: int, advance: Adv
 _epochs: Any = None  # in a worker: the queue that reports each epoch to the parent
 
 
-def _start_worker(epochs: Any) -> None:
+def _start_worker(epochs: Any, start_method: str) -> None:
     global _epochs
     _epochs = epochs
+    # workers of a DataLoader start as in a process of iprm fit: forked here, they notice if this process is killed
+    multiprocessing.set_start_method(start_method, force=True)
     signal.signal(signal.SIGTERM, _end)
     logging.getLogger("iprm.data.quality").setLevel(logging.ERROR)  # the parent has already logged these warnings
     torch.set_num_threads(1)

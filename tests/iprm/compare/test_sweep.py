@@ -11,6 +11,8 @@ import os
 import re
 import signal
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -19,6 +21,7 @@ import pytest
 import torch
 from command import Outcome, iprm, table
 from feature_files import arrays, save, without
+from forked import write_start_method
 from iprm.cli import compare as command
 from iprm.compare import run as compared
 from iprm.compare import sweep
@@ -134,6 +137,29 @@ def test_two_processes_find_what_one_finds(report, tmp_path):
     two = comparison(tmp_path, jobs=2)
     assert [difference(contents(two / run), contents(report / run)) for run in RUNS] == [[]] * len(RUNS)
     assert [metrics_of(two / run) for run in RUNS] == [metrics_of(report / run) for run in RUNS]
+
+
+def test_workers_of_a_loader_start_in_a_process_of_a_comparison_as_in_one_of_iprm_fit(tmp_path):
+    jobs = [compared.Job("sum", seed, tmp_path / str(seed), {"trainer": {"max_epochs": 1}}) for seed in SEEDS]
+    sweep.sweep(jobs, write_start_method, 2)
+    assert {(job.folder / "start_method.txt").read_text() for job in jobs} == {multiprocessing.get_start_method()}
+
+
+UNTOUCHED = """
+import torch
+
+def asked(*_):
+    raise AssertionError("CUDA was asked")
+
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = asked
+import iprm.cli.compare
+"""
+
+
+@pytest.mark.slow
+def test_what_the_processes_are_forked_from_has_not_initialised_cuda():
+    """CUDA cannot be used after a fork of a process that has initialised it."""
+    subprocess.run([sys.executable, "-c", UNTOUCHED], check=True)
 
 
 def test_a_setting_of_fit_by_its_full_name_means_the_same_as_the_options(report, tmp_path):

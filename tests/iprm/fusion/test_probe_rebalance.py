@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -262,45 +260,6 @@ def test_compiles_without_a_graph_break(training):
         expected, out = fusion(*batch(seed=seed)), compiled(*batch(seed=seed))
         torch.testing.assert_close(out.loss, expected.loss)
         torch.testing.assert_close(out.weight, expected.weight)
-
-
-# processes
-
-WORKER = """
-import sys, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from iprm import ProbeRebalance
-
-torch.set_num_threads(1)
-rank, store, options = int(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
-features, target = torch.load(store + ".batch")
-torch.manual_seed(0)
-fusion = ProbeRebalance(12, 5, **options)
-with torch.no_grad():
-    fusion.weight.fill_(0.5 + 0.25 * rank)  # the broadcast of the buffers makes it that of rank 0
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-rows = slice(rank * 8, rank * 8 + 8)
-out = DistributedDataParallel(fusion)({name: x[rows] for name, x in features.items()}, target[rows])
-out.loss.backward()
-torch.save((out.strength, out.weight, fusion.weight), f"{store}.{rank}")
-dist.barrier()
-dist.destroy_process_group()
-import os
-os._exit(0)  # results are saved; gloo threads may abort an ordinary interpreter exit
-"""
-
-
-@pytest.mark.parametrize("options", [{}, {"passes": 1}])
-def test_two_processes_measure_the_joined_batch(options, tmp_path):
-    store = str(tmp_path / "store")
-    torch.save(batch(), store + ".batch")
-    command = [sys.executable, "-c", WORKER]
-    workers = [subprocess.Popen([*command, str(rank), store, repr(options)]) for rank in range(2)]
-    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
-    alone = module(**options)
-    out = alone(*batch())
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(f"{store}.{rank}"), (out.strength, out.weight, alone.weight))
 
 
 # errors

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -15,6 +13,7 @@ import pytest
 import torch
 from command import iprm
 from feature_files import arrays, save
+from forked import run_command_on_ranks
 from iprm.data.datasets.features import Features
 from iprm.environment import chosen_backends, versions
 from iprm.methods import build
@@ -23,6 +22,7 @@ from iprm.training.callbacks.modality_diagnostics import BINS, SplitMeasurement
 from iprm.training.classifier import FusionClassifier
 from iprm.training.lightning import quiet_lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
+from run_contents import RUN
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, confusion_matrix
 from training import classifier, fit
@@ -320,29 +320,10 @@ def test_fit_writes_it_into_the_folder_of_the_run(tmp_path, features):
     assert files == {"checkpoints", "states", "config.yaml", "hparams.yaml", "metrics.csv", "diagnostics.json", "events.out"}
 
 
-PROCESSES = """
-import sys
-import lightning as L
-from iprm.data.datasets.features import Features
-from iprm.training.callbacks.diagnostics import Diagnostics
-from iprm.training.classifier import FusionClassifier
-
-if __name__ == "__main__":
-    path, folder = sys.argv[1:]
-    data = Features(path, batch_size=7, val_fraction=0.4)
-    L.seed_everything(0)
-    model = FusionClassifier(data.inputs, data.num_classes, feature_dim=8)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
-    runner = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 1, "default_root_dir": folder}
-    L.Trainer(**quiet, **runner, callbacks=[Diagnostics()]).fit(model, datamodule=data)
-"""
-
-
 def test_of_two_processes_the_first_measures_the_whole_split(tmp_path, features):
-    script = tmp_path / "processes.py"
-    script.write_text(PROCESSES)
-    command = [sys.executable, str(script), features, str(tmp_path)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, cwd=tmp_path)
-    assert result.returncode == 0, result.stdout[-4000:]
+    data = ("--data", "features", "--data.path", features, "--data.batch_size", "7", "--data.val_fraction", "0.4")
+    size = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1")
+    ranks = run_command_on_ranks(tmp_path, 2, "fit", *data, *size)
+    assert [code for code, _ in ranks] == [0, 0], ranks
     rows = len(Features(features, val_fraction=0.4).splits["val"])
-    assert json.loads((tmp_path / "diagnostics.json").read_text())["rows"] == rows
+    assert json.loads((tmp_path / RUN / "diagnostics.json").read_text())["rows"] == rows

@@ -18,6 +18,7 @@ CASES = {
     "linear mixup": {"processes": 2, "method": "iprm-linear"},
     "one pass": {"processes": 2, "method": "iprm-one-pass", "modalities": ("sound", "image", "text")},
     "sharded": {"processes": 2, "sharded": True, "modalities": ("sound", "image", "text")},
+    "λ of its own on each": {"processes": 2, "apart": True, "steps": 4},
     "a baseline": {"processes": 2, "method": "joint"},
 }
 
@@ -30,7 +31,7 @@ SLOW = ("three modalities on four", "linear mixup", "one pass", "a baseline")
 def test_processes_find_what_one_finds_in_the_joined_batch(tmp_path, case):
     options = CASES[case]
     found, alone = run_processes(tmp_path, **options), train(**(options | {"processes": 1}))
-    assert len(alone) == 50
+    assert len(alone) == options.get("steps", 50)
     for step, expected in enumerate(alone):
         own = [course[step] for course in found]
         assert sum(one["rows"] for one in own) == expected["rows"], step

@@ -15,7 +15,7 @@ import pytest
 import torch
 from command import iprm
 from feature_files import arrays, save
-from forked import run_forked
+from forked import run_commands
 from iprm.errors import InputError
 from iprm.training.callbacks.run_state import RunState
 from iprm.training.checkpoint import AtomicCheckpointIO, read_checkpoint, state_to_resume
@@ -23,13 +23,11 @@ from run_contents import RUN, difference, left
 
 EPOCHS, STEPS = 5, 15  # 39 rows in batches of 13
 KILLED_AT = sorted(random.Random(4).sample(range(STEPS), 10))
-MORE_KILLED_AT = KILLED_AT[1::2]  # in the tier `slow`
-del KILLED_AT[1::2]
-TERMINATED_AT = (0, 4, 5, 6, 13)  # the fifth is an epoch's last
+TERMINATED_AT = (4, 5, 0, 6, 13)  # 4 is the last step of an epoch
 INTERRUPTED_AT = (4, 5)
 AUGMENTED_KILLED_AT = (4, 7)
 BY_STEPS = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "14", "--trainer.val_check_interval", "2")
-KILLED_AT_BY_STEPS = (2, 7, 9)
+KILLED_AT_BY_STEPS = (7, 2, 9)
 RARELY = ("--state.every_n_batches", "0")
 ACCUMULATING = (
     "--trainer.accumulate_grad_batches",
@@ -65,91 +63,99 @@ def ended(folder: Path, *options: str, number: int, step: int, code: int, data: 
     return [(fit(folder, *options, data=data, signal_step=step, number=number), code), (resume(folder), 0)]
 
 
-def check_run(place: Path, commands: Commands) -> None:
-    assert run_forked(place, [command for command, _ in commands]) == [code for _, code in commands]
+def check_run(commands: Commands) -> None:
+    assert run_commands([command for command, _ in commands]) == [code for _, code in commands]
+
+
+ENDS = {
+    "killed": {"number": signal.SIGKILL, "code": -signal.SIGKILL},
+    "terminated": {"number": signal.SIGTERM, "code": 143},
+    "interrupted": {"number": signal.SIGINT, "code": 130},
+}
+
+
+class Ran:
+    """Runs that end in many ways and are resumed, and uninterrupted ones with the same settings, which are run once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def alone(self, *options: str, data: str = "NoisyFeatures") -> Path:
+        folder = self.folder / " ".join(("alone", data, *options))
+        if not folder.exists():
+            check_run([(fit(folder, *options, data=data), 0)])
+        return folder
+
+    def ended(self, way: str, step: int, *options: str, data: str = "NoisyFeatures") -> Path:
+        folder = self.folder / " ".join((way, str(step), data, *options))
+        check_run(ended(folder, *options, step=step, data=data, **ENDS[way]))
+        return folder
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> Path:
-    """Uninterrupted runs, and runs that were ended in many ways and resumed."""
-    place = tmp_path_factory.mktemp("resume")
-    kill, terminate = {"number": signal.SIGKILL, "code": -signal.SIGKILL}, {"number": signal.SIGTERM, "code": 143}
-    interrupt = {"number": signal.SIGINT, "code": 130}
-    commands = [(fit(place / "alone"), 0), (fit(place / "accumulating", *ACCUMULATING), 0)]
-    commands += [(fit(place / "by steps", *BY_STEPS), 0), (fit(place / "augmented", data="AugmentedFeatures"), 0)]
-    for step in KILLED_AT_BY_STEPS:
-        commands += ended(place / f"by steps{step}", *BY_STEPS, step=step, **kill)
-    for step in KILLED_AT:
-        commands += ended(place / f"killed{step}", step=step, **kill)
-    for step in TERMINATED_AT:
-        commands += ended(place / f"terminated{step}", *RARELY, step=step, **terminate)
-    for step in INTERRUPTED_AT:
-        commands += ended(place / f"interrupted{step}", step=step, **interrupt)
-        commands += ended(place / f"accumulating{step}", *ACCUMULATING, step=step, **terminate)
-    for step in AUGMENTED_KILLED_AT:
-        commands += ended(place / f"augmented{step}", data="AugmentedFeatures", step=step, **kill)
-    check_run(place, commands)
-    return place
+def ran(tmp_path_factory) -> Ran:
+    return Ran(tmp_path_factory.mktemp("resume"))
 
 
-@pytest.mark.parametrize("step", KILLED_AT)
-def test_a_killed_run_resumes_bit_identically(ran, step):
-    expected = left(ran / "alone")
-    assert len(expected) > 100
-    assert any(name.startswith("best-") for name in expected)
-    assert difference(left(ran / f"killed{step}"), expected) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", MORE_KILLED_AT)
-def test_a_run_killed_at_another_step_resumes_bit_identically(tmp_path, step):
-    killed = ended(tmp_path / "killed", number=signal.SIGKILL, step=step, code=-signal.SIGKILL)
-    check_run(tmp_path, [(fit(tmp_path / "alone"), 0), *killed])
-    assert difference(left(tmp_path / "killed"), left(tmp_path / "alone")) == []
-
-
-@pytest.mark.parametrize("step", AUGMENTED_KILLED_AT)
-def test_a_killed_run_of_convolutions_whose_data_two_workers_augment_resumes_bit_identically(ran, step):
-    expected = left(ran / "augmented")
-    assert any(name.endswith("encoders.image.1.running_var") for name in expected)
-    assert difference(left(ran / f"augmented{step}"), expected) == []
-
-
-@pytest.mark.parametrize("step", KILLED_AT_BY_STEPS)
-def test_a_killed_run_that_is_bounded_by_steps_and_validates_within_epochs_resumes_bit_identically(ran, step):
-    assert difference(left(ran / f"by steps{step}"), left(ran / "by steps")) == []
-
-
-@pytest.mark.parametrize("step", TERMINATED_AT)
-def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_bit_identically(ran, step):
-    """In the middle of an epoch and in its last step; otherwise states are saved only at the beginning of epochs."""
-    log = (ran / f"terminated{step}" / "log.txt").read_text()
-    assert f"stopped by SIGTERM; to continue: iprm resume {RUN}" in log
-    assert "Traceback" not in log
-    found, expected = left(ran / f"terminated{step}"), left(ran / "alone")
-    last = f"batch={STEPS - 3:08d}.ckpt"  # of the last epoch's beginning: what else is saved is saved by another rule
-    assert (
-        difference(*({n: v for n, v in of.items() if n.startswith(("metrics", "best-", last))} for of in (found, expected)))
-        == []
+def first(*steps: int, count: int = 1) -> pytest.MarkDecorator:
+    """A test for each step; all but the first `count` belong to the tier `slow`."""
+    return pytest.mark.parametrize(
+        "step", [pytest.param(step, marks=[pytest.mark.slow] if at >= count else []) for at, step in enumerate(steps)]
     )
 
 
-@pytest.mark.parametrize("step", INTERRUPTED_AT)
+@first(*KILLED_AT, count=2)
+def test_a_killed_run_resumes_bit_identically(ran, step):
+    expected = left(ran.alone())
+    assert len(expected) > 100
+    assert any(name.startswith("best-") for name in expected)
+    assert difference(left(ran.ended("killed", step)), expected) == []
+
+
+@first(*AUGMENTED_KILLED_AT)
+def test_a_killed_run_of_convolutions_whose_data_two_workers_augment_resumes_bit_identically(ran, step):
+    expected = left(ran.alone(data="AugmentedFeatures"))
+    assert any(name.endswith("encoders.image.1.running_var") for name in expected)
+    assert difference(left(ran.ended("killed", step, data="AugmentedFeatures")), expected) == []
+
+
+@first(*KILLED_AT_BY_STEPS)
+def test_a_killed_run_that_is_bounded_by_steps_and_validates_within_epochs_resumes_bit_identically(ran, step):
+    assert difference(left(ran.ended("killed", step, *BY_STEPS)), left(ran.alone(*BY_STEPS))) == []
+
+
+@first(*TERMINATED_AT, count=2)
+def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_bit_identically(ran, step):
+    """In the middle of an epoch and in its last step; otherwise states are saved only at the beginning of epochs."""
+    folder = ran.ended("terminated", step, *RARELY)
+    log = (folder / "log.txt").read_text()
+    assert f"stopped by SIGTERM; to continue: iprm resume {RUN}" in log
+    assert "Traceback" not in log
+    last = f"batch={STEPS - 3:08d}.ckpt"  # of the last epoch's beginning: what else is saved is saved by another rule
+    found, expected = (
+        {name: value for name, value in left(run).items() if name.startswith(("metrics", "best-", last))}
+        for run in (folder, ran.alone())
+    )
+    assert difference(found, expected) == []
+
+
+@first(*INTERRUPTED_AT)
 def test_an_interrupted_run_resumes_bit_identically(ran, step):
-    assert difference(left(ran / f"interrupted{step}"), left(ran / "alone")) == []
+    assert difference(left(ran.ended("interrupted", step)), left(ran.alone())) == []
 
 
-@pytest.mark.parametrize("step", INTERRUPTED_AT)
+@first(*INTERRUPTED_AT)
 def test_gradients_that_were_being_accumulated_are_computed_anew(ran, step):
-    assert difference(left(ran / f"accumulating{step}"), left(ran / "accumulating")) == []
+    folder = ran.ended("terminated", step, *ACCUMULATING)
+    assert difference(left(folder), left(ran.alone(*ACCUMULATING))) == []
 
 
-def test_a_finished_run_can_be_made_longer(ran, tmp_path):
+def test_a_finished_run_can_be_made_longer(tmp_path):
     longer, folder = tmp_path / "longer", tmp_path / "short"
     two, four = ("--trainer.max_epochs", "2"), ("--trainer.max_epochs", "4")
     decay = ("--lr_scheduler.gamma", "1")  # otherwise the schedule depends on the length of the run
     commands = [fit(longer, *four, *decay), fit(folder, *two, *decay), resume(folder, *four)]
-    assert run_forked(tmp_path, commands) == [0, 0, 0]
+    assert run_commands(commands) == [0, 0, 0]
     assert left(folder)["metrics"] == left(longer)["metrics"]
 
 
@@ -185,7 +191,7 @@ def states(run: Path) -> list[Path]:
 @pytest.fixture
 def run(ran, tmp_path) -> Path:
     """A copy of a run in another folder."""
-    return Path(shutil.copytree(ran / "alone" / RUN, tmp_path / "moved"))
+    return Path(shutil.copytree(ran.alone() / RUN, tmp_path / "moved"))
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.999])
@@ -204,9 +210,7 @@ def test_the_state_before_the_last_is_used_on_request(run, tmp_path):
     before, last = states(run)
     last.write_bytes(b"")
     assert state_to_resume(run, previous=True) == before
-    assert run_forked(tmp_path, [(tmp_path, ["resume", str(run), "--previous", "--data.path", save(tmp_path, arrays())])]) == [
-        0
-    ]
+    assert iprm(tmp_path, "resume", str(run), "--previous", "--data.path", save(tmp_path, arrays())).code == 0
     assert states(run)[-1] == last
     assert read_checkpoint(last)["global_step"] == STEPS - 1, "written anew"
 
