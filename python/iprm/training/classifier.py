@@ -34,12 +34,10 @@ from iprm.methods.balancer import parameter_groups
 from iprm.methods.driver import Driver, loss_of
 from iprm.methods.rule import GRADIENTS, SEVERAL_UPDATES, VALIDATION, Update
 
-from .checkpoint import misfit
 from .cuda_graphs import GraphedStep
 from .finite import FiniteGuard, check_state
 from .metrics import EpochMeans, EpochMetrics
 from .optim import LR_SCHEDULER, OPTIMIZER, Configured, check_number, is_step_at_fraction, make_optimizer, make_scheduler
-from .train_step import compile_modules
 
 
 class FusionClassifier(L.LightningModule):
@@ -114,7 +112,12 @@ class FusionClassifier(L.LightningModule):
         model = FusionModel(every, self.fusion, memory_format)
         # only the modalities that the method reads: DistributedDataParallel refuses parameters without a gradient
         self.encoders = model.encoders
-        compile_modules(model, compile)
+        model.encoders.to(memory_format=memory_format)  # type: ignore[call-overload]
+        if compile is not None:
+            if compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+                raise InputError(unknown("backend of torch.compile", compile, known))
+            for module in (*model.encoders.values(), self.fusion):
+                module.compile(backend=compile)  # in place, so that the keys of checkpoints do not change
         self._model = (model,)  # in a tuple: a submodule would register every parameter under a second name
         self.graphed = GraphedStep(model) if cuda_graph else None
         for modality in modality_options or {}:
@@ -309,7 +312,10 @@ class FusionClassifier(L.LightningModule):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            raise InputError(misfit(self.state_dict(), state_dict, strict) or str(error)) from error
+            hint = "if encoders of the saved model were replaced, replace them in this model in the same way"
+            raise InputError(
+                f"the checkpoint's weights do not fit the model: {' '.join(str(error).split())}; {hint}"
+            ) from error
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.rule, self.modality_options)
