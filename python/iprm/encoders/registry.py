@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,13 +166,21 @@ def feature_width(module: nn.Module, description: Description) -> int:
         if isinstance(width, int) and not isinstance(width, bool):
             return width
     device = next((x.device for x in itertools.chain(module.parameters(), module.buffers())), None)
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(module):
         features = module(each(lambda spec: spec.zeros(2, device), description))
-    for part, training in modes:  # restores submodules that their class keeps in evaluation mode, too
-        part.training = training
     if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
         found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
         raise InputError(f"expected features (B, D) of a batch of 2 rows, got {found}")
     return features.shape[1]
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Sets every submodule to evaluation mode within the context, and restores its own mode afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

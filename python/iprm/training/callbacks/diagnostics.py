@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from iprm.data.loading import Loader
+from iprm.encoders.registry import evaluating
 from iprm.environment import chosen_backends, versions
 from iprm.errors import InputError
 from iprm.fusion.module import FusionModule
@@ -74,24 +75,12 @@ class Diagnostics(Callback):
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             rank_zero_warn(f"Diagnostics: {type(trainer.strategy).__name__} divides the model; nothing is recorded")
             return
-        with isolate_rng(), torch.no_grad(), _evaluating(pl_module), _best_weights(trainer, pl_module) as weights:
+        with isolate_rng(), torch.no_grad(), evaluating(pl_module), _best_weights(trainer, pl_module) as weights:
             record = {"weights": weights, **_measure(trainer, pl_module), **_environment(trainer, pl_module)}
         try:
             _write(Path(folder) / FILE, record)
         except OSError as error:
             rank_zero_warn(f"Diagnostics: not written: {error}")
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Sets every submodule to evaluation mode within the context, and restores its own mode afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @contextlib.contextmanager
@@ -127,12 +116,12 @@ def _batches(trainer: L.Trainer) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Batches of the validation split on the model's device: the whole split, even if it is divided among processes."""
     loader: Any = trainer.val_dataloaders
     count = trainer.num_val_batches[0]
-    if isinstance(loader, Loader):
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
         count *= trainer.world_size
-        loader = loader.undivided()
-    elif isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
-        count *= trainer.world_size
-        loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+        dataset, rows = loader.dataset, loader.batch_size
+        if isinstance(loader, Loader):
+            dataset, rows = loader.dataset.dataset, loader.sampler.batch_size
+        loader = DataLoader(dataset, rows, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
     for batch in itertools.islice(loader, None if count == math.inf else int(count)):
         yield to_device(trainer, batch)
 
