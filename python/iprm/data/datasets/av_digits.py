@@ -12,7 +12,7 @@ from iprm.data.split import Split, check_fractions, stratified
 from iprm.errors import InputError
 
 from .digits import scanned_digits
-from .recordings import Recordings, default_cache_dir, load_recordings, readable_recordings
+from .recordings import Recordings, default_cache_dir, load_recordings
 from .spectrogram import LogMel
 
 #: Recordings with index 0 to 4 of every speaker and digit are the test split of the Free Spoken Digit Dataset.
@@ -59,16 +59,13 @@ class AvDigits(MultimodalData):
         self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
 
     def prepare_data(self) -> None:
-        self._recordings()
-
-    def _recordings(self) -> Recordings:
-        return load_recordings(self.path, self.log_mel, self.cache_dir)
+        load_recordings(self.path, self.log_mel, self.cache_dir)
 
     def read(self) -> dict[str, Split]:
-        return self._paired(self._recordings())
+        return self._paired(load_recordings(self.path, self.log_mel, self.cache_dir))
 
     def inspect(self, faults: list[str]) -> dict[str, Split]:
-        return self._paired(readable_recordings(self.path, self.log_mel, self.cache_dir, faults))
+        return self._paired(load_recordings(self.path, self.log_mel, self.cache_dir, faults))
 
     def _paired(self, recordings: Recordings) -> dict[str, Split]:
         pixels, labels = scanned_digits()
