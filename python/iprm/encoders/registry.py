@@ -6,13 +6,13 @@ import contextlib
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from iprm.errors import InputError, unknown
+from iprm.errors import InputError, check_options, unknown
 
 from .description import Description, descriptions, each
 
@@ -114,7 +114,7 @@ def _plain(modality: str, value: Any) -> Any:
 def _build(description: Description, feature_dim: int, path: str, options: Mapping[str, Any]) -> nn.Module:
     if "." in path:
         cls = _imported(path)
-        _check_options(path, list(inspect.signature(cls).parameters.values()), options)
+        check_options(path, options, inspect.signature(cls).parameters)
         return cls(**options)
     if path not in ENCODERS:
         raise InputError(unknown("encoder", path, ENCODERS))
@@ -123,7 +123,7 @@ def _build(description: Description, feature_dim: int, path: str, options: Mappi
         module, _, name = factory.partition(":")
         factory = getattr(importlib.import_module(module), name)
     assert not isinstance(factory, str)
-    _check_options(path, list(inspect.signature(factory).parameters.values())[2:], options)
+    check_options(path, options, dict(list(inspect.signature(factory).parameters.items())[2:]))
     return factory(description, feature_dim, **options)
 
 
@@ -141,18 +141,6 @@ def _imported(path: str) -> type[nn.Module]:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise InputError(f"expected the import path of a subclass of torch.nn.Module, got {path}")
     return cls
-
-
-def _check_options(path: str, parameters: Sequence[inspect.Parameter], options: Mapping[str, Any]) -> None:
-    """Raises InputError if an option is unknown or a required one is missing."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    known = {parameter.name: parameter for parameter in parameters if parameter.kind not in variadic}
-    for option in options:
-        if option not in known and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            raise InputError(unknown(f"option of {path}", option, known) if known else f"{path} has no options, got {option!r}")
-    for option, parameter in known.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise InputError(f"{path} needs the option {option!r} in its init_args")
 
 
 def feature_width(module: nn.Module, description: Description) -> int:
