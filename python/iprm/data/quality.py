@@ -253,8 +253,8 @@ def _of_origins(splits: Splits) -> Iterator[Finding]:
     for (first, one), (second, two) in itertools.combinations(splits.items(), 2):
         shared: dict[tuple[int, ...], list[str]] = {}
         for modality in sorted(one.origin.keys() & two.origin.keys()):
-            items = np.intersect1d(one.origin[modality].numpy(), two.origin[modality].numpy())
-            shared.setdefault(tuple(items), []).append(modality)
+            both = np.intersect1d(one.origin[modality].numpy(), two.origin[modality].numpy())
+            shared.setdefault(tuple(both), []).append(modality)
         for items, modalities in shared.items():
             if items:
                 what = f"{_named('item', 'items', items)} of the source in both {first} and {second}"
