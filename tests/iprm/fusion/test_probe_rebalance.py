@@ -335,8 +335,8 @@ def test_constructor_errors(arguments, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda f: f.pop("y"), ValueError, "expected the modalities x, y, missing: y"),
-        (lambda f: f.update(z=f["x"]), ValueError, "expected the modalities x, y, unknown: z"),
+        (lambda f: f.pop("y"), ValueError, "expected the modalities x, y, got x"),
+        (lambda f: f.update(z=f["x"]), ValueError, "expected the modalities x, y, got x, y, z"),
         (lambda f: f.update(y=f["y"][0]), ValueError, r"features\['y'\]: expected shape \(B, 12\), got \(12,\)"),
         (lambda f: f.update(y=f["y"][:, :3]), ValueError, r"features\['y'\]: expected shape \(B, 12\), got \(16, 3\)"),
         (lambda f: f.update(y=f["y"][:3]), ValueError, r"features\['y'\]: expected a batch of 16"),
