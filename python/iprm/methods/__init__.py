@@ -110,7 +110,7 @@ def _entry(name: str, modalities: Sequence[str]) -> Entry:
     if name in unimodal:
         return METHODS["unimodal"]._replace(fixed={"modality": unimodal[name]})
     if name not in METHODS:
-        raise InputError(unknown("method", name, [*METHODS, *unimodal]))
+        raise InputError(f"method: {unknown('name', name, [*METHODS, *unimodal])}")
     return METHODS[name]
 
 

@@ -99,12 +99,21 @@ class FusionClassifier(L.LightningModule):
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
-        inputs, encoders = plain(inputs), canonical(encoders)  # a checkpoint holds plain values
         self.save_hyperparameters()
-        self.structure = _structure(inputs, num_classes, method, method_options, encoders, feature_dim)
+        inputs, encoders, method_options = plain(inputs), canonical(encoders), dict(method_options or {})
+        #: the hyperparameters that decide which parameters the model has, in the form that checkpoints hold: plain values
+        self.structure: dict[str, Any] = {
+            "inputs": inputs,
+            "num_classes": num_classes,
+            "method": method,
+            "method_options": method_options,
+            "encoders": encoders,
+            "feature_dim": feature_dim,
+        }
+        self.hparams.update(self.structure)
         every, widths = build_encoders(inputs, feature_dim, encoders)
         try:
-            built = build(method, widths, num_classes, tuple(inputs), **(method_options or {}))
+            built = build(method, widths, num_classes, tuple(inputs), **method_options)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
         self.fusion, self.rule = built
@@ -164,13 +173,14 @@ class FusionClassifier(L.LightningModule):
             InputError: naming the method and the setting.
         """
         needs, method = self.rule.needs, f"method {self.structure['method']!r}"
-        if SEVERAL_UPDATES in needs:
-            if trainer.gradient_clip_val:
-                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which gradient_clip_val cannot be used with")
-            if trainer.accumulate_grad_batches > 1:
-                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which accumulate_grad_batches cannot be used with")
-            if self.graphed is not None:
-                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which cuda_graph cannot be used with")
+        settings = {
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
+            "cuda_graph": self.graphed,
+        }
+        for setting, value in settings.items():
+            if SEVERAL_UPDATES in needs and value:
+                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which {setting} cannot be used with")
         if GRADIENTS in needs and isinstance(trainer.strategy, ModelParallelStrategy):
             raise InputError(f"{method} needs {GRADIENTS}, which the strategy fsdp2 does not keep in one place")
         if VALIDATION in needs and (trainer.check_val_every_n_epoch != 1 or trainer.limit_val_batches == 0):
@@ -292,14 +302,12 @@ class FusionClassifier(L.LightningModule):
             InputError: the checkpoint belongs to a model with other settings, or to another module.
         """
         settings = checkpoint.get("hyper_parameters", {})
-        try:
-            there = _structure(**settings)
-        except (TypeError, ValueError, AttributeError) as error:
+        if not settings.keys() >= self.structure.keys():
             named = f"its settings are {', '.join(map(str, settings))}" if settings else "it has no settings"
-            raise InputError(f"the checkpoint is not of a FusionClassifier: {named}") from error
+            raise InputError(f"the checkpoint is not of a FusionClassifier: {named}")
         for name, here in self.structure.items():
-            if there[name] != here:
-                raise InputError(f"the checkpoint is of a model with {name} {there[name]!r}, this one has {here!r}")
+            if settings[name] != here:
+                raise InputError(f"the checkpoint is of a model with {name} {settings[name]!r}, this one has {here!r}")
         means = checkpoint.get("epoch_means", [])
         self._restored_means = means if len(means) == world_size() else []
 
@@ -400,23 +408,3 @@ def _modality_options(
             if entries := {name: value for name, value in given.items() if name != "freeze"}:
                 groups[modality] = entries
     return groups, freeze
-
-
-def _structure(
-    inputs: Mapping[str, Any],
-    num_classes: int,
-    method: str,
-    method_options: Mapping[str, Any] | None,
-    encoders: Mapping[str, Any] | None,
-    feature_dim: int,
-    **_: Any,
-) -> dict[str, Any]:
-    """The hyperparameters that decide which parameters a model has, in canonical form."""
-    return {
-        "inputs": plain(inputs),
-        "num_classes": num_classes,
-        "method": method,
-        "method_options": dict(method_options or {}),
-        "encoders": canonical(encoders),
-        "feature_dim": feature_dim,
-    }

@@ -59,7 +59,7 @@ WORDS = {
         (*DIGITS, "--trainer.max_epoch_s", "3"),
         "unknown option --trainer.max_epoch_s: did you mean --trainer.max_epochs?",
     ),
-    "a method": ((*DIGITS, "--model.method", "iprmm"), "unknown method 'iprmm': did you mean 'iprm'?"),
+    "a method": ((*DIGITS, "--model.method", "iprmm"), "method: unknown name 'iprmm': did you mean 'iprm'?"),
     "a modality's method": ((*DIGITS, "--model.method", "unimodal-imag"), "did you mean 'unimodal-image'?"),
     "a method's option": (
         (*DIGITS, "--model.method_options", "{alhpa: 0.3}"),
@@ -85,7 +85,7 @@ KEYS = {
     "modell: {method: sum}": "unknown option --modell.method: did you mean --model.method?",
     "data: {init_args: {batchsize: 3}}": "unknown option --data.batchsize: did you mean --data.batch_size?",
     "data: {class_path: digits}": "data: Expected a dot import path string: digits",
-    "model: {method: concta}": "unknown method 'concta': did you mean 'concat'?",
+    "model: {method: concta}": "method: unknown name 'concta': did you mean 'concat'?",
     "model: [": "Problems parsing config",
 }
 

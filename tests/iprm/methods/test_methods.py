@@ -99,7 +99,7 @@ def test_unimodal_says_what_it_misses():
     ("name", "options", "error", "message"),
     [
         (None, {}, TypeError, "method: expected a name, got None"),
-        ("concta", {}, ValueError, "unknown method 'concta': did you mean 'concat'"),
+        ("concta", {}, ValueError, "method: unknown name 'concta': did you mean 'concat'"),
         ("unimodal-z", {}, ValueError, "did you mean 'unimodal-"),
         ("iprm", {"alhpa": 0.5}, ValueError, "option of method 'iprm' 'alhpa': did you mean 'alpha'"),
         ("iprm-linear", {"mixup": "geodesic"}, ValueError, "mixup: fixed at 'linear'"),
