@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,18 +15,19 @@ from torch import Tensor, nn
 
 from iprm.errors import InputError, check_options, unknown
 
+from . import small
 from .description import Description, descriptions, each
+from .resnet import resnet18
 
 Factory = Callable[..., nn.Module]
-#: name -> a factory, or "module:factory", which is imported on first use. A factory is called as
-#: ``factory(description, feature_dim, **options)`` and returns a module (B, ...) -> (B, D).
-ENCODERS: dict[str, str | Factory] = {
-    "auto": "iprm.encoders.small:auto",
-    "cnn": "iprm.encoders.small:cnn",
-    "mlp": "iprm.encoders.small:mlp",
-    "linear": "iprm.encoders.small:linear",
-    "identity": "iprm.encoders.small:identity",
-    "resnet18": "iprm.encoders.resnet:resnet18",
+#: name -> a factory, called as ``factory(description, feature_dim, **options)``, which returns a module (B, ...) -> (B, D).
+ENCODERS: dict[str, Factory] = {
+    "auto": small.auto,
+    "cnn": small.cnn,
+    "mlp": small.mlp,
+    "linear": small.linear,
+    "identity": small.identity,
+    "resnet18": resnet18,
 }
 #: Attributes of a module that state the width of its features.
 WIDTHS = ("feature_dim", "out_features")
@@ -85,7 +87,13 @@ def canonical(encoders: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"encoder of modality {modality!r}: expected a name, an import path, or a mapping of class_path and init_args, "
                 f"got {setting!r}"
             )
-        settings[modality] = {"class_path": path, "init_args": _plain(modality, options)} if options else path
+        try:
+            options = json.loads(json.dumps(options))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"encoder of modality {modality!r}: expected init_args of plain values, got {options!r}"
+            ) from error
+        settings[modality] = {"class_path": path, "init_args": options} if options else path
     return settings
 
 
@@ -100,17 +108,6 @@ def _parts(setting: Any) -> tuple[str, dict[str, Any]]:
     return (setting, {}) if isinstance(setting, str) else (setting["class_path"], setting["init_args"])
 
 
-def _plain(modality: str, value: Any) -> Any:
-    """A copy of nested dicts, lists and plain values; refuses anything else."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(modality, part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(modality, part) for part in value]
-    if value is not None and type(value) not in (bool, int, float, str):
-        raise InputError(f"encoder of modality {modality!r}: expected init_args of plain values, got {value!r}")
-    return value
-
-
 def _build(description: Description, feature_dim: int, path: str, options: Mapping[str, Any]) -> nn.Module:
     if "." in path:
         cls = _imported(path)
@@ -118,13 +115,8 @@ def _build(description: Description, feature_dim: int, path: str, options: Mappi
         return cls(**options)
     if path not in ENCODERS:
         raise InputError(unknown("encoder", path, ENCODERS))
-    factory = ENCODERS[path]
-    if isinstance(factory, str):
-        module, _, name = factory.partition(":")
-        factory = getattr(importlib.import_module(module), name)
-    assert not isinstance(factory, str)
-    check_options(path, options, dict(list(inspect.signature(factory).parameters.items())[2:]))
-    return factory(description, feature_dim, **options)
+    check_options(path, options, dict(list(inspect.signature(ENCODERS[path]).parameters.items())[2:]))
+    return ENCODERS[path](description, feature_dim, **options)
 
 
 def _memory_of_its_own() -> contextlib.AbstractContextManager[Any]:
