@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
 import time
 import zipfile
@@ -18,7 +17,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from iprm.errors import InputError
 
 STATES = "states"
-STATE = re.compile(r"batch=(?P<batch>\d+)\.ckpt")
 #: Seconds without a write after which a partial file is considered abandoned: a running save writes continually.
 ABANDONED = 3600
 
@@ -107,9 +105,8 @@ def logged_steps(checkpoint: Mapping[str, Any]) -> int:
 
 
 def saved_states(run: Path) -> list[Path]:
-    """The saved states of a run, oldest first."""
-    steps = {path: STATE.fullmatch(path.name) for path in (run / STATES).glob("*.ckpt")}
-    return sorted((path for path, match in steps.items() if match), key=lambda path: int(STATE.fullmatch(path.name)["batch"]))  # type: ignore[index]
+    """The saved states of a run, oldest first: file names have the number of batches in eight digits."""
+    return sorted((run / STATES).glob("batch=*.ckpt"))
 
 
 def state_to_resume(run: Path, previous: bool = False) -> Path:
