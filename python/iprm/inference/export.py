@@ -121,10 +121,7 @@ def describe(model: Inference) -> dict[str, Any]:
         "modalities": list(model.inputs),
         "inputs": plain(model.inputs),
         "classes": model.num_classes,
-        "method": model.settings["method"],
-        "method_options": model.settings["method_options"],
-        "encoders": model.settings["encoders"],
-        "feature_dim": model.settings["feature_dim"],
+        **{name: model.settings[name] for name in ("method", "method_options", "encoders", "feature_dim")},
         "weight": None if weight is None else weight.tolist(),
         "versions": versions(),
     }
