@@ -1,10 +1,12 @@
-"""User errors, suggestions of the closest known name, and checks of options by name."""
+"""User errors, suggestions of the closest known name, and checks of options and numbers."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class InputError(ValueError):
@@ -43,3 +45,18 @@ def check_options(owner: str, given: Iterable[str], parameters: Mapping[str, ins
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in given:
             raise InputError(f"{owner} needs the option {name!r}")
+
+
+def check_number(name: str, value: Any, highest: float = math.inf) -> None:
+    """Raises InputError unless `value` is a finite number in [0, highest]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and 0 <= value <= highest):
+        span = "from 0 up" if highest == math.inf else f"from 0 to {highest:g}"
+        raise InputError(f"{name}: expected a number {span}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    """Returns `value`; raises InputError unless it is one of `allowed`."""
+    if isinstance(value, bool) or value not in allowed:
+        raise InputError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value

@@ -25,7 +25,7 @@ from iprm.data.split import Batch
 from iprm.distributed import gathered, rank, world_size
 from iprm.encoders.description import Input, plain
 from iprm.encoders.registry import build_encoders, canonical
-from iprm.errors import InputError, unknown
+from iprm.errors import InputError, check_number, unknown
 from iprm.fusion.model import FusionModel
 from iprm.fusion.module import FusionModule
 from iprm.fusion.output import FusionOutput
@@ -37,7 +37,7 @@ from iprm.methods.rule import GRADIENTS, SEVERAL_UPDATES, VALIDATION, Update
 from .cuda_graphs import GraphedStep
 from .finite import FiniteGuard, check_state
 from .metrics import EpochMeans, EpochMetrics
-from .optim import LR_SCHEDULER, OPTIMIZER, Configured, check_number, is_step_at_fraction, make_optimizer, make_scheduler
+from .optim import LR_SCHEDULER, OPTIMIZER, Configured, is_step_at_fraction, make_optimizer, make_scheduler
 
 
 class FusionClassifier(L.LightningModule):

@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from iprm.errors import InputError, unknown
+from iprm.errors import InputError, check_number, unknown
 
 #: Settings of an optimiser or schedule: {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, or a class path alone.
 Settings = Mapping[str, Any]
@@ -179,11 +179,3 @@ def _number_of(epochs: int | None) -> int:
     if epochs is None:
         raise InputError("epochs: a run bounded by steps or time has no number of epochs; give one, or another schedule")
     return epochs
-
-
-def check_number(name: str, value: Any, highest: float = math.inf) -> None:
-    """Raises InputError unless `value` is a finite number in [0, highest]."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and 0 <= value <= highest):
-        span = "from 0 up" if highest == math.inf else f"from 0 to {highest:g}"
-        raise InputError(f"{name}: expected a number {span}, got {value!r}")
