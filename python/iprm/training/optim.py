@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -82,8 +80,7 @@ def checked(kind: str, base: type, settings: Settings | str) -> tuple[type, dict
     if isinstance(settings, str):
         settings = {"class_path": settings}
     path, arguments = settings.get("class_path"), dict(settings.get("init_args") or {})
-    extra = [name for name in settings if name not in ("class_path", "init_args")]
-    if not isinstance(path, str) or extra:
+    if not isinstance(path, str) or not settings.keys() <= {"class_path", "init_args"}:
         raise InputError(f"{kind}: expected a class_path and init_args, got {dict(settings)!r}")
     home = "torch.optim.lr_scheduler" if base is LRScheduler else "torch.optim"
     module, _, name = (path if "." in path else f"{home}.{path}").rpartition(".")
@@ -108,17 +105,15 @@ def make_optimizer(groups: Iterable[dict[str, Any]], settings: Settings | str) -
     for name, highest in BOUNDS.items():
         if name in arguments:
             check_number(f"optimizer.{name}", arguments[name], highest)
-    prepared = []
-    for group in groups:
-        own = {name: value for name, value in group.items() if name != "lr_scale"}
-        if "lr_scale" in group:
-            rate = arguments.get("lr", _default_rate(cls))
-            own["lr"] = rate * group["lr_scale"]
-        prepared.append(own)
+    groups = list(groups)
     try:
-        return cls(prepared, **arguments)
+        optimizer = cls([{name: x for name, x in group.items() if name != "lr_scale"} for group in groups], **arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer {cls.__name__}: {error}") from error
+    for own, group in zip(optimizer.param_groups, groups, strict=True):
+        if "lr_scale" in group:
+            own["lr"] = own["lr"] * group["lr_scale"]
+    return optimizer
 
 
 def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int | None) -> LRScheduler:
@@ -168,11 +163,6 @@ class Configured:
                 group["lr"] = present if saved == rate else present * (rate / saved)
             elif isinstance(self.scheduler, ReduceLROnPlateau):
                 group["lr"] = present
-
-
-def _default_rate(cls: type) -> float:
-    default = inspect.signature(cls).parameters["lr"].default
-    return float(default) if isinstance(default, (int, float, torch.Tensor)) else 1e-3
 
 
 def _number_of(epochs: int | None) -> int:
