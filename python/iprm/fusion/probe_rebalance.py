@@ -106,8 +106,8 @@ class ProbeRebalance(FusionModule):
         self._names = frozenset(self.modalities)
         self.pairs = tuple(itertools.combinations(self.modalities, 2))
         self.mix_head_names = tuple("shared" if shared_mix_head else f"{a}_{b}" for a, b in self.pairs)
-        prefixes = ["strength"] if len(self.pairs) == 1 else [f"strength_{a}_{b}" for a, b in self.pairs]
-        self._strength_names = [f"{prefix}_{m}" for prefix, pair in zip(prefixes, self.pairs, strict=True) for m in pair]
+        self._suffixes = [""] if len(self.pairs) == 1 else [f"_{a}_{b}" for a, b in self.pairs]
+        self._strength_names = [f"strength{of}_{m}" for of, pair in zip(self._suffixes, self.pairs, strict=True) for m in pair]
         if not shared_mix_head and len(set(self.mix_head_names)) < len(self.pairs):
             raise ValueError(f"modalities: names whose pairs are distinct when joined by '_', got {self.modalities}")
 
@@ -263,8 +263,7 @@ class ProbeRebalance(FusionModule):
 
     def state_measures(self) -> dict[str, Tensor]:
         """λ of each pair: "weight" for two modalities, "weight_<a>_<b>" for more."""
-        names = ["weight"] if len(self.pairs) == 1 else [f"weight_{a}_{b}" for a, b in self.pairs]
-        return dict(zip(names, self.weight.flatten().unbind(), strict=True))
+        return {f"weight{of}": x for of, x in zip(self._suffixes, self.weight.flatten().unbind(), strict=True)}
 
     def _draw(self) -> list[int]:
         """Indices of the pairs of this step."""

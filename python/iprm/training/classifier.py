@@ -37,7 +37,7 @@ from iprm.methods.rule import GRADIENTS, SEVERAL_UPDATES, VALIDATION, Update
 from .cuda_graphs import GraphedStep
 from .finite import FiniteGuard, check_state
 from .metrics import EpochMeans, EpochMetrics
-from .optim import LR_SCHEDULER, OPTIMIZER, Configured, is_step_at_fraction, make_optimizer, make_scheduler
+from .optim import LR_SCHEDULER, OPTIMIZER, Configured, make_optimizer, make_scheduler
 
 
 class FusionClassifier(L.LightningModule):
@@ -77,6 +77,7 @@ class FusionClassifier(L.LightningModule):
         InputError: an unknown method, option or encoder (the message suggests the closest name), or a value out of range.
     """
 
+    model: FusionModel  # encoders and fusion module
     encoders: nn.ModuleDict
     fusion: FusionModule
     rule: Rule
@@ -127,7 +128,7 @@ class FusionClassifier(L.LightningModule):
                 raise InputError(unknown("backend of torch.compile", compile, known))
             for module in (*model.encoders.values(), self.fusion):
                 module.compile(backend=compile)  # in place, so that the keys of checkpoints do not change
-        self._model = (model,)  # in a tuple: a submodule would register every parameter under a second name
+        self.__dict__["model"] = model  # not as a submodule, which would register every parameter under a second name
         self.graphed = GraphedStep(model) if cuda_graph else None
         for modality in modality_options or {}:
             if modality not in inputs:
@@ -142,11 +143,6 @@ class FusionClassifier(L.LightningModule):
         self.guard = FiniteGuard("training batch")
         self.val_metrics, self.test_metrics = EpochMetrics(num_classes), EpochMetrics(num_classes)
         self.evaluation_guard = FiniteGuard("evaluation batch")
-
-    @property
-    def model(self) -> FusionModel:
-        """Encoders and fusion module."""
-        return self._model[0]
 
     @property
     def batches(self) -> int:
@@ -330,10 +326,8 @@ class FusionClassifier(L.LightningModule):
         optimizer = make_optimizer(groups, self.optimizer_settings)
         epochs = self.trainer.max_epochs
         epochs = None if epochs is None or epochs < 1 else epochs  # unknown in a run bounded by steps or time
-        scheduler = None
         settings = self.scheduler_settings
-        if settings is not None and (epochs is not None or not is_step_at_fraction(settings)):
-            scheduler = make_scheduler(optimizer, settings, epochs)
+        scheduler = None if settings is None else make_scheduler(optimizer, settings, epochs)
         self._configured = Configured(optimizer, scheduler)
         if scheduler is None:
             return optimizer

@@ -116,14 +116,17 @@ def make_optimizer(groups: Iterable[dict[str, Any]], settings: Settings | str) -
     return optimizer
 
 
-def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int | None) -> LRScheduler:
-    """The learning rate schedule of an optimiser, stepped after every epoch. Classes of this module receive `epochs`.
+def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int | None) -> LRScheduler | None:
+    """The learning rate schedule of an optimiser, stepped after every epoch. Classes of this module receive `epochs`; without
+    a number of epochs, `StepAtFraction` is None, a constant rate.
 
     Raises:
         InputError: the schedule cannot be made from these settings, or needs a number of epochs and `epochs` is None.
     """
     cls, arguments = checked("lr_scheduler", LRScheduler, settings)
     if cls in (StepAtFraction, WarmupCosine) and arguments.get("epochs") is None:
+        if cls is StepAtFraction and epochs is None:
+            return None
         arguments["epochs"] = epochs
     try:
         return cls(optimizer, **arguments)
@@ -131,11 +134,6 @@ def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int |
         raise InputError(f"lr_scheduler: {error}") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"lr_scheduler {cls.__name__}: {error}") from error
-
-
-def is_step_at_fraction(settings: Settings | str) -> bool:
-    """Whether settings name `StepAtFraction`, which is skipped in a run without a number of epochs."""
-    return checked("lr_scheduler", LRScheduler, settings)[0] is StepAtFraction
 
 
 class Configured:
