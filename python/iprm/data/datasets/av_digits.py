@@ -71,7 +71,10 @@ class AvDigits(MultimodalData):
         pixels, labels = scanned_digits()
         splitter, image_splitter, pairer, noiser = (np.random.default_rng([self.seed, stream]) for stream in range(4))
         audio_rows = self._audio_split(recordings.digits, recordings.indices, splitter)
-        image_rows = self._image_split(audio_rows, labels, image_splitter)
+        # scans are divided in the proportions of the recordings, with at least a tenth for each held-out split
+        shares = {name: len(audio_rows[name]) / len(recordings.digits) for name in ("test", "val")}
+        fractions = {name: min(0.4, max(0.1, share)) for name, share in shares.items()}
+        image_rows = stratified(labels, fractions, image_splitter)
 
         def split(name: str) -> Split:
             rows = audio_rows[name]
@@ -92,9 +95,3 @@ class AvDigits(MultimodalData):
         test, others = np.flatnonzero(indices < TEST_INDICES), np.flatnonzero(indices >= TEST_INDICES)
         rest = stratified(digits[others], {"val": self.val_fraction}, rng)
         return {"train": others[rest["train"]], "val": others[rest["val"]], "test": test}
-
-    @staticmethod
-    def _image_split(audio: dict[str, np.ndarray], labels: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Divides scans in the proportions of the recordings, with at least a tenth for each held-out split."""
-        total = sum(len(rows) for rows in audio.values())
-        return stratified(labels, {name: min(0.4, max(0.1, len(audio[name]) / total)) for name in ("test", "val")}, rng)
