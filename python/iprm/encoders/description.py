@@ -37,6 +37,13 @@ class InputSpec:
     def floating(self) -> bool:
         return self.torch_dtype.is_floating_point
 
+    @property
+    def kind(self) -> str:
+        """vector (D,), sequence (T, D), image (C, H, W), frames (T, C, H, W), tokens (T,) of integers; tensor for any other."""
+        if not self.floating:
+            return "tokens" if len(self.shape) == 1 else "tensor"
+        return {1: "vector", 2: "sequence", 3: "image", 4: "frames"}.get(len(self.shape), "tensor")
+
     def zeros(self, rows: int, device: torch.device | None = None) -> Tensor:
         """Zeros (rows, *shape) of this dtype; a floating one in torch's default dtype, that of new parameters."""
         return torch.zeros(rows, *self.shape, dtype=None if self.floating else self.torch_dtype, device=device)

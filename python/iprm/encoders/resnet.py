@@ -39,6 +39,6 @@ class ResNet18(nn.Module):
 
 def resnet18(description: Description, feature_dim: int) -> nn.Module:
     """`ResNet18` for an input (C, H, W) or frames (T, C, H, W)."""
-    if not isinstance(description, InputSpec) or not description.floating or len(description.shape) not in (3, 4):
+    if not isinstance(description, InputSpec) or description.kind not in ("image", "frames"):
         raise InputError(f"resnet18 expects an input (C, H, W) or (T, C, H, W), got {description}")
     return ResNet18(description.shape[-3])

@@ -37,7 +37,7 @@ def auto(description: Description, feature_dim: int) -> nn.Module:
     """
     if not isinstance(description, InputSpec) or not description.floating:
         raise InputError(f"there is no default for {_named(description)}; give a name, or the import path of your own class")
-    return (cnn if len(description.shape) == 3 else mlp)(description, feature_dim)
+    return (cnn if description.kind == "image" else mlp)(description, feature_dim)
 
 
 def identity(description: Description, feature_dim: int) -> nn.Module:
@@ -97,4 +97,6 @@ def _shape(name: str, description: Description) -> tuple[int, ...]:
 
 
 def _named(description: Description) -> str:
-    return f"an input {description}" if isinstance(description, InputSpec) else f"a dict of tensors ({', '.join(description)})"
+    if isinstance(description, InputSpec):
+        return f"{description.kind} {description}"
+    return f"a dict of tensors ({', '.join(description)})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from iprm.encoders.description import InputSpec, described, descriptions, flat, nested, plain
 
@@ -25,6 +26,22 @@ def test_a_batch_is_described_and_its_description_survives_as_plain_values():
 def test_a_modality_may_have_a_tensor_called_shape():
     specs = {"it": {"shape": InputSpec((4,)), "dtype": InputSpec((2,), "int64")}}
     assert descriptions(plain(specs)) == specs
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind"),
+    [
+        ((7,), "float32", "vector"),
+        ((5, 7), "float64", "sequence"),
+        ((3, 8, 8), "float32", "image"),
+        ((4, 3, 8, 8), "float16", "frames"),
+        ((), "float32", "tensor"),
+        ((7,), "int64", "tokens"),
+        ((3, 8, 8), "uint8", "tensor"),
+    ],
+)
+def test_kinds(shape, dtype, kind):
+    assert InputSpec(shape, dtype).kind == kind
 
 
 def test_labels_keep_order_and_lead_back():

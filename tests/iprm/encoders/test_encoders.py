@@ -177,7 +177,7 @@ def test_settings_have_one_form():
             {},
             r"'it': there is no default for a dict of tensors \(ids, mask\); give a name, or the import path",
         ),
-        ({"it": TEXT["ids"]}, {}, r"'it': there is no default for an input \(6,\) of int64"),
+        ({"it": TEXT["ids"]}, {}, r"'it': there is no default for tokens \(6,\) of int64"),
         ({"it": TEXT}, {"it": "mlp"}, r"'it': mlp expects one tensor of floating numbers, got a dict of tensors \(ids, mask\)"),
         (
             {"it": InputSpec((1, 8, 8), "uint8")},
