@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -183,17 +182,37 @@ class ProbeRebalance(FusionModule):
         weight = self.weight.clone()
         unimodal = {name: self.heads[name](x) for name, x in features.items()}
         drawn = self._draw()
-        with torch.set_grad_enabled(self.passes == 1 and torch.is_grad_enabled()), autocast.uncached(weight):
-            probes = [self._mixed(pair, features, weight.reshape(-1)[pair]) for pair in drawn]
-        with torch.no_grad():
-            named = zip((self.pairs[pair] for pair in drawn), probes, strict=True)
-            kl = torch.stack([ik.batch_kl(unimodal[name], probe) for pair, probe in named for name in pair])
-            kl, share = self._joint(kl, target)
-            strength = torch.stack([ik.strength_weights(own) for own in kl.view(-1, 2)])
-        rebalanced = (self._mixed(pair, features, own[0]) for pair, own in zip(drawn, strength, strict=True))
-        mixed = probes if self.passes == 1 else list(rebalanced)
+        share = None
+        if self.mixup == "geodesic" and self.passes == 2:
+            mixed, strength = self._probe_and_rebalance(drawn, features, unimodal, weight)
+        else:
+            with torch.set_grad_enabled(self.passes == 1 and torch.is_grad_enabled()), autocast.uncached(weight):
+                probes = [self._mixed(pair, features, weight.reshape(-1)[pair]) for pair in drawn]
+            with torch.no_grad():
+                kl, share = self._joint(self._divergences(drawn, unimodal, probes), target)
+                strength = torch.stack([ik.strength_weights(own) for own in kl.view(-1, 2)])
+            rebalanced = (self._mixed(pair, features, own[0]) for pair, own in zip(drawn, strength, strict=True))
+            mixed = probes if self.passes == 1 else list(rebalanced)
         self._advance(drawn, strength, len(next(iter(features.values()))))
         return self._output(unimodal, mixed, target, weight, share)
+
+    def _probe_and_rebalance(
+        self, drawn: list[int], features: dict[str, Tensor], unimodal: dict[str, Tensor], weight: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """The rebalanced mixture logits (B, C) of each of K drawn pairs, and the measured ω (K, 2)."""
+        mixed, strengths = [], []
+        for pair in drawn:
+            a, b = self.pairs[pair]
+            head, probing = self.mix_heads[self.mix_head_names[pair]], weight.reshape(-1)[pair]
+            step = ik.probe_rebalance(features[a], features[b], unimodal[a], unimodal[b], head, probing, group=process_group())
+            mixed.append(step.logits)
+            strengths.append(step.strength)
+        return mixed, torch.stack(strengths)
+
+    def _divergences(self, drawn: list[int], unimodal: dict[str, Tensor], probes: list[Tensor]) -> Tensor:
+        """Batch KL of both modalities of each drawn pair from its probe.  -> (2K,)"""
+        named = zip((self.pairs[pair] for pair in drawn), probes, strict=True)
+        return torch.stack([ik.batch_kl(unimodal[name], probe) for pair, probe in named for name in pair])
 
     def _joint(self, kl: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """KL sums over all processes, and with a target this process's share in the joint mean loss."""
@@ -270,7 +289,7 @@ class ProbeRebalance(FusionModule):
         if self.sampling == "all" or len(self.pairs) == 1:
             return list(range(len(self.pairs)))
         self._draws += 1
-        return [random.Random(self._draws).randrange(len(self.pairs))]  # a function of the count alone, on every platform
+        return [_hash(self._draws) % len(self.pairs)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProbeRebalance:
         # bfloat16 is too coarse for the average: its spacing near 1/2 is 2⁻⁸, and a smaller (1-α)(ω-λ) would not change λ
@@ -292,6 +311,15 @@ class ProbeRebalance(FusionModule):
 def _parameters(head: nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(head, nn.Linear)
     return head.weight, head.bias
+
+
+def _hash(count: int) -> int:
+    """SplitMix64's output function: 64 well-mixed bits, a function of the count alone on every platform."""
+    mask = 2**64 - 1
+    bits = count * 0x9E3779B97F4A7C15 & mask
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & mask
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & mask
+    return bits ^ bits >> 31
 
 
 def _recount(module: nn.Module, _: Any) -> None:
