@@ -1,9 +1,12 @@
-"""User errors, and suggestions of the closest known name."""
+"""User errors, suggestions of the closest known name, and checks of options and numbers."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class InputError(ValueError):
@@ -26,3 +29,34 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     match = closest(name, known)
     hint = f"did you mean {match!r}? " if match else ""
     return f"unknown {kind} {name!r}: {hint}(known: {', '.join(sorted(known))})"
+
+
+def check_options(owner: str, given: Iterable[str], parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Checks the names of options of `owner` against the parameters that accept them.
+
+    Raises:
+        InputError: an option is unknown (the message suggests the closest), or a required one is missing.
+    """
+    known = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    for option in given:
+        if option not in known and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            what = unknown(f"option of {owner}", option, known)
+            raise InputError(what if known else f"{owner} has no options, got {option!r}")
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise InputError(f"{owner} needs the option {name!r}")
+
+
+def check_number(name: str, value: Any, highest: float = math.inf) -> None:
+    """Raises InputError unless `value` is a finite number in [0, highest]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and 0 <= value <= highest):
+        span = "from 0 up" if highest == math.inf else f"from 0 to {highest:g}"
+        raise InputError(f"{name}: expected a number {span}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    """Returns `value`; raises InputError unless it is one of `allowed`."""
+    if isinstance(value, bool) or value not in allowed:
+        raise InputError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value

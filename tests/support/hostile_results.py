@@ -13,6 +13,7 @@ import pytest
 import torch
 import truths
 from error_budget import Truth
+from iprm.errors import InputError
 from torch import Tensor
 
 from iprm_kernels.convention import ANTIPODE_MARGIN
@@ -41,7 +42,7 @@ def assert_refused(call: Callable[[], Any], *names: str) -> None:
 
 
 def assert_named(error: Exception, *names: str) -> None:
-    assert type(error) in (TypeError, ValueError)
+    assert type(error) in (TypeError, ValueError, InputError)
     assert re.match(rf"({'|'.join(map(re.escape, names))})(\b|[\[ :])", str(error)), f"names none of {names}: {error}"
 
 

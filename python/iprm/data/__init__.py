@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from iprm.errors import InputError, unknown
+from iprm.errors import InputError, check_options, unknown
 
 if TYPE_CHECKING:
     from .module import MultimodalData
@@ -48,11 +48,5 @@ def make_data(name: str, **options: Any) -> MultimodalData:
 
 def construct(cls: type[MultimodalData], name: str, options: Mapping[str, Any]) -> MultimodalData:
     """The dataset of a class, called `name` in messages; see `make_data`."""
-    known = options_of(cls)
-    for option in options:
-        if option not in known:
-            raise InputError(unknown(f"option of dataset {name!r}", option, known))
-    for option, parameter in known.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise InputError(f"dataset {name!r} needs the option {option!r}, for example --set {option}=PATH")
+    check_options(f"dataset {name!r}", options, options_of(cls))
     return cls(**options)

@@ -57,7 +57,8 @@ def scan(x: Input) -> Scan:
     low = high = np.full(width, np.nan)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        values = _numpy(x[part]).reshape(-1, width)
+        # numpy lacks bfloat16; float32 represents every one of its values
+        values = (x[part].float() if x.dtype == torch.bfloat16 else x[part]).numpy().reshape(-1, width)
         not_a_number = np.isnan(values)
         missing[part] = ((values == 0) | not_a_number).all(axis=1)
         non_finite[part] = ~np.isfinite(values).all(axis=1)
@@ -83,11 +84,6 @@ def _joined(scans: Mapping[str, Scan]) -> Scan:
         low=np.concatenate([part.low for part in parts]),
         high=np.concatenate([part.high for part in parts]),
     )
-
-
-def _numpy(x: Tensor) -> np.ndarray:
-    """The values; bfloat16, which numpy lacks, in float32, which represents every one of its values."""
-    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def row_digests(values: np.ndarray) -> np.ndarray:

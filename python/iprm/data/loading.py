@@ -31,12 +31,11 @@ class JointBatches(DistributedSampler[Any]):
         shuffle: draw a new order every epoch, from seed and epoch alone. A last batch of fewer than two rows per process, too
             few for batch normalisation, is left out. Without shuffling, rows are in order and complete.
         seed: seed of the order.
-        divided: divide joint batches among processes; otherwise every process has all rows.
     """
 
-    def __init__(self, rows: int, batch_size: int, *, shuffle: bool = False, seed: int = 0, divided: bool = True) -> None:
+    def __init__(self, rows: int, batch_size: int, *, shuffle: bool = False, seed: int = 0) -> None:
         # without super().__init__(), which needs an initialised process group: a loader may be made before
-        self.rows, self.batch_size, self.shuffle, self.seed, self.divided = rows, batch_size, shuffle, seed, divided
+        self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -44,28 +43,18 @@ class JointBatches(DistributedSampler[Any]):
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
-    @property
-    def processes(self) -> int:
-        """Number of processes that share a joint batch."""
-        return world_size() if self.divided else 1
-
-    @property
-    def part(self) -> int:
-        """Index of this process's part of a joint batch."""
-        return rank() if self.divided else 0
-
     def __len__(self) -> int:
-        whole, rest = divmod(self.rows, self.batch_size * self.processes)
-        left_out = self.shuffle and whole > 0 and rest < 2 * self.processes
+        whole, rest = divmod(self.rows, self.batch_size * world_size())
+        left_out = self.shuffle and whole > 0 and rest < 2 * world_size()
         return whole + (rest > 0 and not left_out)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        joint = self.batch_size * self.processes
+        joint = self.batch_size * world_size()
         order = torch.arange(self.rows)
         if self.shuffle:
             order = torch.from_numpy(np.random.default_rng([self.seed, self.epoch]).permutation(self.rows))
         for step in range(self.start, len(self)):
-            yield order[step * joint : (step + 1) * joint].tensor_split(self.processes)[self.part]
+            yield order[step * joint : (step + 1) * joint].tensor_split(world_size())[rank()]
 
 
 class _SeededBatches(JointBatches):
@@ -73,7 +62,7 @@ class _SeededBatches(JointBatches):
 
     def __iter__(self) -> Iterator[Any]:
         for step, rows in enumerate(super().__iter__(), self.start):
-            yield rows, (self.seed, self.epoch, step, self.part)
+            yield rows, (self.seed, self.epoch, step, rank())
 
 
 class _Seeded(Dataset[Any]):
@@ -110,10 +99,10 @@ class Loader(DataLoader[Any]):
         batches: arguments of `JointBatches`.
     """
 
+    dataset: _Seeded
     sampler: _SeededBatches
 
     def __init__(self, dataset: Dataset[Any], *, num_workers: int = 0, **batches: Any) -> None:
-        self._rows = dataset
         super().__init__(
             _Seeded(dataset),
             batch_size=None,
@@ -132,11 +121,6 @@ class Loader(DataLoader[Any]):
             given += 1
             self._given = (epoch, given)
             yield batch
-
-    def undivided(self) -> Loader:
-        """A loader of all rows in order, on every process."""
-        rows, batch_size, seed = self.sampler.rows, self.sampler.batch_size, self.sampler.seed
-        return Loader(self._rows, num_workers=self.num_workers, rows=rows, batch_size=batch_size, seed=seed, divided=False)
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and the number of batches yielded in it; Lightning saves this in checkpoints."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ def check(source: str, splits: Splits) -> Report:
     scans = {m: {name: scan(split.inputs[m]) for name, split in splits.items()} for m in names}
     findings = [
         *_of_labels(classes, counts),
-        *_of_what_is_made(names),
+        *([] if names else [Finding(False, "inputs: made when they are asked for, and not read through")]),
         *(finding for modality, by_split in scans.items() for finding in _of_modality(modality, by_split, splits)),
         *_of_leakage(scans, splits),
     ]
@@ -181,11 +181,6 @@ def _untaught(classes: np.ndarray, counts: Mapping[str, np.ndarray]) -> Iterator
 # modalities
 
 
-def _of_what_is_made(names: Sequence[str]) -> Iterator[Finding]:
-    if not names:
-        yield Finding(False, "inputs: made when they are asked for, and not read through")
-
-
 def _of_modality(modality: str, scans: Mapping[str, Scan], splits: Splits) -> Iterator[Finding]:
     for name, found in scans.items():
         rows = len(found.digest)
@@ -221,71 +216,49 @@ def _of_leakage(scans: Mapping[str, Mapping[str, Scan]], splits: Splits) -> Iter
     if not scans:
         yield from _of_origins(splits)
         return
-    joint = {name: joint_digests([by_split[name].digest for by_split in scans.values()]) for name in splits}
-    empty = {name: _in_all([by_split[name].missing for by_split in scans.values()]) for name in splits}
     leading = next(iter(scans))  # whose source items are named in messages
-
-    def pair(first: str, second: str, row: int, digests: Mapping[str, np.ndarray], modality: str) -> str:
-        other = _place_of(digests[first], digests[second][row])
-        here, there = _row(row, splits[second], modality), _row(other, splits[first], modality)
-        return f"{here} of {second} is {there} of {first}"
-
-    known = {}
-    for first, second in itertools.combinations(splits, 2):
-        twice = known[first, second] = _shared(joint[first], joint[second], empty[second])
-        if len(twice):
-            what = f"{_rows(len(twice))} of {second} identical to rows of {first} in every modality"
-            yield Finding(True, f"leakage: {what}; {pair(first, second, twice[0], joint, leading)}")
-    if len(scans) > 1:
-        for (first, second), twice in known.items():
-            for modality, by_split in scans.items():
-                digests = {first: by_split[first].digest, second: by_split[second].digest}
-                alone = np.setdiff1d(_shared(digests[first], digests[second], by_split[second].missing), twice)
-                if len(alone):
-                    what = f"{_rows(len(alone))} of {second} identical to rows of {first} in modality {modality!r} alone"
-                    yield Finding(True, f"leakage: {what}; {pair(first, second, alone[0], digests, modality)}")
+    joint = {}
+    for name in splits:
+        parts = [by_split[name] for by_split in scans.values()]
+        missing = functools.reduce(np.intersect1d, [part.missing for part in parts])
+        joint[name] = (joint_digests([part.digest for part in parts]), missing)
+    alone = {m: {name: (found.digest, found.missing) for name, found in by_split.items()} for m, by_split in scans.items()}
+    whole: dict[tuple[str, str], np.ndarray] = {}  # rows shared in every modality, which are not reported again for each
+    for modality, found in {"": joint, **alone}.items():
+        where = f"modality {modality!r} alone" if modality else "every modality"
+        for first, second in itertools.combinations(splits, 2):
+            (digests, _), (others, missing) = found[first], found[second]
+            rows = np.setdiff1d(np.flatnonzero(np.isin(others, digests)), missing)
+            if modality:
+                rows = np.setdiff1d(rows, whole[first, second])
+            else:
+                whole[first, second] = rows
+            if len(rows):
+                here = _row(rows[0], splits[second], modality or leading)
+                there = _row(int((digests == others[rows[0]]).argmax()), splits[first], modality or leading)
+                what = f"{_rows(len(rows))} of {second} identical to rows of {first} in {where}"
+                yield Finding(True, f"leakage: {what}; {here} of {second} is {there} of {first}")
     yield from _of_origins(splits)
-    for name, digest in joint.items():
-        repeated = np.setdiff1d(np.flatnonzero(_is_repetition(digest)), empty[name])
+    for name, (digests, missing) in joint.items():
+        _, first_rows, inverse = np.unique(digests, return_index=True, return_inverse=True)
+        earlier = first_rows[inverse]
+        repeated = np.setdiff1d(np.flatnonzero(earlier != np.arange(len(digests))), missing)
         if len(repeated):
             what = f"{_rows(len(repeated))} of {name} repeating an earlier one in every modality"
-            row, earlier = repeated[0], _place_of(digest, digest[repeated[0]])
-            yield Finding(
-                False,
-                f"duplicates: {what}; {_row(row, splits[name], leading)} is {_row(earlier, splits[name], leading)}",
-            )
+            here, there = (_row(row, splits[name], leading) for row in (repeated[0], earlier[repeated[0]]))
+            yield Finding(False, f"duplicates: {what}; {here} is {there}")
 
 
 def _of_origins(splits: Splits) -> Iterator[Finding]:
     for (first, one), (second, two) in itertools.combinations(splits.items(), 2):
-        shared: dict[bytes, tuple[np.ndarray, list[str]]] = {}
-        for modality in one.origin.keys() & two.origin.keys():
-            items = np.intersect1d(one.origin[modality].numpy(), two.origin[modality].numpy())
-            shared.setdefault(items.tobytes(), (items, []))[1].append(modality)
-        for items, modalities in shared.values():
-            if len(items):
+        shared: dict[tuple[int, ...], list[str]] = {}
+        for modality in sorted(one.origin.keys() & two.origin.keys()):
+            both = np.intersect1d(one.origin[modality].numpy(), two.origin[modality].numpy())
+            shared.setdefault(tuple(both), []).append(modality)
+        for items, modalities in shared.items():
+            if items:
                 what = f"{_named('item', 'items', items)} of the source in both {first} and {second}"
-                yield Finding(True, f"leakage: {what} ({', '.join(sorted(modalities))})")
-
-
-def _in_all(rows: Sequence[np.ndarray]) -> np.ndarray:
-    return functools.reduce(np.intersect1d, rows)
-
-
-def _shared(first: np.ndarray, second: np.ndarray, but: np.ndarray) -> np.ndarray:
-    """Rows of `second` whose digest occurs in `first`, except the rows `but`."""
-    return np.setdiff1d(np.flatnonzero(np.isin(second, first)), but)
-
-
-def _place_of(digests: np.ndarray, digest: np.uint64) -> int:
-    return int((digests == digest).argmax())
-
-
-def _is_repetition(digest: np.ndarray) -> np.ndarray:
-    first = np.unique(digest, return_index=True)[1]
-    repetition = np.ones(len(digest), bool)
-    repetition[first] = False
-    return repetition
+                yield Finding(True, f"leakage: {what} ({', '.join(modalities)})")
 
 
 # words

@@ -6,26 +6,28 @@ import contextlib
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from iprm.errors import InputError, unknown
+from iprm.errors import InputError, check_options, unknown
 
+from . import small
 from .description import Description, descriptions, each
+from .resnet import resnet18
 
 Factory = Callable[..., nn.Module]
-#: name -> a factory, or "module:factory", which is imported on first use. A factory is called as
-#: ``factory(description, feature_dim, **options)`` and returns a module (B, ...) -> (B, D).
-ENCODERS: dict[str, str | Factory] = {
-    "auto": "iprm.encoders.small:auto",
-    "cnn": "iprm.encoders.small:cnn",
-    "mlp": "iprm.encoders.small:mlp",
-    "linear": "iprm.encoders.small:linear",
-    "identity": "iprm.encoders.small:identity",
-    "resnet18": "iprm.encoders.resnet:resnet18",
+#: name -> a factory, called as ``factory(description, feature_dim, **options)``, which returns a module (B, ...) -> (B, D).
+ENCODERS: dict[str, Factory] = {
+    "auto": small.auto,
+    "cnn": small.cnn,
+    "mlp": small.mlp,
+    "linear": small.linear,
+    "identity": small.identity,
+    "resnet18": resnet18,
 }
 #: Attributes of a module that state the width of its features.
 WIDTHS = ("feature_dim", "out_features")
@@ -85,7 +87,13 @@ def canonical(encoders: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"encoder of modality {modality!r}: expected a name, an import path, or a mapping of class_path and init_args, "
                 f"got {setting!r}"
             )
-        settings[modality] = {"class_path": path, "init_args": _plain(modality, options)} if options else path
+        try:
+            options = json.loads(json.dumps(options))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"encoder of modality {modality!r}: expected init_args of plain values, got {options!r}"
+            ) from error
+        settings[modality] = {"class_path": path, "init_args": options} if options else path
     return settings
 
 
@@ -100,31 +108,15 @@ def _parts(setting: Any) -> tuple[str, dict[str, Any]]:
     return (setting, {}) if isinstance(setting, str) else (setting["class_path"], setting["init_args"])
 
 
-def _plain(modality: str, value: Any) -> Any:
-    """A copy of nested dicts, lists and plain values; refuses anything else."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(modality, part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(modality, part) for part in value]
-    if value is not None and type(value) not in (bool, int, float, str):
-        raise InputError(f"encoder of modality {modality!r}: expected init_args of plain values, got {value!r}")
-    return value
-
-
 def _build(description: Description, feature_dim: int, path: str, options: Mapping[str, Any]) -> nn.Module:
     if "." in path:
         cls = _imported(path)
-        _check_options(path, list(inspect.signature(cls).parameters.values()), options)
+        check_options(path, options, inspect.signature(cls).parameters)
         return cls(**options)
     if path not in ENCODERS:
         raise InputError(unknown("encoder", path, ENCODERS))
-    factory = ENCODERS[path]
-    if isinstance(factory, str):
-        module, _, name = factory.partition(":")
-        factory = getattr(importlib.import_module(module), name)
-    assert not isinstance(factory, str)
-    _check_options(path, list(inspect.signature(factory).parameters.values())[2:], options)
-    return factory(description, feature_dim, **options)
+    check_options(path, options, dict(list(inspect.signature(ENCODERS[path]).parameters.items())[2:]))
+    return ENCODERS[path](description, feature_dim, **options)
 
 
 def _memory_of_its_own() -> contextlib.AbstractContextManager[Any]:
@@ -143,18 +135,6 @@ def _imported(path: str) -> type[nn.Module]:
     return cls
 
 
-def _check_options(path: str, parameters: Sequence[inspect.Parameter], options: Mapping[str, Any]) -> None:
-    """Raises InputError if an option is unknown or a required one is missing."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    known = {parameter.name: parameter for parameter in parameters if parameter.kind not in variadic}
-    for option in options:
-        if option not in known and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            raise InputError(unknown(f"option of {path}", option, known) if known else f"{path} has no options, got {option!r}")
-    for option, parameter in known.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise InputError(f"{path} needs the option {option!r} in its init_args")
-
-
 def feature_width(module: nn.Module, description: Description) -> int:
     """The feature width D of an encoder: see `build_encoders`.
 
@@ -166,13 +146,21 @@ def feature_width(module: nn.Module, description: Description) -> int:
         if isinstance(width, int) and not isinstance(width, bool):
             return width
     device = next((x.device for x in itertools.chain(module.parameters(), module.buffers())), None)
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(module):
         features = module(each(lambda spec: spec.zeros(2, device), description))
-    for part, training in modes:  # restores submodules that their class keeps in evaluation mode, too
-        part.training = training
     if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
         found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
         raise InputError(f"expected features (B, D) of a batch of 2 rows, got {found}")
     return features.shape[1]
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Sets every submodule to evaluation mode within the context, and restores its own mode afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

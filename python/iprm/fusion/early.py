@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .module import FusionModule, cross_entropy, sum_logits, sum_losses
+from .module import FusionModule, sum_logits
 from .output import FusionOutput
 
 
@@ -29,11 +29,7 @@ class Concat(FusionModule):
         columns = self.head.weight.split(list(self.widths.values()), dim=1)  # (C, D_m) each
         bias = self.head.bias / len(features)
         logits_by = {name: F.linear(x, w, bias) for (name, x), w in zip(features.items(), columns, strict=True)}
-        logits = sum_logits(logits_by)
-        if target is None:
-            return FusionOutput(None, logits, logits_by)
-        loss = cross_entropy(logits, target, self._share(target))
-        return FusionOutput(loss, logits, logits_by, losses_by={"fused": loss})
+        return self._with_losses(sum_logits(logits_by), logits_by, target, ["fused"])
 
 
 class DGL(Concat):
@@ -70,12 +66,11 @@ class DGL(Concat):
         features, target = self._checked(features, target)
         logits = self.head(torch.cat([x.detach() for x in features.values()], dim=1))
         logits_by = {name: self.heads[name](x) for name, x in features.items()} | {"fused": logits}
-        if target is None:
-            return FusionOutput(None, logits, logits_by)
-        share = self._share(target)
-        losses_by = {name: cross_entropy(own, target, share) for name, own in logits_by.items()}
-        own = sum_losses({name: losses_by[name] for name in features})
-        return FusionOutput(losses_by["fused"] + self.alpha * own, logits, logits_by, losses_by=losses_by)
+        output = self._with_losses(logits, logits_by, target, logits_by)
+        if output.loss is None:
+            return output
+        own = torch.stack([output.losses_by[name] for name in features]).sum()
+        return output._replace(loss=output.losses_by["fused"] + self.alpha * own)
 
 
 class Weight(FusionModule):
@@ -99,7 +94,4 @@ class Weight(FusionModule):
         weighted = x.log_softmax(dim=2).softmax(dim=0).to(x.dtype) * x
         logits = self.head(weighted.sum(0))
         logits_by = dict(zip(features, self.head(weighted).unbind(), strict=True))
-        if target is None:
-            return FusionOutput(None, logits, logits_by)
-        loss = cross_entropy(logits, target, self._share(target))
-        return FusionOutput(loss, logits, logits_by, losses_by={"fused": loss})
+        return self._with_losses(logits, logits_by, target, ["fused"])

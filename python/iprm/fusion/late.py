@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from .module import FusionModule, cross_entropy, sum_logits, sum_losses
+from .module import FusionModule, sum_logits
 from .output import FusionOutput
 
 
@@ -25,16 +25,8 @@ class Sum(FusionModule):
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         features, target = self._checked(features, target)
         logits_by = {name: self.heads[name](x) for name, x in features.items()}
-        logits = sum_logits(logits_by)
-        if target is None:
-            return FusionOutput(None, logits, logits_by)
-        share = self._share(target)
-        losses_by = {}
-        if self.fused_loss:
-            losses_by["fused"] = cross_entropy(logits, target, share)
-        if self.unimodal_losses:
-            losses_by |= {name: cross_entropy(own, target, share) for name, own in logits_by.items()}
-        return FusionOutput(sum_losses(losses_by), logits, logits_by, losses_by=losses_by)
+        heads = (*(("fused",) if self.fused_loss else ()), *(logits_by if self.unimodal_losses else ()))
+        return self._with_losses(sum_logits(logits_by), logits_by, target, heads)
 
 
 class Joint(Sum):

@@ -76,6 +76,18 @@ class FusionModule(nn.Module, ABC):
         """The features projected to the narrowest width.  (B, D_modality) each -> (B, D) each"""
         return {name: self.projections[name](x) if name in self.projections else x for name, x in features.items()}
 
+    def _with_losses(
+        self, logits: Tensor, logits_by: dict[str, Tensor], target: Tensor | None, heads: Iterable[str]
+    ) -> FusionOutput:
+        """The output of these logits, with the sum of the cross entropies of `heads` as its loss. "fused" is `logits`."""
+        if target is None:
+            return FusionOutput(None, logits, logits_by)
+        share = self._share(target)
+        losses_by = {head: cross_entropy(logits_by.get(head, logits), target, share) for head in heads}
+        losses = list(losses_by.values())
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return FusionOutput(loss, logits, logits_by, losses_by=losses_by)
+
     def _share(self, target: Tensor) -> Tensor | None:
         """This process's share in the joint training loss, by an all-reduce; None in a single process and in evaluation."""
         group = process_group()
@@ -89,7 +101,8 @@ class FusionModule(nn.Module, ABC):
         if not isinstance(features, Mapping):
             raise TypeError(f"features: expected a mapping modality -> tensor, got {type(features).__name__}")
         if set(features) != set(self.modalities):
-            raise ValueError(f"features: expected the modalities {', '.join(self.modalities)}, {self._difference(features)}")
+            got = ", ".join(map(str, features)) or "none"
+            raise ValueError(f"features: expected the modalities {', '.join(self.modalities)}, got {got}")
         parameter = next(self.parameters())
         for name, width in self.widths.items():
             _check_features(f"features[{name!r}]", features[name], width, parameter)
@@ -101,11 +114,6 @@ class FusionModule(nn.Module, ABC):
                 expected = f"expected a batch of {rows}, as features[{first!r}] has"
                 raise ValueError(f"features[{name!r}]: {expected}, got shape {tuple(x.shape)}")
         return ordered, None if target is None else self._checked_target(target, ordered[first])
-
-    def _difference(self, features: Mapping[str, Tensor]) -> str:
-        missing = [name for name in self.modalities if name not in features]
-        unknown = [str(name) for name in features if name not in self.modalities]
-        return "; ".join(f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names)
 
     def _checked_target(self, target: Tensor, like: Tensor) -> Tensor:
         if not isinstance(target, Tensor):
@@ -148,12 +156,6 @@ def sum_logits(logits_by: Mapping[str, Tensor]) -> Tensor:
     for logits in others:
         first = first + logits
     return first
-
-
-def sum_losses(losses_by: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the losses of all heads.  () each -> ()"""
-    losses = list(losses_by.values())
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def _is_integer(value: object) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import iprm_kernels as ik
 from iprm.distributed import process_group
+from iprm.errors import check_choice, check_number
 from iprm_kernels import autocast
 from iprm_kernels.collectives import all_reduce_sum, joint_sums
 
@@ -95,20 +96,17 @@ class ProbeRebalance(FusionModule):
         ema_start: str = "paper",
     ) -> None:
         super().__init__(feature_dim, num_classes, modalities)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise TypeError(f"alpha: expected a number in [0, 1], got {alpha!r}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
+        check_number("alpha", alpha, 1)
         self.alpha = float(alpha)
-        self.sampling = _choice("pairs", pairs, ("all", "random"))
-        self.mixup = _choice("mixup", mixup, ("geodesic", "linear"))
-        self.passes = _choice("passes", passes, (1, 2))
-        self.ema_start = _choice("ema_start", ema_start, ("paper", "released"))
+        self.sampling = check_choice("pairs", pairs, ("all", "random"))
+        self.mixup = check_choice("mixup", mixup, ("geodesic", "linear"))
+        self.passes = check_choice("passes", passes, (1, 2))
+        self.ema_start = check_choice("ema_start", ema_start, ("paper", "released"))
         self._names = frozenset(self.modalities)
         self.pairs = tuple(itertools.combinations(self.modalities, 2))
         self.mix_head_names = tuple("shared" if shared_mix_head else f"{a}_{b}" for a, b in self.pairs)
-        prefixes = ["strength"] if len(self.pairs) == 1 else [f"strength_{a}_{b}" for a, b in self.pairs]
-        self._strength_names = [f"{prefix}_{m}" for prefix, pair in zip(prefixes, self.pairs, strict=True) for m in pair]
+        self._suffixes = [""] if len(self.pairs) == 1 else [f"_{a}_{b}" for a, b in self.pairs]
+        self._strength_names = [f"strength{of}_{m}" for of, pair in zip(self._suffixes, self.pairs, strict=True) for m in pair]
         if not shared_mix_head and len(set(self.mix_head_names)) < len(self.pairs):
             raise ValueError(f"modalities: names whose pairs are distinct when joined by '_', got {self.modalities}")
 
@@ -284,8 +282,7 @@ class ProbeRebalance(FusionModule):
 
     def state_measures(self) -> dict[str, Tensor]:
         """λ of each pair: "weight" for two modalities, "weight_<a>_<b>" for more."""
-        names = ["weight"] if len(self.pairs) == 1 else [f"weight_{a}_{b}" for a, b in self.pairs]
-        return dict(zip(names, self.weight.flatten().unbind(), strict=True))
+        return {f"weight{of}": x for of, x in zip(self._suffixes, self.weight.flatten().unbind(), strict=True)}
 
     def _draw(self) -> list[int]:
         """Indices of the pairs of this step."""
@@ -309,12 +306,6 @@ class ProbeRebalance(FusionModule):
             f"{super().extra_repr()}, alpha={self.alpha}, pairs={self.sampling!r}, mixup={self.mixup!r}, "
             f"passes={self.passes}, ema_start={self.ema_start!r}"
         )
-
-
-def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    if isinstance(value, bool) or value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
 
 
 def _parameters(head: nn.Module) -> tuple[Tensor, Tensor]:

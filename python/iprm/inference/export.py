@@ -49,7 +49,8 @@ def export(model: Inference, folder: Path) -> float:
         if not difference <= BOUND:
             raise InputError(f"the exported graph differs from the checkpoint's logits by {difference:.1e}, beyond {BOUND:.1e}")
         weights.write_bytes(save(weights_read(program)))
-        content = describe(model) | {"sha256": {file.name: _sha256(file) for file in (graph, weights)}}
+        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (graph, weights)}
+        content = describe(model) | {"sha256": digests}
         description.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for file in (graph, weights, description):
             file.replace(folder / file.name)
@@ -121,14 +122,7 @@ def describe(model: Inference) -> dict[str, Any]:
         "modalities": list(model.inputs),
         "inputs": plain(model.inputs),
         "classes": model.num_classes,
-        "method": model.settings["method"],
-        "method_options": model.settings["method_options"],
-        "encoders": model.settings["encoders"],
-        "feature_dim": model.settings["feature_dim"],
+        **{name: model.settings[name] for name in ("method", "method_options", "encoders", "feature_dim")},
         "weight": None if weight is None else weight.tolist(),
         "versions": versions(),
     }
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

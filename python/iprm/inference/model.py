@@ -38,11 +38,7 @@ class Inference(nn.Module):
     def forward(self, inputs: Mapping[str, Input]) -> dict[str, Any]:
         output = self.fusion({modality: encoder(inputs[modality]) for modality, encoder in self.encoders.items()})
         logits = self.rule.predict(output)
-        return {
-            "logits": logits,
-            "probabilities": logits.softmax(1),
-            "logits_by": output.logits_by,
-        }
+        return {"logits": logits, "probabilities": logits.softmax(1), "logits_by": output.logits_by}
 
 
 def load_inference(path: str | Path, encoders: Collection[str] = ()) -> Inference:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from iprm.errors import InputError, check_options, unknown
 from iprm.fusion.early import DGL, Concat, Weight
 from iprm.fusion.late import Ensemble, Joint, Sum, Unimodal
 from iprm.fusion.module import FusionModule, checked_modalities
@@ -85,27 +85,19 @@ def build(
             name of a fusion module, for methods that have several.
 
     Raises:
-        ValueError: an unknown method, or an argument out of its range.
-        TypeError: an option that the method does not have, or a required option that is missing.
+        InputError: an unknown method or option (the message suggests the closest), or a required option is missing.
+        TypeError, ValueError: an argument of a wrong type or out of its range.
     """
     entry = _entry(name, checked_modalities(modalities, 1))
-    fusions = list(entry.fusion)
-    if len(fusions) > 1:
-        chosen = options.pop("fusion", fusions[0])
-        if chosen not in fusions:
-            raise ValueError(f"fusion: {_unknown(chosen, fusions)}")
-    else:
-        chosen = fusions[0]
+    chosen = next(iter(entry.fusion))
+    if len(entry.fusion) > 1:
+        chosen = options.pop("fusion", chosen)
+        if chosen not in entry.fusion:
+            raise InputError(unknown("fusion", chosen, entry.fusion))
     module = entry.fusion[chosen]
-    known = entry.options
-    for option in options:
-        if option in entry.fixed:
-            raise TypeError(f"{option}: fixed at {entry.fixed[option]!r} by the method {name!r}, got {options[option]!r}")
-        if option not in known:
-            raise TypeError(f"option of {name!r}: {_unknown(option, known)}")
-    for parameter in known.values():
-        if parameter.default is parameter.empty and parameter.name not in options:
-            raise TypeError(f"{parameter.name}: {name!r} needs this option")
+    for option in entry.fixed.keys() & options.keys():
+        raise InputError(f"{option}: fixed at {entry.fixed[option]!r} by the method {name!r}, got {options[option]!r}")
+    check_options(f"method {name!r}", options, entry.options)
     options = {**entry.fixed, **options}
     fusion = module(feature_dim, num_classes, modalities, **_of(module, options))
     return Method(fusion, entry.rule(fusion.modalities, **_of(entry.rule, options)))
@@ -118,7 +110,7 @@ def _entry(name: str, modalities: Sequence[str]) -> Entry:
     if name in unimodal:
         return METHODS["unimodal"]._replace(fixed={"modality": unimodal[name]})
     if name not in METHODS:
-        raise ValueError(f"method: {_unknown(name, [*METHODS, *unimodal])}")
+        raise InputError(f"method: {unknown('name', name, [*METHODS, *unimodal])}")
     return METHODS[name]
 
 
@@ -126,13 +118,6 @@ def _of(owner: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are parameters of `owner`."""
     parameters = inspect.signature(owner).parameters
     return {name: value for name, value in options.items() if name in parameters}
-
-
-def _unknown(value: object, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(str(value), known, n=1)
-    suggestion = f"; did you mean {close[0]!r}?" if close else ""
-    return f"expected one of {', '.join(known) or 'none'}, got {value!r}{suggestion}"
 
 
 __all__ = ["METHODS", "Entry", "Method", "Rule", "build"]

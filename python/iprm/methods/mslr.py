@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from iprm.errors import check_choice
 from iprm.fusion.model import FusionModel
 
 from .rule import VALIDATION, Rule, Step, Update
@@ -48,8 +49,7 @@ class MSLR(Rule):
         self, modalities: Sequence[str], *, schedule: str = "window", initial: Mapping[str, float] | None = None
     ) -> None:
         super().__init__(modalities)
-        if schedule not in ("window", "keep", "cumulative"):
-            raise ValueError(f"schedule: expected one of 'window', 'keep', 'cumulative', got {schedule!r}")
+        check_choice("schedule", schedule, ("window", "keep", "cumulative"))
         initial = dict(initial or {})
         for modality, value in initial.items():
             if modality not in self.modalities:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from iprm.distributed import process_group
+from iprm.errors import check_choice, check_number
 from iprm.fusion.module import IGNORE_INDEX
 from iprm_kernels.collectives import all_reduce_sum
 
@@ -64,12 +65,9 @@ class OGM(Rule):
         form: str = "paper",
     ) -> None:
         super().__init__(modalities)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < float("inf"):
-            raise ValueError(f"alpha: expected a number from 0 up, got {alpha!r}")
-        if modulate not in ("auto", "conv", "all"):
-            raise ValueError(f"modulate: expected one of 'auto', 'conv', 'all', got {modulate!r}")
-        if form not in ("paper", "released"):
-            raise ValueError(f"form: expected one of 'paper', 'released', got {form!r}")
+        check_number("alpha", alpha)
+        check_choice("modulate", modulate, ("auto", "conv", "all"))
+        check_choice("form", form, ("paper", "released"))
         if not isinstance(window, Sequence) or [type(epoch) for epoch in window] != [int, int]:
             raise ValueError(f"window: expected the first and the last epoch, got {window!r}")
         if form == "released" and len(self.modalities) != 2:

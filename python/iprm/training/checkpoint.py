@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
 import time
 import zipfile
@@ -18,9 +17,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from iprm.errors import InputError
 
 STATES = "states"
-STATE = re.compile(r"batch=(?P<batch>\d+)\.ckpt")
-#: Largest number of mismatched weights named in an error message.
-MOST_MISFITS = 4
 #: Seconds without a write after which a partial file is considered abandoned: a running save writes continually.
 ABANDONED = 3600
 
@@ -108,27 +104,9 @@ def logged_steps(checkpoint: Mapping[str, Any]) -> int:
     return int(checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
 
 
-def misfit(here: Mapping[str, Any], there: Mapping[str, Any], strict: bool) -> str:
-    """Describes mismatches between a model's state `here` and a checkpoint's `there`; "" if they match.
-
-    With ``strict=False`` only keys present in both are compared.
-    """
-    expected, came = ({name: tuple(getattr(x, "shape", ())) for name, x in state.items()} for state in (here, there))
-    wrong = [f"it has no {name}" for name in expected if name not in came] if strict else []
-    wrong += [f"{name} is unknown" for name in came if name not in expected] if strict else []
-    both = [name for name in expected if name in came]
-    wrong += [f"{name} is of shape {came[name]}, not {expected[name]}" for name in both if came[name] != expected[name]]
-    if not wrong:
-        return ""
-    more = f", and {len(wrong) - MOST_MISFITS} more" if len(wrong) > MOST_MISFITS else ""
-    hint = "; if encoders of the saved model were replaced, replace them in this model in the same way"
-    return f"the checkpoint's weights do not fit the model: {', '.join(wrong[:MOST_MISFITS])}{more}{hint}"
-
-
 def saved_states(run: Path) -> list[Path]:
-    """The saved states of a run, oldest first."""
-    steps = {path: STATE.fullmatch(path.name) for path in (run / STATES).glob("*.ckpt")}
-    return sorted((path for path, match in steps.items() if match), key=lambda path: int(STATE.fullmatch(path.name)["batch"]))  # type: ignore[index]
+    """The saved states of a run, oldest first: file names have the number of batches in eight digits."""
+    return sorted((run / STATES).glob("batch=*.ckpt"))
 
 
 def state_to_resume(run: Path, previous: bool = False) -> Path:

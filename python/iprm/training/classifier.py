@@ -25,7 +25,7 @@ from iprm.data.split import Batch
 from iprm.distributed import gathered, rank, world_size
 from iprm.encoders.description import Input, plain
 from iprm.encoders.registry import build_encoders, canonical
-from iprm.errors import InputError, unknown
+from iprm.errors import InputError, check_number, unknown
 from iprm.fusion.model import FusionModel
 from iprm.fusion.module import FusionModule
 from iprm.fusion.output import FusionOutput
@@ -34,12 +34,10 @@ from iprm.methods.balancer import parameter_groups
 from iprm.methods.driver import Driver, loss_of
 from iprm.methods.rule import GRADIENTS, SEVERAL_UPDATES, VALIDATION, Update
 
-from .checkpoint import misfit
 from .cuda_graphs import GraphedStep
 from .finite import FiniteGuard, check_state
 from .metrics import EpochMeans, EpochMetrics
-from .optim import LR_SCHEDULER, OPTIMIZER, Configured, check_number, is_step_at_fraction, make_optimizer, make_scheduler
-from .train_step import compile_modules
+from .optim import LR_SCHEDULER, OPTIMIZER, Configured, make_optimizer, make_scheduler
 
 
 class FusionClassifier(L.LightningModule):
@@ -79,6 +77,7 @@ class FusionClassifier(L.LightningModule):
         InputError: an unknown method, option or encoder (the message suggests the closest name), or a value out of range.
     """
 
+    model: FusionModel  # encoders and fusion module
     encoders: nn.ModuleDict
     fusion: FusionModule
     rule: Rule
@@ -101,12 +100,21 @@ class FusionClassifier(L.LightningModule):
         cuda_graph: bool = False,
     ) -> None:
         super().__init__()
-        inputs, encoders = plain(inputs), canonical(encoders)  # a checkpoint holds plain values
         self.save_hyperparameters()
-        self.structure = _structure(inputs, num_classes, method, method_options, encoders, feature_dim)
+        inputs, encoders, method_options = plain(inputs), canonical(encoders), dict(method_options or {})
+        #: the hyperparameters that decide which parameters the model has, in the form that checkpoints hold: plain values
+        self.structure: dict[str, Any] = {
+            "inputs": inputs,
+            "num_classes": num_classes,
+            "method": method,
+            "method_options": method_options,
+            "encoders": encoders,
+            "feature_dim": feature_dim,
+        }
+        self.hparams.update(self.structure)
         every, widths = build_encoders(inputs, feature_dim, encoders)
         try:
-            built = build(method, widths, num_classes, tuple(inputs), **(method_options or {}))
+            built = build(method, widths, num_classes, tuple(inputs), **method_options)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
         self.fusion, self.rule = built
@@ -114,8 +122,13 @@ class FusionClassifier(L.LightningModule):
         model = FusionModel(every, self.fusion, memory_format)
         # only the modalities that the method reads: DistributedDataParallel refuses parameters without a gradient
         self.encoders = model.encoders
-        compile_modules(model, compile)
-        self._model = (model,)  # in a tuple: a submodule would register every parameter under a second name
+        model.encoders.to(memory_format=memory_format)  # type: ignore[call-overload]
+        if compile is not None:
+            if compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+                raise InputError(unknown("backend of torch.compile", compile, known))
+            for module in (*model.encoders.values(), self.fusion):
+                module.compile(backend=compile)  # in place, so that the keys of checkpoints do not change
+        self.__dict__["model"] = model  # not as a submodule, which would register every parameter under a second name
         self.graphed = GraphedStep(model) if cuda_graph else None
         for modality in modality_options or {}:
             if modality not in inputs:
@@ -130,11 +143,6 @@ class FusionClassifier(L.LightningModule):
         self.guard = FiniteGuard("training batch")
         self.val_metrics, self.test_metrics = EpochMetrics(num_classes), EpochMetrics(num_classes)
         self.evaluation_guard = FiniteGuard("evaluation batch")
-
-    @property
-    def model(self) -> FusionModel:
-        """Encoders and fusion module."""
-        return self._model[0]
 
     @property
     def batches(self) -> int:
@@ -161,13 +169,14 @@ class FusionClassifier(L.LightningModule):
             InputError: naming the method and the setting.
         """
         needs, method = self.rule.needs, f"method {self.structure['method']!r}"
-        if SEVERAL_UPDATES in needs:
-            if trainer.gradient_clip_val:
-                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which gradient_clip_val cannot be used with")
-            if trainer.accumulate_grad_batches > 1:
-                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which accumulate_grad_batches cannot be used with")
-            if self.graphed is not None:
-                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which cuda_graph cannot be used with")
+        settings = {
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
+            "cuda_graph": self.graphed,
+        }
+        for setting, value in settings.items():
+            if SEVERAL_UPDATES in needs and value:
+                raise InputError(f"{method} needs {SEVERAL_UPDATES}, which {setting} cannot be used with")
         if GRADIENTS in needs and isinstance(trainer.strategy, ModelParallelStrategy):
             raise InputError(f"{method} needs {GRADIENTS}, which the strategy fsdp2 does not keep in one place")
         if VALIDATION in needs and (trainer.check_val_every_n_epoch != 1 or trainer.limit_val_batches == 0):
@@ -289,14 +298,12 @@ class FusionClassifier(L.LightningModule):
             InputError: the checkpoint belongs to a model with other settings, or to another module.
         """
         settings = checkpoint.get("hyper_parameters", {})
-        try:
-            there = _structure(**settings)
-        except (TypeError, ValueError, AttributeError) as error:
+        if not settings.keys() >= self.structure.keys():
             named = f"its settings are {', '.join(map(str, settings))}" if settings else "it has no settings"
-            raise InputError(f"the checkpoint is not of a FusionClassifier: {named}") from error
+            raise InputError(f"the checkpoint is not of a FusionClassifier: {named}")
         for name, here in self.structure.items():
-            if there[name] != here:
-                raise InputError(f"the checkpoint is of a model with {name} {there[name]!r}, this one has {here!r}")
+            if settings[name] != here:
+                raise InputError(f"the checkpoint is of a model with {name} {settings[name]!r}, this one has {here!r}")
         means = checkpoint.get("epoch_means", [])
         self._restored_means = means if len(means) == world_size() else []
 
@@ -309,17 +316,18 @@ class FusionClassifier(L.LightningModule):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            raise InputError(misfit(self.state_dict(), state_dict, strict) or str(error)) from error
+            hint = "if encoders of the saved model were replaced, replace them in this model in the same way"
+            raise InputError(
+                f"the checkpoint's weights do not fit the model: {' '.join(str(error).split())}; {hint}"
+            ) from error
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.rule, self.modality_options)
         optimizer = make_optimizer(groups, self.optimizer_settings)
         epochs = self.trainer.max_epochs
         epochs = None if epochs is None or epochs < 1 else epochs  # unknown in a run bounded by steps or time
-        scheduler = None
         settings = self.scheduler_settings
-        if settings is not None and (epochs is not None or not is_step_at_fraction(settings)):
-            scheduler = make_scheduler(optimizer, settings, epochs)
+        scheduler = None if settings is None else make_scheduler(optimizer, settings, epochs)
         self._configured = Configured(optimizer, scheduler)
         if scheduler is None:
             return optimizer
@@ -394,23 +402,3 @@ def _modality_options(
             if entries := {name: value for name, value in given.items() if name != "freeze"}:
                 groups[modality] = entries
     return groups, freeze
-
-
-def _structure(
-    inputs: Mapping[str, Any],
-    num_classes: int,
-    method: str,
-    method_options: Mapping[str, Any] | None,
-    encoders: Mapping[str, Any] | None,
-    feature_dim: int,
-    **_: Any,
-) -> dict[str, Any]:
-    """The hyperparameters that decide which parameters a model has, in canonical form."""
-    return {
-        "inputs": plain(inputs),
-        "num_classes": num_classes,
-        "method": method,
-        "method_options": dict(method_options or {}),
-        "encoders": canonical(encoders),
-        "feature_dim": feature_dim,
-    }

@@ -16,8 +16,6 @@ from iprm.fusion.output import FusionOutput
 
 log = logging.getLogger(__name__)
 
-Shapes = list[tuple[str, torch.Size, torch.dtype]]
-
 
 class GraphedStep:
     """Replays `FusionModel.with_features` in training mode from a CUDA graph that is captured at the first step.
@@ -33,7 +31,7 @@ class GraphedStep:
         self.model = model
         self.accumulates = False  # whether gradients are accumulated over batches
         self._graphed: _Flat | None = None
-        self._shapes: Shapes = []
+        self._shapes: Any = None
         self._told: set[str] = set()
 
     def __call__(self, inputs: Mapping[str, Input], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
@@ -101,6 +99,5 @@ class _Flat(nn.Module):
         return torch.utils._pytree.tree_unflatten(whole, self._spec)
 
 
-def _shapes(inputs: Mapping[str, Input], target: Tensor) -> Shapes:
-    named = [*flat(inputs).items(), ("", target)]
-    return [(name, x.shape, x.dtype) for name, x in named]
+def _shapes(inputs: Mapping[str, Input], target: Tensor) -> Any:
+    return {name: (x.shape, x.dtype) for name, x in {**flat(inputs), "": target}.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +74,12 @@ def check_state(module: nn.Module, step: int) -> None:
     Raises:
         NonFiniteError: naming the first tensor that is not, and the number of batches trained on.
     """
-    state = {name: x for name, x in _tensors(module) if x.is_floating_point()}
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    # under FSDP2, this process's shard of a parameter
+    state = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in tensors if x.is_floating_point()}
     if not state:
         return
-    faulty = torch.stack([_faulty(_local(x)) for x in state.values()]).tolist()
+    faulty = torch.stack([_faulty(x) for x in state.values()]).tolist()
     broken = [name for name, bad in zip(state, faulty, strict=True) if bad]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -94,13 +97,3 @@ def _faulty(x: Tensor) -> Tensor:
 def _is_finite(x: Tensor) -> bool:
     """Whether the sum of `x` is finite: then every number is. One pass. A sum of finite numbers may overflow to infinity."""
     return math.isfinite(x.detach().sum().item())
-
-
-def _local(x: Tensor) -> Tensor:
-    """This process's shard of a parameter under FSDP2; any other tensor unchanged."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()

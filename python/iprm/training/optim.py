@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from iprm.errors import InputError, unknown
+from iprm.errors import InputError, check_number, unknown
 
 #: Settings of an optimiser or schedule: {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, or a class path alone.
 Settings = Mapping[str, Any]
@@ -82,8 +80,7 @@ def checked(kind: str, base: type, settings: Settings | str) -> tuple[type, dict
     if isinstance(settings, str):
         settings = {"class_path": settings}
     path, arguments = settings.get("class_path"), dict(settings.get("init_args") or {})
-    extra = [name for name in settings if name not in ("class_path", "init_args")]
-    if not isinstance(path, str) or extra:
+    if not isinstance(path, str) or not settings.keys() <= {"class_path", "init_args"}:
         raise InputError(f"{kind}: expected a class_path and init_args, got {dict(settings)!r}")
     home = "torch.optim.lr_scheduler" if base is LRScheduler else "torch.optim"
     module, _, name = (path if "." in path else f"{home}.{path}").rpartition(".")
@@ -108,27 +105,28 @@ def make_optimizer(groups: Iterable[dict[str, Any]], settings: Settings | str) -
     for name, highest in BOUNDS.items():
         if name in arguments:
             check_number(f"optimizer.{name}", arguments[name], highest)
-    prepared = []
-    for group in groups:
-        own = {name: value for name, value in group.items() if name != "lr_scale"}
-        if "lr_scale" in group:
-            rate = arguments.get("lr", _default_rate(cls))
-            own["lr"] = rate * group["lr_scale"]
-        prepared.append(own)
+    groups = list(groups)
     try:
-        return cls(prepared, **arguments)
+        optimizer = cls([{name: x for name, x in group.items() if name != "lr_scale"} for group in groups], **arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer {cls.__name__}: {error}") from error
+    for own, group in zip(optimizer.param_groups, groups, strict=True):
+        if "lr_scale" in group:
+            own["lr"] = own["lr"] * group["lr_scale"]
+    return optimizer
 
 
-def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int | None) -> LRScheduler:
-    """The learning rate schedule of an optimiser, stepped after every epoch. Classes of this module receive `epochs`.
+def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int | None) -> LRScheduler | None:
+    """The learning rate schedule of an optimiser, stepped after every epoch. Classes of this module receive `epochs`; without
+    a number of epochs, `StepAtFraction` is None, a constant rate.
 
     Raises:
         InputError: the schedule cannot be made from these settings, or needs a number of epochs and `epochs` is None.
     """
     cls, arguments = checked("lr_scheduler", LRScheduler, settings)
     if cls in (StepAtFraction, WarmupCosine) and arguments.get("epochs") is None:
+        if cls is StepAtFraction and epochs is None:
+            return None
         arguments["epochs"] = epochs
     try:
         return cls(optimizer, **arguments)
@@ -136,11 +134,6 @@ def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int |
         raise InputError(f"lr_scheduler: {error}") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"lr_scheduler {cls.__name__}: {error}") from error
-
-
-def is_step_at_fraction(settings: Settings | str) -> bool:
-    """Whether settings name `StepAtFraction`, which is skipped in a run without a number of epochs."""
-    return checked("lr_scheduler", LRScheduler, settings)[0] is StepAtFraction
 
 
 class Configured:
@@ -170,20 +163,7 @@ class Configured:
                 group["lr"] = present
 
 
-def _default_rate(cls: type) -> float:
-    default = inspect.signature(cls).parameters["lr"].default
-    return float(default) if isinstance(default, (int, float, torch.Tensor)) else 1e-3
-
-
 def _number_of(epochs: int | None) -> int:
     if epochs is None:
         raise InputError("epochs: a run bounded by steps or time has no number of epochs; give one, or another schedule")
     return epochs
-
-
-def check_number(name: str, value: Any, highest: float = math.inf) -> None:
-    """Raises InputError unless `value` is a finite number in [0, highest]."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and 0 <= value <= highest):
-        span = "from 0 up" if highest == math.inf else f"from 0 to {highest:g}"
-        raise InputError(f"{name}: expected a number {span}, got {value!r}")

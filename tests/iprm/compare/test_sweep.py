@@ -374,7 +374,7 @@ BAD = {
     "no dataset": (("compare",), "the following arguments are required: data"),
     "an unknown dataset": (("compare", "--data", "digts"), "unknown dataset 'digts': did you mean 'digits'?"),
     "an unknown option": ((*ARGUMENTS, "--epoches", "3"), "unknown option --epoches: did you mean --epochs?"),
-    "an unknown method": ((*ARGUMENTS, "--methods", "sum,conct"), "got 'conct'; did you mean 'concat'?"),
+    "an unknown method": ((*ARGUMENTS, "--methods", "sum,conct"), "method: unknown name 'conct': did you mean 'concat'?"),
     "no method": ((*ARGUMENTS, "--methods", ","), "no methods were named"),
     "an unknown dataset option": ((*ARGUMENTS, "--set", "batchsize=3"), "did you mean --data.batch_size?"),
     "an unknown model option": ((*ARGUMENTS, "--model", "feature_dm=1"), "did you mean --model.feature_dim?"),

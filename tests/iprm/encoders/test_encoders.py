@@ -199,7 +199,7 @@ def test_settings_have_one_form():
         ({"it": (7,)}, {"it": "no_such.Tower"}, "'it': no_such.Tower cannot be imported: No module named 'no_such'"),
         ({"it": (7,)}, {"it": "my_encoders.Foond"}, "'it': my_encoders.Foond cannot be imported: .* has no attribute 'Foond'"),
         ({"it": (7,)}, {"it": "my_encoders.function"}, "'it': expected the import path of a subclass of torch.nn.Module"),
-        ({"it": (7,)}, {"it": "my_encoders.Declared"}, "'it': my_encoders.Declared needs the option 'width' in its init_args"),
+        ({"it": (7,)}, {"it": "my_encoders.Declared"}, "'it': my_encoders.Declared needs the option 'width'"),
         (
             {"it": (7,)},
             {"it": {"class_path": "my_encoders.Declared", "init_args": {"width": 2, "layer": 3}}},

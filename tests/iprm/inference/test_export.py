@@ -192,7 +192,7 @@ CHANGES = {
     "an unknown method": (lambda c: c["hyper_parameters"].update(method="iprmm"), "did you mean 'iprm'"),
     "inputs that are none": (lambda c: c["hyper_parameters"].update(inputs=3), "cannot be made: inputs: expected a mapping"),
     "sizes without end": (lambda c: c["hyper_parameters"].update(feature_dim=2**44), "cannot be made"),
-    "a weight too few": (lambda c: c["state_dict"].popitem(), "cannot be made: .*it has no "),
+    "a weight too few": (lambda c: c["state_dict"].popitem(), "cannot be made: .*Missing key"),
 }
 
 

@@ -12,7 +12,7 @@ from iprm.data.split import Split, check_fractions, stratified
 from iprm.errors import InputError
 
 from .digits import scanned_digits
-from .recordings import Recordings, default_cache_dir, load_recordings, readable_recordings
+from .recordings import Recordings, default_cache_dir, load_recordings
 from .spectrogram import LogMel
 
 #: Recordings with index 0 to 4 of every speaker and digit are the test split of the Free Spoken Digit Dataset.
@@ -59,22 +59,22 @@ class AvDigits(MultimodalData):
         self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
 
     def prepare_data(self) -> None:
-        self._recordings()
-
-    def _recordings(self) -> Recordings:
-        return load_recordings(self.path, self.log_mel, self.cache_dir)
+        load_recordings(self.path, self.log_mel, self.cache_dir)
 
     def read(self) -> dict[str, Split]:
-        return self._paired(self._recordings())
+        return self._paired(load_recordings(self.path, self.log_mel, self.cache_dir))
 
     def inspect(self, faults: list[str]) -> dict[str, Split]:
-        return self._paired(readable_recordings(self.path, self.log_mel, self.cache_dir, faults))
+        return self._paired(load_recordings(self.path, self.log_mel, self.cache_dir, faults))
 
     def _paired(self, recordings: Recordings) -> dict[str, Split]:
         pixels, labels = scanned_digits()
         splitter, image_splitter, pairer, noiser = (np.random.default_rng([self.seed, stream]) for stream in range(4))
         audio_rows = self._audio_split(recordings.digits, recordings.indices, splitter)
-        image_rows = self._image_split(audio_rows, labels, image_splitter)
+        # scans are divided in the proportions of the recordings, with at least a tenth for each held-out split
+        shares = {name: len(audio_rows[name]) / len(recordings.digits) for name in ("test", "val")}
+        fractions = {name: min(0.4, max(0.1, share)) for name, share in shares.items()}
+        image_rows = stratified(labels, fractions, image_splitter)
 
         def split(name: str) -> Split:
             rows = audio_rows[name]
@@ -94,17 +94,4 @@ class AvDigits(MultimodalData):
     def _audio_split(self, digits: np.ndarray, indices: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         test, others = np.flatnonzero(indices < TEST_INDICES), np.flatnonzero(indices >= TEST_INDICES)
         rest = stratified(digits[others], {"val": self.val_fraction}, rng)
-        rows = {"train": others[rest["train"]], "val": others[rest["val"]], "test": test}
-        for name, part in rows.items():
-            if len(part) == 0:
-                raise InputError(
-                    f"{self.path}: the {name} split is empty; recordings of index 0 to {TEST_INDICES - 1} are the test split, "
-                    f"{self.val_fraction:.0%} of the others the validation split"
-                )
-        return rows
-
-    @staticmethod
-    def _image_split(audio: dict[str, np.ndarray], labels: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Divides scans in the proportions of the recordings, with at least a tenth for each held-out split."""
-        total = sum(len(rows) for rows in audio.values())
-        return stratified(labels, {name: min(0.4, max(0.1, len(audio[name]) / total)) for name in ("test", "val")}, rng)
+        return {"train": others[rest["train"]], "val": others[rest["val"]], "test": test}

@@ -65,9 +65,6 @@ class Features(MultimodalData):
             rows = self._given_split(arrays["split"], len(labels))
         else:
             rows = stratified(labels, self.fractions, np.random.default_rng(self.seed))
-        for name in SPLITS:
-            if len(rows[name]) == 0:
-                raise self._error(f"the {name} split is empty ({len(labels)} rows in all)")
 
         def split(index: np.ndarray) -> Split:
             inputs = {modality: torch.from_numpy(x[index]) for modality, x in features.items()}

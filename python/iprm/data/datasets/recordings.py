@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
 import zipfile
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -41,53 +40,46 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iprm"
 
 
-def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path) -> Recordings:
+def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path, faults: list[str] | None = None) -> Recordings:
     """Reads the folder, or the cache if files (name, size, modification time) and parameters are unchanged.
 
     There is one cache file per folder, which is replaced when anything changes, so the cache does not grow.
 
+    Args:
+        folder: of the recordings.
+        log_mel: the spectrogram to compute.
+        cache_dir: folder of cached spectrograms.
+        faults: skip foreign and broken files, and append their errors to this list.
+
     Raises:
-        InputError: there is no such folder, it has no recordings, or a file is foreign or broken; the message names the file.
+        InputError: there is no such folder, it has no recordings, or without `faults` a file is foreign or broken; the message
+            names the file.
     """
-    files = _list(folder)
-    for file in files:
-        _check_name(file)
-    key = _key(files, log_mel)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder of recordings")
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    if not files:
+        raise InputError(f"{folder}: the folder is empty; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav")
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr((CACHE_VERSION, astuple(log_mel), stats)).encode()).hexdigest()
     cache = cache_dir / f"recordings-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.npz"
-    spectrograms = _cached(cache, key)
-    if spectrograms is None:
-        spectrograms = _compute(files, log_mel)
-        _store(cache, key, spectrograms)
-    return _recordings(files, spectrograms)
-
-
-def readable_recordings(folder: Path, log_mel: LogMel, cache_dir: Path, faults: list[str]) -> Recordings:
-    """Like `load_recordings`, but skips foreign and broken files and appends their errors to `faults`.
-
-    Raises:
-        InputError: there is no such folder, or no readable recording in it.
-    """
-    files = _list(folder)
     try:
-        return load_recordings(folder, log_mel, cache_dir)
+        for file in files:
+            _check_name(file)
+        spectrograms = _cached(cache, key)
+        if spectrograms is None:
+            spectrograms = _compute(files, log_mel)
+            _store(cache, key, spectrograms)
     except InputError:  # names the first invalid file only, so check each
-        spectrograms = {}
-        for file in track(files, "Recordings", transient=True):
-            try:
-                _check_name(file)
-                spectrograms[file] = _spectrogram(file, log_mel)
-            except InputError as error:
-                faults.append(str(error))
-    if not spectrograms:
-        raise InputError(f"{folder}: none of its {len(files)} files is a recording that can be read")
-    return _recordings(list(spectrograms), np.stack(list(spectrograms.values())))
-
-
-def _recordings(files: list[Path], spectrograms: np.ndarray) -> Recordings:
+        if faults is None:
+            raise
+        count, files = len(files), [file for file in files if _is_readable(file, log_mel, faults)]
+        if not files:
+            raise InputError(f"{folder}: none of its {count} files is a recording that can be read") from None
+        spectrograms = _compute(files, log_mel)
     names = [NAME.fullmatch(file.name) for file in files]
-    digits = np.array([int(match["digit"]) for match in names if match], np.int64)
-    indices = np.array([int(match["index"]) for match in names if match], np.int64)
-    return Recordings(spectrograms, digits, indices)
+    digits, indices = ([int(match[part]) for match in names if match] for part in ("digit", "index"))
+    return Recordings(spectrograms, np.array(digits, np.int64), np.array(indices, np.int64))
 
 
 def _check_name(file: Path) -> None:
@@ -95,18 +87,14 @@ def _check_name(file: Path) -> None:
         raise InputError(f"{file}: a foreign file; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav alone")
 
 
-def _list(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder of recordings")
-    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-    if not files:
-        raise InputError(f"{folder}: the folder is empty; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav")
-    return files
-
-
-def _key(files: list[Path], log_mel: LogMel) -> str:
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((CACHE_VERSION, astuple(log_mel), stats)).encode()).hexdigest()
+def _is_readable(file: Path, log_mel: LogMel, faults: list[str]) -> bool:
+    try:
+        _check_name(file)
+        _spectrogram(file, log_mel)
+    except InputError as error:
+        faults.append(str(error))
+        return False
+    return True
 
 
 def _cached(cache: Path, key: str) -> np.ndarray | None:
@@ -122,18 +110,16 @@ def _cached(cache: Path, key: str) -> np.ndarray | None:
 
 def _store(cache: Path, key: str, spectrograms: np.ndarray) -> None:
     """Writes a temporary file and renames it, so that a reader sees the old file or the new one, never a partial one."""
-    temporary = None
+    part = cache.with_suffix(f".{os.getpid()}.part")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
+        with part.open("wb") as file:
             np.savez(file, key=np.array(key), spectrograms=spectrograms)
-        temporary.replace(cache)
+        part.replace(cache)
     except OSError as error:
         log.warning("%s: the spectrograms cannot be cached: %s", cache, error)
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _compute(files: list[Path], log_mel: LogMel) -> np.ndarray:

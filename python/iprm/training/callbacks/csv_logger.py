@@ -26,10 +26,6 @@ class RunLog(CSVLogger):
         """Replaces Lightning's writer, which would delete the file of a resumed run."""
         return self
 
-    @property
-    def path(self) -> Path:
-        return Path(self.log_dir) / "metrics.csv"
-
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         values = {name: float(value) for name, value in metrics.items()}
@@ -60,11 +56,12 @@ class RunLog(CSVLogger):
             self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
+        path = Path(self.log_dir) / "metrics.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
         with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
             writer.writeheader()
             writer.writerows(self.rows)
-        part.replace(self.path)
+        part.replace(path)
         self._changed, self._last = False, time.monotonic()

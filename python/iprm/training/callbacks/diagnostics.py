@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from iprm.data.loading import Loader
+from iprm.encoders.registry import evaluating
 from iprm.environment import chosen_backends, versions
 from iprm.errors import InputError
-from iprm.fusion.module import FusionModule
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 from iprm.training.checkpoint import read_checkpoint
 from iprm.training.classifier import FusionClassifier
@@ -74,8 +74,17 @@ class Diagnostics(Callback):
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             rank_zero_warn(f"Diagnostics: {type(trainer.strategy).__name__} divides the model; nothing is recorded")
             return
-        with isolate_rng(), torch.no_grad(), _evaluating(pl_module), _best_weights(trainer, pl_module) as weights:
-            record = {"weights": weights, **_measure(trainer, pl_module), **_environment(trainer, pl_module)}
+        with isolate_rng(), torch.no_grad(), evaluating(pl_module), _best_weights(trainer, pl_module) as weights:
+            measurement = SplitMeasurement(pl_module.fusion)
+            for inputs, target in _batches(trainer):
+                with trainer.precision_plugin.val_step_context():
+                    measurement.update(pl_module.encode(inputs), target)
+            record = {
+                "weights": weights,
+                "method": pl_module.structure["method"],
+                **measurement.compute(),
+                **_environment(trainer, pl_module),
+            }
         try:
             _write(Path(folder) / FILE, record)
         except OSError as error:
@@ -83,22 +92,15 @@ class Diagnostics(Callback):
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Sets every submodule to evaluation mode within the context, and restores its own mode afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-@contextlib.contextmanager
 def _best_weights(trainer: L.Trainer, module: nn.Module) -> Iterator[dict[str, Any]]:
     """Loads the best parameters and buffers, if there is a checkpoint; restores the last ones bit-identically afterwards."""
     kept = best_checkpoint(trainer)
-    checkpoint = _load(kept.best_model_path) if kept is not None and kept.best_model_path else None
+    checkpoint = None
+    if kept is not None and kept.best_model_path:
+        try:
+            checkpoint = read_checkpoint(kept.best_model_path)
+        except InputError as error:
+            rank_zero_warn(f"Diagnostics: the last weights are measured: {error}")
     if kept is None or checkpoint is None:
         yield {"from": "last", "epoch": trainer.current_epoch - 1}  # current_epoch is already incremented here
         return
@@ -115,36 +117,18 @@ def _best_weights(trainer: L.Trainer, module: nn.Module) -> Iterator[dict[str, A
             x.copy_(last[name])
 
 
-def _load(path: str) -> dict[str, Any] | None:
-    try:
-        return read_checkpoint(path)
-    except InputError as error:
-        rank_zero_warn(f"Diagnostics: the last weights are measured: {error}")
-        return None
-
-
 def _batches(trainer: L.Trainer) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Batches of the validation split on the model's device: the whole split, even if it is divided among processes."""
     loader: Any = trainer.val_dataloaders
     count = trainer.num_val_batches[0]
-    if isinstance(loader, Loader):
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
         count *= trainer.world_size
-        loader = loader.undivided()
-    elif isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
-        count *= trainer.world_size
-        loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+        dataset, rows = loader.dataset, loader.batch_size
+        if isinstance(loader, Loader):
+            dataset, rows = loader.dataset.dataset, loader.sampler.batch_size
+        loader = DataLoader(dataset, rows, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
     for batch in itertools.islice(loader, None if count == math.inf else int(count)):
         yield to_device(trainer, batch)
-
-
-def _measure(trainer: L.Trainer, module: FusionClassifier) -> dict[str, Any]:
-    """`SplitMeasurement` of the validation split."""
-    assert isinstance(module.fusion, FusionModule)
-    measurement = SplitMeasurement(module.fusion)
-    for inputs, target in _batches(trainer):
-        with trainer.precision_plugin.val_step_context():
-            measurement.update(module.encode(inputs), target)
-    return {"method": module.hparams.get("method"), **measurement.compute()}
 
 
 def _environment(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:

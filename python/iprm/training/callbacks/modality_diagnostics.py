@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class SplitMeasurement:
     """Measures a fusion module in evaluation mode, batch by batch.
 
     Per sample, the target, the prediction, and one angle and two divergences per pair are kept on the device; everything else
-    is computed at the end, with one transfer to the host.
+    is computed on the host at the end.
 
     Args:
         fusion: any fusion module. Divergences need pairs that it mixes, angles need features of equal width; otherwise they
@@ -56,41 +57,30 @@ class SplitMeasurement:
         self._angle.append(_rows([_angle(common[a], common[b]) for a, b in self.angled], target))
         self._kl.append(_rows(divergences, target))
 
-    @torch.no_grad()
     def compute(self) -> dict[str, Any]:
         """What `.diagnostics.Diagnostics` describes, from ``modalities`` to ``strength``, as plain values."""
-        classes, target = self.fusion.num_classes, torch.cat(self._target)
+        classes, target = self.fusion.num_classes, torch.cat(self._target).cpu().numpy()
         labelled = target != IGNORE_INDEX
-        target, prediction = target[labelled].long(), torch.cat(self._prediction)[labelled]
-        angle, kl = torch.cat(self._angle, 1)[:, labelled], torch.cat(self._kl, 1)[:, labelled].double()
-        cells, counts = torch.unique(target * classes + prediction, return_counts=True)
-        class_counts = _by_class(torch.ones_like(target, dtype=torch.float64)[None], target, classes)[0]
-        kl = _by_class(kl, target, classes).view(len(self.mixed), 2, classes)
-
-        found = (cells, counts, class_counts, *_histograms(angle), kl, _strengths(kl))
-        cells, counts, class_counts, histograms, means, undirected, kl, omega = _to_host(*found)
+        target, prediction = target[labelled], torch.cat(self._prediction).cpu().numpy()[labelled]
+        angle, kl = (torch.cat(rows, 1).double().cpu().numpy()[:, labelled] for rows in (self._angle, self._kl))
+        cells, counts = np.unique(target * classes + prediction, return_counts=True)
+        class_counts = np.bincount(target, minlength=classes)
         present = class_counts > 0
+        sums = np.array([np.bincount(target, row, classes) for row in kl]).reshape(len(self.mixed), 2, classes)
         return {
             "modalities": list(self.fusion.modalities),
             "num_classes": classes,
-            "rows": int(class_counts.sum()),
-            "class_counts": _integers(class_counts),
+            "rows": len(target),
+            "class_counts": class_counts.tolist(),
             "confusion": {
-                "target": _integers(cells // classes),
-                "prediction": _integers(cells % classes),
-                "count": _integers(counts),
+                "target": (cells // classes).tolist(),
+                "prediction": (cells % classes).tolist(),
+                "count": counts.tolist(),
             },
-            "angles": [
-                {"pair": list(pair), "counts": _integers(row), "mean": mean, "undirected": int(none)}
-                for pair, row, mean, none in zip(self.angled, histograms, _numbers(means), undirected, strict=True)
-            ],
+            "angles": [{"pair": list(pair), **_histogram(row)} for pair, row in zip(self.angled, angle, strict=True)],
             "strength": [
-                {
-                    "pair": list(pair),
-                    "kl": [_numbers(x, present) for x in sums],
-                    "omega": [_numbers(x, present) for x in shares],
-                }
-                for pair, sums, shares in zip(self.mixed, kl, omega, strict=True)
+                {"pair": list(pair), "kl": _numbers(both, present), "omega": _numbers(_strengths(both), present)}
+                for pair, both in zip(self.mixed, sums, strict=True)
             ],
         }
 
@@ -112,38 +102,24 @@ def _angle(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(directed, theta, math.nan)
 
 
-def _by_class(values: Tensor, target: Tensor, classes: int) -> Tensor:
-    """Values (R, N) summed by class -> (R, C)."""
-    return values.new_zeros((len(values), classes)).index_add_(1, target, values)
+def _histogram(angles: np.ndarray) -> dict[str, Any]:
+    """Counts of angles (N,) over [0, π], their mean, and the number of undefined (NaN) ones."""
+    known = angles[~np.isnan(angles)].clip(max=math.pi)  # π in float32 is above π
+    counts = np.histogram(known, BINS, (0, math.pi))[0].tolist()
+    mean = float(f"{known.mean():.7g}") if len(known) else None
+    return {"counts": counts, "mean": mean, "undirected": len(angles) - len(known)}
 
 
-def _histograms(angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Angles (P, N) -> counts (P, BINS) over [0, π], means (P,), and numbers (P,) of undefined (NaN) angles."""
-    angles = angles.double()
-    none = angles.isnan()
-    bins = (angles.nan_to_num() * (BINS / math.pi)).long().clamp(max=BINS - 1)
-    counts = angles.new_zeros((len(angles), BINS)).scatter_add_(1, bins, (~none).double())
-    return counts, angles.nanmean(1), none.sum(1)
+def _strengths(kl: np.ndarray) -> np.ndarray:
+    """ω (2, C) of KL sums (2, C), by one small operator call per class, once per run."""
+    return np.stack([ik.strength_weights(torch.from_numpy(both)).numpy() for both in kl.T], axis=1)
 
 
-def _strengths(kl: Tensor) -> Tensor:
-    """ω (P, 2, C) of KL sums (P, 2, C), by one small operator call per class and pair, once per run."""
-    pairs, _, classes = kl.shape
-    omega = [ik.strength_weights(both) for both in kl.transpose(1, 2).reshape(-1, 2)]
-    return torch.stack(omega).view(pairs, classes, 2).transpose(1, 2) if omega else kl
-
-
-def _to_host(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in float64, which holds any count below 2⁵³, in one transfer."""
-    flat = torch.cat([x.double().flatten() for x in tensors]).cpu()
-    return [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
-
-
-def _integers(values: Tensor) -> list[int]:
-    return values.long().tolist()
-
-
-def _numbers(values: Tensor, present: Tensor | None = None) -> list[float | None]:
-    """Numbers rounded to seven digits, the precision of float32; None for absent and non-finite values, which JSON lacks."""
-    known = values.isfinite() if present is None else values.isfinite() & present
-    return [float(f"{value:.7g}") if good else None for value, good in zip(values.tolist(), known.tolist(), strict=True)]
+def _numbers(values: np.ndarray, present: np.ndarray) -> list[list[float | None]]:
+    """Numbers (2, C) rounded to seven digits, the precision of float32; None for absent and non-finite values, which JSON
+    lacks."""
+    known = np.isfinite(values) & present
+    return [
+        [float(f"{value:.7g}") if good else None for value, good in zip(*row, strict=True)]
+        for row in zip(values.tolist(), known.tolist(), strict=True)
+    ]

@@ -205,11 +205,7 @@ def restore_generators(states: dict[str, Any]) -> None:
     name, key, *rest = states["numpy"]
     assert isinstance(key, Tensor)
     np.random.set_state((name, key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate(_tuples(states["python"]))
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _tuples(state: Any) -> Any:
-    version, numbers, gauss = state
-    return version, tuple(numbers), gauss
