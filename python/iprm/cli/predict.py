@@ -36,9 +36,9 @@ per tensor, x_<modality>.<name> or <modality>.<name>.npy; an input that was inte
 and files are ignored. Files are read in order of name; `file` is the .npz, or the folder of .npy files; `row` counts from 0
 in each.
 
-The headers of all files are checked first. A non-finite value ends the run with its file, array and row: the CSV is written
-completely or not at all. At most --batch_size rows are in memory at a time, except that an array of an .npz in Fortran
-order is read as a whole. Object arrays are refused, because loading one would run any code the file contains.
+All files are checked first. A non-finite value ends the run with its file, array and row: the CSV is written completely or
+not at all. Of .npy files, at most --batch_size rows are in memory at a time; an .npz is read as a whole. Object arrays are
+refused, because loading one would run any code the file contains.
 """
 
 EXAMPLES = """\
