@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from lightning.pytorch.cli import instantiate_class
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,8 +14,8 @@ from iprm.data import DATASETS
 from iprm.data.quality import Report, check
 from iprm.errors import InputError
 
-from .options import dataset_of
-from .parser import Parser, add_dataset_options, dataset_settings
+from .fit import fit_settings
+from .parser import Parser, add_dataset_options, dataset_arguments
 
 DESCRIPTION = """\
 Reads all rows of a dataset and reports the classes of every split, the shape and type of every modality, and problems.
@@ -51,7 +52,7 @@ def parser() -> Parser:
 def check_command(arguments: Sequence[str]) -> int:
     """Runs `iprm check` and returns the exit code."""
     given = parser().parse_args(arguments)
-    data = dataset_of(given.data, dataset_settings(given))
+    data = instantiate_class((), fit_settings(dataset_arguments(given))["data"])
     faults: list[str] = []
     try:
         report = check(data.source, data.inspect(faults))

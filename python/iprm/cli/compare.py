@@ -20,7 +20,6 @@ from iprm.compare.run import DEFAULT_COMPARISON, Clock, Job, make_jobs, read_onc
 from iprm.compare.runs import COMPARISON, TEST, read_runs, settings_of_comparison
 from iprm.compare.sweep import Advance, default_jobs, ended_by_sigterm, sweep
 from iprm.compare.table import Comparison, text, write
-from iprm.configs import shipped
 from iprm.data import DATASETS
 from iprm.data.module import MultimodalData
 from iprm.environment import versions
@@ -29,7 +28,7 @@ from iprm.methods import METHODS
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 
 from .fit import STOPPED, FitCLI, fit_settings, run_fit
-from .parser import Parser, add_dataset_options, at_least_one, dataset_settings, key_values
+from .parser import Parser, add_dataset_options, at_least_one, dataset_arguments, key_values
 
 DESCRIPTION = """\
 Trains several methods with several seeds on one dataset. A seed determines splits, initial weights and the order of batches;
@@ -121,10 +120,8 @@ def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _settings(given: Any, settings: Sequence[str]) -> list[str]:
     """The arguments of `iprm fit` that correspond to this command's options, followed by `settings`."""
-    found = ["--config" if given.data in shipped() else "--data", given.data, "--trainer.devices=1"]
-    found += [f"--trainer.accelerator={given.accelerator}"]
+    found = [*dataset_arguments(given), "--trainer.devices=1", f"--trainer.accelerator={given.accelerator}"]
     found += [] if given.epochs is None else [f"--trainer.max_epochs={given.epochs}"]
-    found += [f"--data.{key}={value}" for key, value in dataset_settings(given).items()]
     found += [f"--model.{key}={value}" for key, value in key_values("--model", given.model).items()]
     for argument in (found := [*found, *settings]):
         name = argument.partition("=")[0].removeprefix("--")

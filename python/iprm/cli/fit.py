@@ -18,6 +18,7 @@ from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.callbacks.diagnostics import Diagnostics
 from iprm.training.checkpoint import logged_steps, read_checkpoint, saved_states, state_to_resume
 from iprm.training.finite import NonFiniteError
+from iprm.training.lightning import quiet_lightning
 
 from .fusion_cli import FusionCLI, as_list, run
 
@@ -51,8 +52,9 @@ def fit_settings(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: a configuration, setting or dataset does not exist or cannot be used.
     """
-    parsed = _Parsed(arguments)
-    settings = yaml.safe_load(parsed.parser.dump(parsed.config, skip_unset=False))
+    with quiet_lightning():
+        parsed = _Parsed(arguments)
+        settings = yaml.safe_load(parsed.parser.dump(parsed.config, skip_unset=False))
     settings.pop("config", None)
     return settings
 

@@ -25,7 +25,6 @@ from iprm.training.classifier import FusionClassifier
 from iprm.training.lightning import quiet_lightning
 from iprm.training.optim import LR_SCHEDULER, OPTIMIZER
 
-from .options import imported_dataset
 from .parser import OneLineErrors
 from .settings_help import checkpoint_help, help_of, set_titles
 
@@ -153,5 +152,7 @@ def _config_path(name: str) -> str:
 
 def _class_path(name: str) -> str:
     """The import path of a dataset given by name or import path."""
-    cls = imported_dataset(name) if "." in name else dataset_class(name)
+    if "." in name:
+        return name
+    cls = dataset_class(name)
     return f"{cls.__module__}.{cls.__qualname__}"

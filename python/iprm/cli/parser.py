@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import pkgutil
 import re
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 
+from iprm.configs import shipped
 from iprm.errors import InputError, closest
 
 #: jsonargparse's messages for an unknown option: of the parser, of a group, or of a class that another option names.
@@ -39,8 +41,7 @@ class OneLineErrors:
     def _unknown(self: Any, name: str, group: str | None, key: str | None, path: str | None) -> str:
         known = ["help", *self.get_defaults(skip_validation=True).keys()]
         if path is not None:
-            module, _, attribute = path.rpartition(".")
-            known = [f"{key}.{p}" for p in inspect.signature(getattr(importlib.import_module(module), attribute)).parameters]
+            known = [f"{key}.{parameter}" for parameter in inspect.signature(pkgutil.resolve_name(path)).parameters]
         name = ".".join(filter(None, (group or key, name)))
         meant = meant_option(name, known)
         return f"unknown option --{name}" + (f": did you mean --{meant}?" if meant else f"; try {self.prog} --help")
@@ -106,7 +107,7 @@ def add_encoder_option(parser: Parser) -> None:
 
 
 def add_dataset_options(parser: Parser) -> None:
-    """--path and --set, the options of a dataset; `dataset_settings` reads them."""
+    """--path and --set, the options of a dataset; `dataset_arguments` reads them."""
     parser.add_argument("--path", help="file or folder of a dataset that is not part of the package")
     parser.add_argument(
         "--set",
@@ -117,10 +118,12 @@ def add_dataset_options(parser: Parser) -> None:
     )
 
 
-def dataset_settings(given: jsonargparse.Namespace) -> dict[str, str]:
-    """The options of the dataset, --path included.
+def dataset_arguments(given: jsonargparse.Namespace) -> list[str]:
+    """The arguments of `iprm fit` for the dataset or configuration `given.data`, with --path and --set.
 
     Raises:
         InputError: a --set is not KEY=VALUE.
     """
-    return key_values("--set", given.set) | ({} if given.path is None else {"path": given.path})
+    source = "--config" if given.data in shipped() or Path(given.data).is_file() else "--data"
+    options = key_values("--set", given.set) | ({} if given.path is None else {"path": given.path})
+    return [source, given.data, *(f"--data.{key}={value}" for key, value in options.items())]

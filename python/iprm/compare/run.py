@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
 import json
+import pkgutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -76,8 +76,7 @@ def _refuse_other_settings(job: Job) -> None:
 
 
 def _data(config: Mapping[str, Any], seed: int) -> MultimodalData:
-    module, _, name = config["class_path"].rpartition(".")
-    return read_once(getattr(importlib.import_module(module), name), **(config["init_args"] | {"seed": seed}))
+    return read_once(pkgutil.resolve_name(config["class_path"]), **(config["init_args"] | {"seed": seed}))
 
 
 _last_read: dict[str, MultimodalData] = {}  # one entry: memory holds the data of one seed

@@ -40,11 +40,11 @@ WORDS = {
     "a dataset to explain": (("fit", "--data.help", "digts"), "unknown dataset 'digts': did you mean 'digits'?"),
     "a class path": (
         ("fit", "--data", "iprm.data.datasets.digits.Digit"),
-        "unknown dataset 'iprm.data.datasets.digits.Digit': did you mean 'iprm.data.datasets.digits.Digits'?",
+        "module 'iprm.data.datasets.digits' has no attribute 'Digit'",
     ),
     "a class that is no dataset": (
         ("fit", "--data", "iprm.training.classifier.FusionClassifier"),
-        "expected the class_path of a MultimodalData, got iprm.training.classifier.FusionClassifier",
+        "iprm.training.classifier.FusionClassifier does not correspond to a subclass of MultimodalData",
     ),
     "a model setting": (
         (*DIGITS, "--model.feture_dim", "1"),

@@ -307,14 +307,14 @@ def test_recordings_of_which_none_can_be_read_are_all_named_and_cannot_be_used(r
 
 UNUSABLE = {
     "an unknown dataset": (("digts",), "unknown dataset 'digts': did you mean 'digits'?"),
-    "an unknown option": (("digits", "--set", "batchsize=3"), "did you mean 'batch_size'?"),
+    "an unknown option": (("digits", "--set", "batchsize=3"), "did you mean --data.batch_size?"),
     "a word for a number": (("digits", "--set", "seed=one"), "seed: Expected a int. Got value: one"),
-    "no path": (("features",), "dataset 'features' needs the option 'path'"),
+    "no path": (("features",), "the following arguments are required: path"),
     "a missing file": (("features", "--path", "no.npz"), "no.npz: there is no such file"),
-    "a configuration without data": (("model.yaml",), "model.yaml: expected a section 'data' with a class_path"),
-    "a configuration of no dataset": (("digit.yaml",), "did you mean 'iprm.data.datasets.digits.Digits'?"),
-    "a configuration of something else": (("else.yaml",), "else.yaml: expected the class_path of a MultimodalData"),
-    "a file that is no configuration": (("text.yaml",), "text.yaml: not readable as YAML"),
+    "a configuration without data": (("model.yaml",), "no data: add --data"),
+    "a configuration of no dataset": (("digit.yaml",), "module 'iprm.data.datasets.digits' has no attribute 'Digit'"),
+    "a configuration of something else": (("else.yaml",), "does not correspond to a subclass of MultimodalData"),
+    "a file that is no configuration": (("text.yaml",), "Problems parsing config"),
     "nothing": ((), "required: data; try iprm check --help"),
 }
 CONFIGURATIONS = {
