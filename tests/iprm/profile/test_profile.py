@@ -446,7 +446,7 @@ def test_without_a_folder_it_writes_into_one_of_its_own_below_runs(tmp_path, fea
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "profile needs a configuration"),
+        ((), "no data: add --data"),
         (("--config", "digts"), "unknown configuration 'digts': did you mean 'digits'?"),
         (("--config", "digits", "--model.feture_dim", "1"), "did you mean --model.feature_dim?"),
         (("--config", "digits", "--steps", "0"), "argument --steps: expected a whole number from 1 up, got 0"),
