@@ -6,7 +6,6 @@ import datetime
 import json
 import platform
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ OWN = {"model.method": "--methods", "data.seed": "--seeds", "data.init_args.seed
 
 def parser() -> Parser:
     """The arguments of `iprm compare`."""
-    p = Parser("iprm compare", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    p = Parser("iprm compare", description=DESCRIPTION, epilog=EXAMPLES)
     p.add_argument("--data", required=True, metavar="NAME", help=f"dataset: {', '.join(DATASETS)}")
     add_dataset_options(p)
     names = f"each modality alone, {', '.join(DEFAULT_COMPARISON)}"

@@ -94,8 +94,9 @@ def key_values(option: str, texts: Iterable[str]) -> dict[str, str]:
     return pairs
 
 
-def add_encoder_option(parser: Parser) -> None:
-    """--encoder: the user's own classes that loading a checkpoint may import."""
+def add_checkpoint_options(parser: Parser) -> None:
+    """--ckpt_path, and --encoder: the user's own classes that loading the checkpoint may import."""
+    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint, a path printed by iprm fit")
     parser.add_argument(
         "--encoder",
         action="append",
