@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from iprm.errors import InputError, closest
 
-#: name -> its line in `iprm --help`. `iprm NAME` calls ``NAME_command(arguments) -> exit code`` of the module NAME of this room.
+#: name -> its line in `iprm --help`. `iprm NAME` calls ``NAME_command(arguments) -> exit code`` of the module NAME here.
 COMMANDS = {
     "compare": "train several methods with several seeds on a dataset; writes a table, a plot and CSV files",
     "fit": "train one model and keep the checkpoint with the best validation accuracy",
