@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.console import Console
-from rich.text import Text
 
 import iprm_kernels as ik
 from iprm.compare.run import DEFAULT_COMPARISON, Clock, Job, make_jobs, read_once
 from iprm.compare.runs import COMPARISON, TEST, read_runs, settings_of_comparison
 from iprm.compare.sweep import Advance, default_jobs, ended_by_sigterm, sweep
-from iprm.compare.table import Comparison, text, write
+from iprm.compare.table import Comparison, write
 from iprm.data import DATASETS
 from iprm.data.module import MultimodalData
 from iprm.environment import versions
@@ -26,6 +24,7 @@ from iprm.errors import InputError
 from iprm.methods import METHODS
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 
+from .console import table, wide_console
 from .fit import STOPPED, FitCLI, fit_settings, run_fit
 from .parser import Parser, add_dataset_options, at_least_one, dataset_arguments, key_values
 
@@ -93,14 +92,14 @@ def compare_command(arguments: Sequence[str]) -> int:
             print(f"iprm: {done}; to continue, repeat the command with --output {folder}", file=sys.stderr)
         raise
     comparison = _report(folder)
-    console = Console()
-    for table in comparison.tables:
-        console.print(f"{table.title}\n", highlight=False, soft_wrap=True, markup=False)
-        for line, bold in text(table, console.width if console.is_terminal else None):
-            console.print(Text(line, "bold" if bold else ""), soft_wrap=True)
+    shown = table(*(name.replace(" ", "\n") for name in comparison.table.head))
+    for place, row in enumerate(comparison.table.rows):
+        shown.add_row(*(cell.replace(" ±", "±") for cell in row), style="bold" if place in comparison.table.bold else None)
+    console = wide_console()
+    console.print(f"{comparison.title}\n", shown, "", sep="\n")
     for failure in comparison.failed:
-        console.print(f"failed: {failure}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"report: {folder}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"failed: {failure}")
+    console.print(f"report: {folder}")
     return 1 if comparison.failed else 0
 
 
