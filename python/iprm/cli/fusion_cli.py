@@ -26,7 +26,7 @@ from iprm.training.lightning import quiet_lightning
 from iprm.training.optim import LR_SCHEDULER, OPTIMIZER
 
 from .parser import OneLineErrors
-from .settings_help import checkpoint_help, help_of, set_titles
+from .settings_help import help_of, set_titles
 
 
 class SettingsParser(OneLineErrors, LightningArgumentParser):
@@ -86,8 +86,9 @@ class FusionCLI(LightningCLI, ABC):
             parser.link_arguments(name, f"model.{name}", compute_fn=_as_dict)
         parser.set_defaults({"optimizer": OPTIMIZER, "lr_scheduler": LR_SCHEDULER})
         set_titles(parser)
-        group = parser.add_argument_group("the checkpoint")
-        group.add_argument("--ckpt_path", type=str, metavar="FILE", help=checkpoint_help(self.command))
+        trained = "required: the checkpoint, a path printed by iprm fit"
+        text = trained if self.needs_checkpoint else "state of an interrupted run to continue"
+        parser.add_argument_group("the checkpoint").add_argument("--ckpt_path", type=str, metavar="FILE", help=text)
 
     def before_instantiate_classes(self) -> None:
         if self.config.ckpt_path:
