@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from iprm.compare.record import Angles, Record, Strength
-from iprm.compare.runs import SYMBOLS, Course, label
+from iprm.compare.runs import Course, label
 from iprm.compare.table import Comparison
 
 #: The colours of style.css. In a page, its variables replace them, so that they follow the reader's colour scheme.
@@ -26,7 +26,7 @@ PALETTE = ("#0072b2", "#d55e00", "#05a960", "#3a16b8", "#7b828a", "#1b1f24")
 SOFT, GRID, ON = "#57606a", "#e6e9ed", "#ffffff"
 VARIABLES = {colour: f"var(--c{place})" for place, colour in enumerate(PALETTE)} | {SOFT: "var(--soft)", GRID: "var(--grid)"}
 DASHES = ("-", (0, (4, 2)), (0, (1, 2)))
-#: Most lines in a figure; if there are more, it shows their mean and those that end highest and lowest.
+#: Most lines in a figure of one run, or of a comparison; if there are more, the first are shown.
 MOST_LINES = 12
 MOST_CELLS = 60  # classes; with more, a cell of the matrix would be smaller than 5 units
 MOST_NUMBERED = 12  # classes; with more, a cell has no room for its count
@@ -48,15 +48,14 @@ RC |= {"xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "svg.
 class Line(NamedTuple):
     """A metric over the epochs.
 
-    course: epoch -> value; colour: index in the palette; training: the metric in training, drawn thin; marked: an epoch to
-    mark; band: epoch -> range of the courses of which `course` is the mean.
+    course: epoch -> value; colour: index in the palette; training: the metric in training, drawn thin; band: epoch -> range of
+    the courses of which `course` is the mean.
     """
 
     name: str
     course: Mapping[int, float]
     colour: int
     training: Mapping[int, float] = {}
-    marked: int | None = None
     band: Mapping[int, tuple[float, float]] = {}
 
 
@@ -104,10 +103,7 @@ def lines(
     for place, line in enumerate(reversed(series)):
         for course, options in ((line.training, {"linewidth": 1.1, "alpha": 0.55}), (line.course, {"linewidth": 2})):
             epochs = sorted(course)
-            dots = [k for k, epoch in enumerate(epochs) if len(epochs) == 1 or (course is line.course and epoch == line.marked)]
-            look = style(line.colour) | {"zorder": 3 + place / 1000, **options}
-            if dots:
-                look |= {"marker": "o", "markersize": 7, "markevery": dots}
+            look = style(line.colour) | {"zorder": 3 + place / 1000, "marker": "o" if len(epochs) == 1 else "", **options}
             if epochs:
                 axes.plot(epochs, [course[epoch] for epoch in epochs], label=line.name, **look)
         low, high = ([line.band[epoch][side] for epoch in sorted(line.band)] for side in (0, 1))
@@ -127,15 +123,6 @@ def ends(series: Sequence[Line], unit: Callable[[float], str] = "{:.3f}".format)
     """The description of `lines` for screen readers."""
     said = [(line.name, line.course or line.training) for line in series[:MOST_LINES] if line.course or line.training]
     return "; ".join(f"{name}: {unit(course[max(course)])} in epoch {max(course)}" for name, course in said)
-
-
-def fewer(series: Sequence[Line]) -> list[Line]:
-    """All lines, up to `MOST_LINES`; otherwise their mean and range, and the three that end highest and the three lowest."""
-    if len(series) <= MOST_LINES:
-        return list(series)
-    ranked = sorted((line for line in series if line.course), key=lambda line: -line.course[max(line.course)])
-    few = [mean([line.course for line in ranked], f"mean of {len(ranked)}", 0), *ranked[:3], *ranked[-3:]]
-    return [line._replace(colour=place) for place, line in enumerate(few)]
 
 
 def mean(courses: Sequence[Mapping[int, float]], name: str, colour: int, training: Sequence[Mapping[int, float]] = ()) -> Line:
@@ -225,20 +212,16 @@ def short(name: str) -> str:
 
 def measured(comparison: Comparison) -> list[Line]:
     """λ, ω and the other measures of every method, as means over the seeds with their range. If there are more than
-    `MOST_LINES`, ω is left out; if there still are more, one line per method and kind covers all pairs and seeds."""
+    `MOST_LINES`, ω is left out, and the first of the others are shown."""
     found: dict[tuple[str, str], list[Course]] = {}
     for run in comparison.finished:
         for name, course in run.measures.items():
             found.setdefault((run.method, name), []).append(course)
     if len(found) > MOST_LINES:
         found = {key: courses for key, courses in found.items() if not key[1].startswith("strength")}
-    names = {key: label(key[1], comparison.modalities) for key in found}
-    if len(found) > MOST_LINES:
-        every, found = found, {}
-        for (method, name), courses in every.items():
-            found.setdefault((method, name.partition("_")[0]), []).extend(courses)
-        names = {key: f"{SYMBOLS.get(key[1], key[1])}, mean and range" for key in found}
-    return [mean(courses, f"{key[0]}: {names[key]}", place) for place, (key, courses) in enumerate(found.items())]
+    names = [f"{method}: {label(name, comparison.modalities)}" for method, name in found]
+    series = [mean(courses, name, place) for place, (name, courses) in enumerate(zip(names, found.values(), strict=True))]
+    return series[:MOST_LINES]
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
