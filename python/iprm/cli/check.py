@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from lightning.pytorch.cli import instantiate_class
 from rich.table import Table
 
@@ -65,8 +64,7 @@ def check_command(arguments: Sequence[str]) -> int:
     for kind, lines in (("problem", problems), ("remark", remarks)):
         for line in lines:
             console.print(f"{kind}: {line}")
-    verdict = f"{_count(len(problems), 'problem')}, {_count(len(remarks), 'remark')}" if problems or remarks else "clean"
-    console.print(f"{data.source}: {verdict}")
+    console.print(f"{data.source}: {_count(len(problems), 'problem')}, {_count(len(remarks), 'remark')}")
     return 1 if problems else 0
 
 
@@ -81,15 +79,11 @@ def class_table(report: Report) -> Table:
     for place, label in enumerate(report.classes[:shown]):
         found.add_row(str(label), *(str(count[place]) for count in report.counts.values()))
     if shown < len(report.classes):
-        others = (_span(count[shown:]) for count in report.counts.values())
+        others = (f"{count[shown:].min()} to {count[shown:].max()} each" for count in report.counts.values())
         found.add_row(f"{len(report.classes) - shown} more", *others)
     found.add_section()
     found.add_row("all", *(str(count.sum()) for count in report.counts.values()))
     return found
-
-
-def _span(counts: np.ndarray) -> str:
-    return f"{counts.min()} to {counts.max()} each"
 
 
 def modality_table(report: Report) -> Table:

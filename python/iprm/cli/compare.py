@@ -23,9 +23,11 @@ from iprm.environment import versions
 from iprm.errors import InputError
 from iprm.methods import METHODS
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
+from iprm.training.checkpoint import saved_states, state_to_resume
 
 from .console import table, wide_console
-from .fit import STOPPED, FitCLI, fit_settings, run_fit
+from .fit import STOPPED, FitCLI, fit_settings
+from .fusion_cli import as_list, run
 from .parser import Parser, add_dataset_options, at_least_one, dataset_arguments, key_values
 
 DESCRIPTION = """\
@@ -69,7 +71,6 @@ def parser() -> Parser:
         metavar="KEY=VALUE",
         help="a setting of the model; may be repeated: feature_dim=32 means --model.feature_dim 32",
     )
-    p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto, a GPU if there is one")
     return p
 
 
@@ -118,7 +119,7 @@ def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _settings(given: Any, settings: Sequence[str]) -> list[str]:
     """The arguments of `iprm fit` that correspond to this command's options, followed by `settings`."""
-    found = [*dataset_arguments(given), "--trainer.devices=1", f"--trainer.accelerator={given.accelerator}"]
+    found = [*dataset_arguments(given), "--trainer.devices=1"]
     found += [] if given.epochs is None else [f"--trainer.max_epochs={given.epochs}"]
     found += [f"--model.{key}={value}" for key, value in key_values("--model", given.model).items()]
     for argument in (found := [*found, *settings]):
@@ -163,9 +164,7 @@ class _ComparedRun(FitCLI):
     def instantiate_trainer(self, **options: Any) -> Any:
         trainer = self.config_init.trainer
         trainer.enable_progress_bar = False  # set here, so that config.yaml equals that of `iprm fit`
-        given = trainer.callbacks or []
-        callbacks = [*(given if isinstance(given, list) else [given]), self.clock]
-        return super().instantiate_trainer(callbacks=callbacks, **options)
+        return super().instantiate_trainer(callbacks=[*as_list(trainer.callbacks), self.clock], **options)
 
     def execute(self) -> None:
         try:
@@ -180,5 +179,11 @@ class _ComparedRun(FitCLI):
         self.clock.record(self.folder, metrics, self.datamodule)
 
 
+def run_fit(config: dict[str, Any], folder: Path, advance: Advance) -> None:
+    """Runs `_ComparedRun` in this folder; a run that it already holds resumes from its last state."""
+    state = str(state_to_resume(folder)) if saved_states(folder) else None
+    run(_ComparedRun, {**config, "ckpt_path": state}, folder=folder, advance=advance)
+
+
 def _train(job: Job, advance: Advance) -> None:
-    run_fit(job.config, job.folder, _ComparedRun, advance=advance)
+    run_fit(job.config, job.folder, advance)

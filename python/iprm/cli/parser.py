@@ -43,21 +43,13 @@ class OneLineErrors:
         if path is not None:
             known = [f"{key}.{parameter}" for parameter in inspect.signature(pkgutil.resolve_name(path)).parameters]
         name = ".".join(filter(None, (group or key, name)))
-        meant = meant_option(name, known)
+        meant = closest(name, known)
         return f"unknown option --{name}" + (f": did you mean --{meant}?" if meant else f"; try {self.prog} --help")
 
 
 def one_line(message: str) -> str:
     """A message of jsonargparse without line breaks, with options and types named as in Python."""
     return " ".join(QUOTED.sub(r"\1\2", message).split())
-
-
-def meant_option(name: str, known: Iterable[str]) -> str | None:
-    """The dotted name of `known` closest to `name`; one with the same prefix, if there are any."""
-    known = list(known)
-    prefix, _, last = name.rpartition(".")
-    siblings = {option.rpartition(".")[2]: option for option in known if option.rpartition(".")[0] == prefix}
-    return siblings.get(closest(last, siblings) or "") if siblings else closest(name, known)
 
 
 class Parser(OneLineErrors, jsonargparse.ArgumentParser):

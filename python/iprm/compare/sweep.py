@@ -18,6 +18,8 @@ import torch
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from iprm.data.loading import available_cores
+
 from .run import Job
 from .runs import CONFIG, FAILED
 
@@ -32,8 +34,7 @@ def default_jobs(runs: int) -> int:
     """One process per core that this process may use, at most `MAX_JOBS` or the number of runs; one if there is a GPU."""
     if torch.cuda.is_available():
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, runs, MAX_JOBS))
+    return max(1, min(available_cores(), runs, MAX_JOBS))
 
 
 def sweep(jobs: Sequence[Job], train: Train, processes: int) -> None:
