@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.table import Table
 
-from iprm.data.loading import available_cores
 from iprm.environment import chosen_backends, versions
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Profile, StageProfiler
@@ -75,36 +74,26 @@ class ProfileCLI(FusionCLI):
             self._write(folder, profile)
 
     def _write(self, folder: Path, profile: Profile) -> None:
-        settings = yaml.safe_load(self.parser.dump(self.config))
-        content = asdict(profile) | {
+        content = {
+            **asdict(profile),
             "seconds": profile.seconds,
             "epoch": profile.epoch,
-            "settings": settings,
+            "settings": yaml.safe_load(self.parser.dump(self.config)),
             "versions": versions(),
+            "platform": platform.platform(),
+            "device": self.trainer.strategy.root_device.type,
+            "threads": torch.get_num_threads(),
+            "backends": chosen_backends(),
         }
-        content["machine"] = machine(self.model.device)
         (folder / "profile.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         title = f"{type(self.datamodule).__name__}, {self.model.hparams['method']}: {profile.rows} rows per batch"
         plot(folder / "profile.png", profile, title)
         console = wide_console()
-        console.print(f"{title}\n", stage_table(profile), "")
-        epoch = f"an epoch takes {_seconds(profile.epoch)} s, of which validation {_seconds(profile.validation)} s"
-        lines = [epoch, f"profile: {folder}"]
+        console.print(f"{title}\n", stage_table(profile), "", sep="\n")
+        console.print(f"an epoch takes {_seconds(profile.epoch)} s, of which validation {_seconds(profile.validation)} s")
         if profile.synchronised:
-            lines.insert(1, "stages do not overlap here, because each waits for the GPU; in an ordinary run, stages overlap")
-        for line in lines:
-            console.print(line)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """The machine on which the measurement was made."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    found = {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": available_cores(),
-    }
-    return found | {"threads": torch.get_num_threads(), "device": name, "backends": chosen_backends()}
+            console.print("stages do not overlap here, because each waits for the GPU; in an ordinary run, stages overlap")
+        console.print(f"profile: {folder}")
 
 
 def stage_table(profile: Profile) -> Table:
