@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import tempfile
-from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from iprm.encoders.description import each
-from iprm.errors import InputError
 from iprm.inference.inputs import Piece, Source, find_samples, gathered, joined
 from iprm.inference.model import Inference, load_inference
 from iprm.inference.predictions import cells, columns, write_predictions
@@ -81,8 +79,6 @@ class PredictCLI(FusionCLI):
 def _predict_samples(arguments: Sequence[str]) -> int:
     needs_help = not {"-h", "--help"}.isdisjoint(arguments)  # even in the place of a value
     given = parser().parse_args(["--help"] if needs_help else arguments)
-    if given.config is not None:
-        raise InputError("--config: --input needs only a checkpoint; remove --config or --input")
     model = load_inference(given.ckpt_path, given.encoder)
     sources = find_samples(given.input, model.inputs)
     given.output.parent.mkdir(parents=True, exist_ok=True)  # fail before the work rather than after it
@@ -100,7 +96,6 @@ def parser() -> Parser:
     p.add_argument("--input", required=True, type=Path, metavar="PATH", help="the samples")
     p.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="default: predictions.csv")
     p.add_argument("--batch_size", type=at_least_one, default=256, metavar="N", help="rows per batch (default: 256)")
-    p.add_argument("--config", help=SUPPRESS)
     return p
 
 
@@ -116,9 +111,8 @@ def write_sample_predictions(path: Path, model: Inference, sources: Sequence[Sou
         with unfinished.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "row", *columns(model.num_classes)])
-            for row in _rows(model, sources, batch_size):
+            for count, row in enumerate(_rows(model, sources, batch_size), 1):  # noqa: B007 - the number of rows is returned
                 writer.writerow(row)
-                count += 1
         unfinished.replace(path)
     return count
 
