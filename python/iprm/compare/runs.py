@@ -194,11 +194,7 @@ def is_run(folder: Path) -> bool:
 def read_settings(path: Path, missing: list[str]) -> dict[str, Any]:
     """Dotted name -> value of a YAML file; empty, with a message in `missing`, if it holds none."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = _read(path, lambda text: [yaml.load(text, Loader=loader)], missing)
-    if content and not isinstance(content[0], Mapping):
-        missing.append(f"{path.name} holds no settings.")
-        return {}
-    return dict(flattened(content[0])) if content else {}
+    return _read(path, lambda text: dict(flattened(yaml.load(text, Loader=loader))), missing) or {}
 
 
 def _read(path: Path, parse: Callable[[str], Any], missing: list[str]) -> Any:

@@ -164,16 +164,16 @@ def _of(group: Group, place: int, metric: str, training: str = "") -> Line:
 
 def _measured(run: Run) -> list[Card]:
     """Confusion, angles and strength by class, if the run has recorded them."""
-    return [*_confusion(run, run.record), *_angles(run.record), *_strengths(run.record)] if run.record else []
+    return [*_confusion(run.record), *_angles(run.record), *_strengths(run.record)] if run.record else []
 
 
-def _confusion(run: Run, record: Record) -> list[Card]:
+def _confusion(record: Record) -> list[Card]:
     if not record.rows:
         return []
     if record.classes > figures.MOST_CELLS:
-        confused = Table("", ["true", "predicted as", "samples", "of"], tables.most_confused(run, 20))
+        confused = Table("", ["true", "predicted as", "samples", "of"], tables.most_confused(record, 20))
         return [Card("Most confused classes", Markup(), table=confused)]
-    title, worst = "Confusion matrix", [f"{t} as {p} ({n} of {of})" for t, p, n, of in tables.most_confused(run, 3)]
+    title, worst = "Confusion matrix", [f"{t} as {p} ({n} of {of})" for t, p, n, of in tables.most_confused(record, 3)]
     note = f"Most often confused: {', '.join(worst)}." if worst else "All samples are classified correctly."
     return [Card(title, figures.svg(partial(figures.confusion, record=record), title, note, 330), note=note)]
 

@@ -47,7 +47,7 @@ WANTING = {
     "a header alone": (rewritten("metrics.csv", "epoch,step,val_loss\n"), "metrics.csv holds no epoch yet."),
     "an empty file": (rewritten("metrics.csv", ""), "metrics.csv holds no epoch yet."),
     "a config that is no YAML": (rewritten("config.yaml", "model: [\n"), "config.yaml cannot be read: "),
-    "a config that is a list": (rewritten("config.yaml", "- 1\n"), "config.yaml holds no settings."),
+    "a config that is a list": (rewritten("config.yaml", "- 1\n"), "config.yaml cannot be read: AttributeError"),
     "half of the diagnostics": (rewritten("diagnostics.json", '{"num_cl'), "diagnostics.json cannot be read: JSONDecodeError"),
     "unknown weights": (recorded_otherwise(weights={}), "diagnostics.json cannot be read: KeyError: 'from'"),
     "other diagnostics": (rewritten("diagnostics.json", "[]"), "diagnostics.json cannot be read: TypeError"),

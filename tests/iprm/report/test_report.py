@@ -154,15 +154,6 @@ def test_the_summary_has_a_row_a_run(tmp_path):
     assert [row["mixture"] == "–" for row in table] == [False, True, False]
 
 
-def test_the_best_accuracy_on_the_same_data_is_in_bold_and_of_different_data_none_is(tmp_path):
-    page = report(tmp_path, *several(tmp_path))
-    best = percent(course(("video", "audio"), 7, mixes=True)[-2]["val_accuracy"])
-    assert best in re.search(r'<tr class="best">.*?</tr>', page, re.DOTALL)[0]
-    assert page.count('class="best"') == 1
-    other = write_run(tmp_path / "fit/version_3", data="iprm.data.datasets.digits.Digits")
-    assert 'class="best"' not in report(tmp_path, *several(tmp_path / "again"), other)
-
-
 def test_runs_are_told_apart_by_colour_in_a_chart_a_quantity_and_have_their_own_matrix_and_angles(tmp_path):
     page = report(tmp_path, *several(tmp_path))
     assert titles(page) == [
