@@ -130,13 +130,13 @@ def run(cli: type[FusionCLI], arguments: Sequence[str] | dict[str, Any], **optio
 def _resolve(arguments: Sequence[str]) -> list[str]:
     """The arguments, with names of shipped configurations replaced by paths, and names of datasets by import paths."""
     resolved: list[str] = []
-    names = {"--config": _config_path, "-c": _config_path, "--data": _class_path, "--data.help": _class_path}
+    names = {"--config": find_config, "-c": find_config, "--data": _class_path, "--data.help": _class_path}
     for argument in arguments:
         option, separator, value = argument.partition("=")
         if separator and option in names:
             resolved.append(f"{option}={names[option](value)}")
         elif resolved and resolved[-1] in names:
-            resolved.append(names[resolved[-1]](argument))
+            resolved.append(str(names[resolved[-1]](argument)))
         else:
             resolved.append(argument)
     return resolved
@@ -145,10 +145,6 @@ def _resolve(arguments: Sequence[str]) -> list[str]:
 def _as_dict(settings: Namespace | None) -> dict[str, Any] | None:
     """Class path and arguments as dicts of plain values, which a checkpoint can hold."""
     return None if settings is None else settings.as_dict()
-
-
-def _config_path(name: str) -> str:
-    return str(find_config(name))
 
 
 def _class_path(name: str) -> str:

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from iprm.errors import InputError, closest
+from iprm.errors import InputError, unknown
 
 #: name -> its line in `iprm --help`. `iprm NAME` calls ``NAME_command(arguments) -> exit code`` of the module NAME here.
 COMMANDS = {
@@ -76,8 +76,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        match = closest(name, COMMANDS)
-        raise InputError(f"unknown command {name!r}" + (f": did you mean {match!r}?" if match else "; try iprm --help"))
+        raise InputError(unknown("command", name, COMMANDS))
     try:
         command = getattr(importlib.import_module(f".{name}", __package__), f"{name}_command")
         if name in LIGHT:

@@ -33,7 +33,7 @@ def refused(folder, *arguments) -> str:
 
 WORDS = {
     "a command": (("fitt",), "unknown command 'fitt': did you mean 'fit'?"),
-    "a command like no other": (("xyzzy",), "unknown command 'xyzzy'; try iprm --help"),
+    "a command like no other": (("xyzzy",), "unknown command 'xyzzy': (known: check, compare, "),
     "a configuration": (("fit", "--config", "digts"), "unknown configuration 'digts': did you mean 'digits'?"),
     "a dataset": (("fit", "--data", "digts"), "unknown dataset 'digts': did you mean 'digits'?"),
     "a dataset after =": (("fit", "--data=features_"), "unknown dataset 'features_': did you mean 'features'?"),
