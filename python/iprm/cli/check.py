@@ -13,7 +13,7 @@ from iprm.errors import InputError
 
 from .console import table, wide_console
 from .fit import fit_settings
-from .parser import Parser, add_dataset_options, dataset_arguments
+from .parser import PATH, Parser, dataset_arguments, divided
 
 DESCRIPTION = """\
 Reads all rows of a dataset and reports the classes of every split, the shape and type of every modality, and problems.
@@ -31,7 +31,7 @@ EXAMPLES = """\
 examples:
   iprm check digits
   iprm check features --path my_features.npz
-  iprm check av-digits --path recordings/ --set noise=0.4
+  iprm check av-digits --path recordings/ --data.noise 0.4
   iprm check runs/digits/fit/version_0/config.yaml
 """
 
@@ -43,14 +43,14 @@ def parser() -> Parser:
     """The arguments of `iprm check`."""
     p = Parser("iprm check", description=DESCRIPTION, epilog=EXAMPLES)
     p.add_argument("data", metavar="DATA", help=f"{', '.join(DATASETS)}, or a YAML configuration, for example of iprm fit")
-    add_dataset_options(p)
+    p.add_argument("--path", help=PATH)
     return p
 
 
 def check_command(arguments: Sequence[str]) -> int:
     """Runs `iprm check` and returns the exit code."""
-    given = parser().parse_args(arguments)
-    data = instantiate_class((), fit_settings(dataset_arguments(given))["data"])
+    own, settings = divided(arguments)
+    data = instantiate_class((), fit_settings([*dataset_arguments(parser().parse_args(own)), *settings])["data"])
     faults: list[str] = []
     try:
         report = check(data.source, data.inspect(faults))

@@ -28,7 +28,7 @@ from iprm.training.checkpoint import saved_states, state_to_resume
 from .console import table, wide_console
 from .fit import STOPPED, FitCLI, fit_settings
 from .fusion_cli import as_list, run
-from .parser import Parser, add_dataset_options, at_least_one, dataset_arguments, key_values
+from .parser import PATH, Parser, at_least_one, dataset_arguments, divided
 
 DESCRIPTION = """\
 Trains several methods with several seeds on one dataset. A seed determines splits, initial weights and the order of batches;
@@ -57,30 +57,23 @@ def parser() -> Parser:
     """The arguments of `iprm compare`."""
     p = Parser("iprm compare", description=DESCRIPTION, epilog=EXAMPLES)
     p.add_argument("--data", required=True, metavar="NAME", help=f"dataset: {', '.join(DATASETS)}")
-    add_dataset_options(p)
+    p.add_argument("--path", help=PATH)
     names = f"each modality alone, {', '.join(DEFAULT_COMPARISON)}"
     p.add_argument("--methods", metavar="A,B,...", help=f"{METHOD_NAMES} (default: {names})")
     p.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="number of seeds: 0, 1, ..., N-1 (default: 3)")
     p.add_argument("--epochs", type=at_least_one, metavar="N", help="default: as in the dataset's shipped configuration")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/compare-<dataset>-<time>")
     p.add_argument("--jobs", type=at_least_one, metavar="N", help="parallel processes (default: one per core; 1 with a GPU)")
-    p.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a setting of the model; may be repeated: feature_dim=32 means --model.feature_dim 32",
-    )
     return p
 
 
 def compare_command(arguments: Sequence[str]) -> int:
     """Runs `iprm compare` and returns the exit code."""
-    own, settings = _divided(arguments)
+    own, settings = divided(arguments)
     given = parser().parse_args(own)
     config = fit_settings(_settings(given, settings))
     asked = [name.strip() for name in given.methods.split(",") if name.strip()] if given.methods is not None else None
-    folder = given.output or Path("runs") / f"compare-{given.data}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = given.output or Path("runs") / f"compare-{Path(given.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     methods, jobs = make_jobs(config, asked, range(given.seeds), folder)
     _write_settings(folder, {"data": given.data, "methods": methods, "seeds": list(range(given.seeds)), "settings": config})
     pending = [job for job in jobs if not (job.folder / TEST).is_file()]
@@ -104,24 +97,10 @@ def compare_command(arguments: Sequence[str]) -> int:
     return 1 if comparison.failed else 0
 
 
-def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits the arguments into this command's own and settings of `iprm fit`, --GROUP.NAME VALUE."""
-    own: list[str] = []
-    settings: list[str] = []
-    chosen = own
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument[2:].partition("=")[0]
-            chosen = settings if "." in name or name in ("optimizer", "lr_scheduler") else own
-        chosen.append(argument)
-    return own, settings
-
-
 def _settings(given: Any, settings: Sequence[str]) -> list[str]:
     """The arguments of `iprm fit` that correspond to this command's options, followed by `settings`."""
     found = [*dataset_arguments(given), "--trainer.devices=1"]
     found += [] if given.epochs is None else [f"--trainer.max_epochs={given.epochs}"]
-    found += [f"--model.{key}={value}" for key, value in key_values("--model", given.model).items()]
     for argument in (found := [*found, *settings]):
         name = argument.partition("=")[0].removeprefix("--")
         if name in OWN:

@@ -6,7 +6,7 @@ import inspect
 import pkgutil
 import re
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ UNKNOWN = re.compile(
     r"|key \"(?P<key>[\w.]+)\":.*class_path '(?P<path>[\w.]+)':\s*Option '|Option ')(?P<name>[\w.-]+)",
     re.DOTALL,
 )
+PATH = "file or folder of a dataset that is not part of the package"
 #: The forms in which jsonargparse quotes options and types.
 QUOTED = re.compile(r"Parser key \"([\w.]+)\"|<class '(?:\w+\.)*(\w+)'>")
 
@@ -71,21 +72,6 @@ def at_least_one(text: str | int) -> int:
     return number
 
 
-def key_values(option: str, texts: Iterable[str]) -> dict[str, str]:
-    """The values of a repeated option KEY=VALUE.
-
-    Raises:
-        InputError: a text without a key or "=".
-    """
-    pairs = {}
-    for text in texts:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise InputError(f"{option}: expected KEY=VALUE, got {text!r}")
-        pairs[key] = value
-    return pairs
-
-
 def add_checkpoint_options(parser: Parser) -> None:
     """--ckpt_path, and --encoder: the user's own classes that loading the checkpoint may import."""
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint, a path printed by iprm fit")
@@ -99,24 +85,20 @@ def add_checkpoint_options(parser: Parser) -> None:
     )
 
 
-def add_dataset_options(parser: Parser) -> None:
-    """--path and --set, the options of a dataset; `dataset_arguments` reads them."""
-    parser.add_argument("--path", help="file or folder of a dataset that is not part of the package")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the dataset, such as batch_size=32; may be repeated",
-    )
+def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits the arguments into a command's own and settings of `iprm fit`, --GROUP.NAME VALUE."""
+    own: list[str] = []
+    settings: list[str] = []
+    chosen = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0]
+            chosen = settings if "." in name or name in ("optimizer", "lr_scheduler") else own
+        chosen.append(argument)
+    return own, settings
 
 
 def dataset_arguments(given: jsonargparse.Namespace) -> list[str]:
-    """The arguments of `iprm fit` for the dataset or configuration `given.data`, with --path and --set.
-
-    Raises:
-        InputError: a --set is not KEY=VALUE.
-    """
+    """The arguments of `iprm fit` for the dataset or configuration `given.data`, with its `given.path` if there is one."""
     source = "--config" if given.data in shipped() or Path(given.data).is_file() else "--data"
-    options = key_values("--set", given.set) | ({} if given.path is None else {"path": given.path})
-    return [source, given.data, *(f"--data.{key}={value}" for key, value in options.items())]
+    return [source, given.data, *([] if given.path is None else [f"--data.path={given.path}"])]

@@ -66,7 +66,7 @@ def test_a_dataset_as_it_should_be_is_clean(tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_digits_have_no_problems_and_features_without_variance(tmp_path, seed):
-    code, out, _ = iprm(tmp_path, "check", "digits", "--set", f"seed={seed}")
+    code, out, _ = iprm(tmp_path, "check", "digits", "--data.seed", str(seed))
     assert code == 0
     assert "remark: modality 'strip': 2 features (8, 15) of 16 without variance in train" in out
     assert "Digits: 0 problems, 2 remarks" in out
@@ -265,7 +265,7 @@ def recordings(tmp_path) -> Path:
 
 
 def of_recordings(folder: Path, *options: str):
-    set_options = ("--set", "val_fraction=0.25", "--set", f"cache_dir={folder.parent}/cache", *options)
+    set_options = ("--data.val_fraction=0.25", f"--data.cache_dir={folder.parent}/cache", *options)
     return iprm(folder.parent, "check", "av-digits", "--path", "recordings", *set_options)
 
 
@@ -307,8 +307,8 @@ def test_recordings_of_which_none_can_be_read_are_all_named_and_cannot_be_used(r
 
 UNUSABLE = {
     "an unknown dataset": (("digts",), "unknown dataset 'digts': did you mean 'digits'?"),
-    "an unknown option": (("digits", "--set", "batchsize=3"), "did you mean --data.batch_size?"),
-    "a word for a number": (("digits", "--set", "seed=one"), "seed: Expected a int. Got value: one"),
+    "an unknown option": (("digits", "--data.batchsize", "3"), "did you mean --data.batch_size?"),
+    "a word for a number": (("digits", "--data.seed", "one"), "seed: Expected a int. Got value: one"),
     "no path": (("features",), "the following arguments are required: path"),
     "a missing file": (("features", "--path", "no.npz"), "no.npz: there is no such file"),
     "a configuration without data": (("model.yaml",), "no data: add --data"),
