@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
@@ -82,8 +81,8 @@ class FusionCLI(LightningCLI, ABC):
         options: dict[str, Any] = {"instantiate": False, "fail_untyped": False}
         parser.add_subclass_arguments((Optimizer,), "optimizer", skip={"params"}, **options)
         parser.add_subclass_arguments((LRScheduler,), "lr_scheduler", skip={"optimizer"}, **options)
-        for name in ("optimizer", "lr_scheduler"):
-            parser.link_arguments(name, f"model.{name}", compute_fn=_as_dict)
+        for name in ("optimizer", "lr_scheduler"):  # as dicts of plain values, which a checkpoint can hold
+            parser.link_arguments(name, f"model.{name}", compute_fn=lambda settings: settings and settings.as_dict())
         parser.set_defaults({"optimizer": OPTIMIZER, "lr_scheduler": LR_SCHEDULER})
         set_titles(parser)
         trained = "required: the checkpoint, a path printed by iprm fit"
@@ -140,11 +139,6 @@ def _resolve(arguments: Sequence[str]) -> list[str]:
         else:
             resolved.append(argument)
     return resolved
-
-
-def _as_dict(settings: Namespace | None) -> dict[str, Any] | None:
-    """Class path and arguments as dicts of plain values, which a checkpoint can hold."""
-    return None if settings is None else settings.as_dict()
 
 
 def _class_path(name: str) -> str:

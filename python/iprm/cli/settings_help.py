@@ -9,7 +9,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from iprm.configs import shipped
-from iprm.data import DATASETS, dataset_class, options_of
+from iprm.data import DATASETS
 
 DESCRIPTIONS = {
     "fit": "Trains one model; keeps the checkpoint best on validation and writes the metrics of every epoch as CSV.",
@@ -83,7 +83,7 @@ class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 def help_of(command: str) -> dict[str, Any]:
     """Arguments of the parser of `command`: usage, description, examples and a formatter that keeps the help short."""
-    options = f"options of the datasets, explained by iprm fit --data.help NAME:\n{_dataset_options()}\n\n"
+    options = f"options of a dataset, --data.batch_size and others: iprm fit --data.help {'|'.join(DATASETS)}\n\n"
     return {
         "prog": f"iprm {command}",
         "usage": f"iprm {command} --config NAME_OR_FILE [--SETTING VALUE ...]",
@@ -91,14 +91,6 @@ def help_of(command: str) -> dict[str, Any]:
         "epilog": f"{options if command == 'fit' else ''}examples:\n{EXAMPLES[command]}",
         "formatter_class": type("Formatter", (_Formatter,), {"command": command}),
     }
-
-
-def _dataset_options() -> str:
-    lines = []
-    for name in DATASETS:
-        options = options_of(dataset_class(name)).values()
-        lines.append(f"  {name:<10} {' '.join(f'--data.{option.name}' for option in options)}")
-    return "\n".join(lines)
 
 
 def set_titles(parser: LightningArgumentParser) -> None:

@@ -32,7 +32,7 @@ class Comparison:
 
     def __init__(self, folder: Path, runs: Sequence[Run]) -> None:
         settings = settings_of_comparison(folder)
-        self.folder, self.runs = folder, list(runs)
+        self.folder = folder
         self.by_method = {run.method: [r for r in runs if r.method == run.method] for run in runs}
         self.finished = [run for run in runs if run.test]
         self.failed = [f"{run.method}, seed {run.seed}: {run.failure}" for run in runs if run.failure]

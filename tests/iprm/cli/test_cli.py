@@ -43,7 +43,7 @@ def test_the_help_of_fit_explains_the_settings_of_data_and_model_and_the_few_of_
     out = iprm(tmp_path, "fit", "--help").out
     settings = (
         "data.path",
-        "data.batch_size",
+        "data.help",
         "model.method",
         "model.feature_dim",
         "optimizer",
