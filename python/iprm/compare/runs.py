@@ -134,14 +134,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _runs_at(folder: Path) -> list[Path]:
     if is_run(folder):
         return [folder]
-    runs = list(_runs_below(folder))
+    runs = [path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern) if is_run(path)]
     if not runs:
         what = f"not a run of iprm fit: none of {', '.join(FILES)} is in it" if folder.is_dir() else "there is no such run"
         raise InputError(f"{folder}: {what}")
-    order = {parent: settings_of_comparison(parent).get("methods", []) for parent in {run.parent.parent for run in runs}}
 
     def place(run: Path) -> tuple[Any, ...]:
-        methods = order[run.parent.parent]
+        methods = settings_of_comparison(run.parent.parent).get("methods", [])
         rank = methods.index(run.parent.name) if run.parent.name in methods else len(methods)
         return _natural(run.parent.parent), rank, _natural(run.parent), _natural(run)
 
@@ -151,11 +150,6 @@ def _runs_at(folder: Path) -> list[Path]:
 def _natural(path: Path) -> list[tuple[int, str]]:
     """version_2 before version_10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path)) if part]
-
-
-def _runs_below(folder: Path) -> Iterator[Path]:
-    for pattern in ("*", "*/*", "*/*/*"):
-        yield from (path for path in folder.glob(pattern) if is_run(path))
 
 
 def read_run(folder: Path) -> Run:

@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -68,9 +67,6 @@ def _attempt(train: Train, job: Job, advance: Advance) -> None:
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
     """Within the context, SIGTERM raises SystemExit instead of ending the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGTERM, _end)
     try:
         yield

@@ -47,9 +47,6 @@ class Group(NamedTuple):
     label: str
     runs: list[Run]
 
-    def courses(self, metric: str) -> list[dict[int, float]]:
-        return [run.courses[metric] for run in self.runs if metric in run.courses]
-
 
 def render(runs: Sequence[Run], version: str) -> str:
     """The HTML of the report.
@@ -120,13 +117,10 @@ def _bounds(measure: str) -> dict[str, Any]:
 
 def _courses_of_one(run: Run) -> list[Card]:
     """Accuracy, loss, and measures by kind; colours distinguish heads, modalities and pairs."""
-
-    def both(metric: str, name: str, place: int = 0) -> Line:
-        return Line(name, run.courses.get(f"val_{metric}", {}), place, run.courses.get(f"train_{metric}", {}))
-
-    names = {"": "fusion"} | {f"_{head}": tables.head_name(head) for head in run.heads}
-    series = [both(f"accuracy{suffix}", name, place) for place, (suffix, name) in enumerate(names.items())]
-    cards = [_lines("Accuracy", series, BOTH, unit=percent), _lines("Loss", [both("loss", "loss")], BOTH, legend=False)]
+    names = {"accuracy": "fusion"} | {f"accuracy_{head}": tables.head_name(head) for head in run.heads}
+    series = [_split(Group(name, [run]), place, metric) for place, (metric, name) in enumerate(names.items())]
+    cards = [_lines("Accuracy", series, BOTH, unit=percent)]
+    cards += [_lines("Loss", [_split(Group("loss", [run]), 0, "loss")], BOTH, legend=False)]
     kinds: dict[str, list[str]] = {}
     for measure in run.measures:
         kinds.setdefault(measure.partition("_")[0], []).append(measure)
@@ -148,7 +142,7 @@ def _courses_of_several(groups: Sequence[Group]) -> list[Card]:
     metrics |= {f"Accuracy of the {tables.head_name(head)}": f"accuracy_{head}" for head in heads} | {"Loss": "loss"}
     cards = []
     for title, metric in metrics.items():
-        series = [_of(group, place, f"val_{metric}", f"train_{metric}") for place, group in enumerate(groups)]
+        series = [_split(group, place, metric) for place, group in enumerate(groups)]
         note = BOTH if len(groups) == len(runs) else f"{BOTH} Mean and range over the seeds."
         cards.append(_lines(title, series, note, legend=False, **({} if metric == "loss" else {"unit": percent})))
     names, note = _first(list(dict.fromkeys(name for run in runs for name in run.measures)), MOST_MEASURES)
@@ -158,8 +152,14 @@ def _courses_of_several(groups: Sequence[Group]) -> list[Card]:
     return cards
 
 
+def _split(group: Group, place: int, metric: str) -> Line:
+    """A metric on validation and in training."""
+    return _of(group, place, f"val_{metric}", f"train_{metric}")
+
+
 def _of(group: Group, place: int, metric: str, training: str = "") -> Line:
-    return figures.mean(group.courses(metric), group.label, place, group.courses(training))
+    courses, trained = ([run.courses[name] for run in group.runs if name in run.courses] for name in (metric, training))
+    return figures.mean(courses, group.label, place, trained)
 
 
 def _measured(run: Run) -> list[Card]:
