@@ -92,14 +92,9 @@ def svg(draw: Callable[[Axes], None], title: str, description: str = "", height:
     return head.format(WIDTH, height, title, description) + Markup(body)
 
 
-def lines(
-    axes: Axes,
-    series: Sequence[Line],
-    unit: Callable[[float], str] | None = None,
-    bounds: tuple[float, float] | None = None,
-) -> None:
-    """Draws metrics over the epochs, the first on top. `bounds` limit the axis and add a thin line at their middle; with the
-    unit `percent`, the axis ends at 100 % or below."""
+def lines(axes: Axes, series: Sequence[Line], *, percents: bool = False, weights: bool = False) -> None:
+    """Draws metrics over the epochs, the first on top. With `percents`, the axis is in percent and ends at 100 % or below; with
+    `weights`, it is [0, 1] with a thin line at 0.5."""
     for place, line in enumerate(reversed(series)):
         for course, options in ((line.training, {"linewidth": 1.1, "alpha": 0.55}), (line.course, {"linewidth": 2})):
             epochs = sorted(course)
@@ -111,11 +106,11 @@ def lines(
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g} %" if unit is percent else f"{y:.4g}"))
-    if bounds:
-        axes.set_ylim(*bounds)
-        axes.axhline(sum(bounds) / 2, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
-    elif unit is percent and axes.get_ylim()[1] > 1:
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g} %" if percents else f"{y:.4g}"))
+    if weights:
+        axes.set_ylim(0, 1)
+        axes.axhline(0.5, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
+    elif percents and axes.get_ylim()[1] > 1:
         axes.set_ylim(top=1)
 
 
@@ -154,7 +149,7 @@ def angles(axes: Axes, histograms: Sequence[Angles]) -> None:
         if histogram.mean is not None:
             axes.axvline(math.degrees(histogram.mean), color=look["color"], linestyle=(0, (4, 4)), linewidth=1.5)
     axes.set(xlabel="angle θ", xticks=(0, 45, 90, 135, 180), xlim=(0, 180))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}°"))
+    axes.xaxis.set_major_formatter("{x:g}°")
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
 
@@ -173,7 +168,7 @@ def strength_by_class(axes: Axes, strength: Strength) -> None:
     axes.set(xlabel="class", ylim=(0, 1), xlim=(-0.6, len(known) - 0.4), yticks=(0, 0.25, 0.5, 0.75, 1))
     axes.set_xticks(range(0, len(known), every), [str(k) for k, _ in known[::every]])
     axes.grid(visible=False, axis="x")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def confusion(axes: Axes, record: Record) -> None:
@@ -232,8 +227,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
         left, right = figure.subplots(1, 2)
         accuracies(left, comparison)
         series = measured(comparison)
-        within = all(0 <= value <= 1 for line in series for value in line.course.values())
-        lines(right, series, bounds=(0, 1) if within else None)
+        lines(right, series, weights=all(0 <= value <= 1 for line in series for value in line.course.values()))
         right.set_ylabel("λ at the end of an epoch, mean ω of an epoch")
         if series:
             handles, names = right.get_legend_handles_labels()

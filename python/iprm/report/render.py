@@ -106,20 +106,16 @@ def _lines(title: str, series: Sequence[Line], note: str = "", *, legend: bool =
     shown = [line for line in series if line.course or line.training]
     if not shown:
         return Card(title, Markup('<p class="empty">No epoch yet.</p>'))
-    said = figures.ends(shown, options.get("unit") or "{:.3f}".format)
+    said = figures.ends(shown, percent if options.get("percents") else "{:.3f}".format)
     chart = figures.svg(partial(figures.lines, series=shown, **options), title, said)
     return Card(title, chart, [Key(line.name, line.colour) for line in shown] if legend else (), note.strip())
-
-
-def _bounds(measure: str) -> dict[str, Any]:
-    return {"bounds": (0, 1)} if measure.partition("_")[0] in SYMBOLS else {}
 
 
 def _courses_of_one(run: Run) -> list[Card]:
     """Accuracy, loss, and measures by kind; colours distinguish heads, modalities and pairs."""
     names = {"accuracy": "fusion"} | {f"accuracy_{head}": tables.head_name(head) for head in run.heads}
     series = [_split(Group(name, [run]), place, metric) for place, (metric, name) in enumerate(names.items())]
-    cards = [_lines("Accuracy", series, BOTH, unit=percent)]
+    cards = [_lines("Accuracy", series, BOTH, percents=True)]
     cards += [_lines("Loss", [_split(Group("loss", [run]), 0, "loss")], BOTH, legend=False)]
     kinds: dict[str, list[str]] = {}
     for measure in run.measures:
@@ -130,7 +126,7 @@ def _courses_of_one(run: Run) -> list[Card]:
         series = [Line(label(name, run.heads), run.measures[name], place) for place, name in enumerate(measures)]
         note = "λ weighs the first modality in the probe, and follows its strength ω. " if kind in ("λ and ω", "weight") else ""
         shown, more = _first(series, figures.MOST_LINES)
-        cards.append(_lines(SYMBOLS.get(kind, kind), shown, note + more, **_bounds(measures[0])))
+        cards.append(_lines(SYMBOLS.get(kind, kind), shown, note + more, weights=kind == "λ and ω" or kind in SYMBOLS))
     return cards
 
 
@@ -144,11 +140,11 @@ def _courses_of_several(groups: Sequence[Group]) -> list[Card]:
     for title, metric in metrics.items():
         series = [_split(group, place, metric) for place, group in enumerate(groups)]
         note = BOTH if len(groups) == len(runs) else f"{BOTH} Mean and range over the seeds."
-        cards.append(_lines(title, series, note, legend=False, **({} if metric == "loss" else {"unit": percent})))
+        cards.append(_lines(title, series, note, legend=False, percents=metric != "loss"))
     names, note = _first(list(dict.fromkeys(name for run in runs for name in run.measures)), MOST_MEASURES)
     for name in names:
         series = [_of(group, place, name) for place, group in enumerate(groups)]
-        cards.append(_lines(label(name, heads), series, note, legend=False, **_bounds(name)))
+        cards.append(_lines(label(name, heads), series, note, legend=False, weights=name.partition("_")[0] in SYMBOLS))
     return cards
 
 
