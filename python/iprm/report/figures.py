@@ -31,7 +31,7 @@ MOST_LINES = 12
 MOST_CELLS = 60  # classes; with more, a cell of the matrix would be smaller than 5 units
 MOST_NUMBERED = 12  # classes; with more, a cell has no room for its count
 MOST_BARS = 48
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 336, 44, 8, 10, 40  # units of an SVG, which a card shows at 1 to 1.2 pixels each
+WIDTH = 336  # units of an SVG, which a card shows at 1 to 1.2 pixels each
 RC: dict[Any, Any] = dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top", "text.parse_math"), False)
 RC |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), SOFT)
 RC |= {
@@ -68,14 +68,12 @@ def style(place: int) -> dict[str, Any]:
     return {"color": PALETTE[place % len(PALETTE)], "linestyle": DASHES[min(2, place // len(PALETTE))]}
 
 
-def svg(draw: Callable[[Axes], None], title: str, description: str = "", height: float = 204, left: float = LEFT) -> Markup:
+def svg(draw: Callable[[Axes], None], title: str, description: str = "", height: float = 204) -> Markup:
     """SVG of what `draw` draws on empty axes; the same figure gives the same bytes."""
     with mpl.rc_context(RC), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib's font lacks a letter; the browser has it
-        figure = Figure((WIDTH / 72, height / 72))
-        inside = (left / WIDTH, BOTTOM / height, 1 - (left + RIGHT) / WIDTH, 1 - (TOP + BOTTOM) / height)
-        axes = figure.add_axes(inside)
-        draw(axes)
+        figure = Figure((WIDTH / 72, height / 72), layout="constrained")
+        draw(figure.add_subplot())
         for artist in figure.findobj():
             artist.set_clip_on(False)
         file = io.StringIO()
@@ -164,7 +162,7 @@ def strength_by_class(axes: Axes, strength: Strength) -> None:
     axes.bar(range(len(known)), [omega - 0.5 for _, omega in known], bottom=0.5, color=colours, width=0.8)
     axes.axhline(0.5, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
     width = max((len(str(k)) for k, _ in known), default=1) * 7.5 + 6
-    every = max(1, math.ceil(width * len(known) / (WIDTH - LEFT - RIGHT)))
+    every = max(1, math.ceil(width * len(known) / (WIDTH - 60)))
     axes.set(xlabel="class", ylim=(0, 1), xlim=(-0.6, len(known) - 0.4), yticks=(0, 0.25, 0.5, 0.75, 1))
     axes.set_xticks(range(0, len(known), every), [str(k) for k, _ in known[::every]])
     axes.grid(visible=False, axis="x")
