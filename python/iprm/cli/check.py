@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from rich import box
-from rich.console import Console
+from lightning.pytorch.cli import instantiate_class
 from rich.table import Table
 
 from iprm.data import DATASETS
 from iprm.data.quality import Report, check
 from iprm.errors import InputError
 
-from .options import dataset_of
-from .parser import Parser, add_dataset_options, dataset_settings
+from .console import table, wide_console
+from .fit import fit_settings
+from .parser import PATH, Parser, dataset_arguments, divided
 
 DESCRIPTION = """\
 Reads all rows of a dataset and reports the classes of every split, the shape and type of every modality, and problems.
@@ -32,7 +31,7 @@ EXAMPLES = """\
 examples:
   iprm check digits
   iprm check features --path my_features.npz
-  iprm check av-digits --path recordings/ --set noise=0.4
+  iprm check av-digits --path recordings/ --data.noise 0.4
   iprm check runs/digits/fit/version_0/config.yaml
 """
 
@@ -44,29 +43,28 @@ def parser() -> Parser:
     """The arguments of `iprm check`."""
     p = Parser("iprm check", description=DESCRIPTION, epilog=EXAMPLES)
     p.add_argument("data", metavar="DATA", help=f"{', '.join(DATASETS)}, or a YAML configuration, for example of iprm fit")
-    add_dataset_options(p)
+    p.add_argument("--path", help=PATH)
     return p
 
 
 def check_command(arguments: Sequence[str]) -> int:
     """Runs `iprm check` and returns the exit code."""
-    given = parser().parse_args(arguments)
-    data = dataset_of(given.data, dataset_settings(given))
+    own, settings = divided(arguments)
+    data = instantiate_class((), fit_settings([*dataset_arguments(parser().parse_args(own)), *settings])["data"])
     faults: list[str] = []
     try:
         report = check(data.source, data.inspect(faults))
     except InputError as error:
         raise InputError("\n".join([*faults, str(error)])) from error
-    console = Console()
-    for table in (class_table(report), modality_table(report)):
-        console.print(table)
+    console = wide_console()
+    for shown in (class_table(report), modality_table(report)):
+        console.print(shown, "")
     problems = [*faults, *(finding.what for finding in report.findings if finding.problem)]
     remarks = [finding.what for finding in report.findings if not finding.problem]
     for kind, lines in (("problem", problems), ("remark", remarks)):
         for line in lines:
-            console.print(f"{kind}: {line}", highlight=False, soft_wrap=True, markup=False)
-    verdict = f"{_count(len(problems), 'problem')}, {_count(len(remarks), 'remark')}" if problems or remarks else "clean"
-    console.print(f"{data.source}: {verdict}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"{kind}: {line}")
+    console.print(f"{data.source}: {_count(len(problems), 'problem')}, {_count(len(remarks), 'remark')}")
     return 1 if problems else 0
 
 
@@ -76,35 +74,24 @@ def _count(count: int, what: str) -> str:
 
 def class_table(report: Report) -> Table:
     """Number of rows per class and split."""
-    table = _table("class", *report.counts)
+    found = table("class", *report.counts)
     shown = len(report.classes) if len(report.classes) <= MOST_CLASSES else MOST_CLASSES - 1
     for place, label in enumerate(report.classes[:shown]):
-        table.add_row(str(label), *(str(count[place]) for count in report.counts.values()))
+        found.add_row(str(label), *(str(count[place]) for count in report.counts.values()))
     if shown < len(report.classes):
-        others = (_span(count[shown:]) for count in report.counts.values())
-        table.add_row(f"{len(report.classes) - shown} more", *others, end_section=True)
-    table.add_section()
-    table.add_row("all", *(str(count.sum()) for count in report.counts.values()))
-    return table
-
-
-def _span(counts: np.ndarray) -> str:
-    return f"{counts.min()} to {counts.max()} each"
+        others = (f"{count[shown:].min()} to {count[shown:].max()} each" for count in report.counts.values())
+        found.add_row(f"{len(report.classes) - shown} more", *others)
+    found.add_section()
+    found.add_row("all", *(str(count.sum()) for count in report.counts.values()))
+    return found
 
 
 def modality_table(report: Report) -> Table:
     """Shape and type of each modality, and the number of suspicious rows and features per split."""
-    table = _table("modality", "split", "shape", "type", "missing", "not finite", "constant features")
+    shown = table("modality", "split", "shape", "type", "missing", "not finite", "constant features", left=4)
     for modality, scans in report.scans.items():
         for name, found in scans.items():
             counts = (len(found.missing), len(found.non_finite), len(found.constant))
-            table.add_row(modality, name, found.shape, found.dtype, *map(str, counts))
-        table.add_section()
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("class", "modality", "split", "shape", "type") else "right")
-    return table
+            shown.add_row(modality, name, found.shape, found.dtype, *map(str, counts))
+        shown.add_section()
+    return shown

@@ -6,30 +6,29 @@ import datetime
 import json
 import platform
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.console import Console
-from rich.text import Text
 
 import iprm_kernels as ik
 from iprm.compare.run import DEFAULT_COMPARISON, Clock, Job, make_jobs, read_once
 from iprm.compare.runs import COMPARISON, TEST, read_runs, settings_of_comparison
 from iprm.compare.sweep import Advance, default_jobs, ended_by_sigterm, sweep
-from iprm.compare.table import Comparison, text, write
-from iprm.configs import shipped
+from iprm.compare.table import Comparison, write
 from iprm.data import DATASETS
 from iprm.data.module import MultimodalData
 from iprm.environment import versions
 from iprm.errors import InputError
 from iprm.methods import METHODS
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
+from iprm.training.checkpoint import saved_states, state_to_resume
 
-from .fit import STOPPED, FitCLI, fit_settings, run_fit
-from .parser import Parser, add_dataset_options, at_least_one, dataset_settings, key_values
+from .console import table, wide_console
+from .fit import STOPPED, FitCLI, fit_settings
+from .fusion_cli import as_list, run
+from .parser import PATH, Parser, at_least_one, dataset_arguments, divided
 
 DESCRIPTION = """\
 Trains several methods with several seeds on one dataset. A seed determines splits, initial weights and the order of batches;
@@ -56,33 +55,25 @@ OWN = {"model.method": "--methods", "data.seed": "--seeds", "data.init_args.seed
 
 def parser() -> Parser:
     """The arguments of `iprm compare`."""
-    p = Parser("iprm compare", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    p = Parser("iprm compare", description=DESCRIPTION, epilog=EXAMPLES)
     p.add_argument("--data", required=True, metavar="NAME", help=f"dataset: {', '.join(DATASETS)}")
-    add_dataset_options(p)
+    p.add_argument("--path", help=PATH)
     names = f"each modality alone, {', '.join(DEFAULT_COMPARISON)}"
     p.add_argument("--methods", metavar="A,B,...", help=f"{METHOD_NAMES} (default: {names})")
     p.add_argument("--seeds", type=at_least_one, default=3, metavar="N", help="number of seeds: 0, 1, ..., N-1 (default: 3)")
     p.add_argument("--epochs", type=at_least_one, metavar="N", help="default: as in the dataset's shipped configuration")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/compare-<dataset>-<time>")
     p.add_argument("--jobs", type=at_least_one, metavar="N", help="parallel processes (default: one per core; 1 with a GPU)")
-    p.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a setting of the model; may be repeated: feature_dim=32 means --model.feature_dim 32",
-    )
-    p.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="default: auto, a GPU if there is one")
     return p
 
 
 def compare_command(arguments: Sequence[str]) -> int:
     """Runs `iprm compare` and returns the exit code."""
-    own, settings = _divided(arguments)
+    own, settings = divided(arguments)
     given = parser().parse_args(own)
     config = fit_settings(_settings(given, settings))
     asked = [name.strip() for name in given.methods.split(",") if name.strip()] if given.methods is not None else None
-    folder = given.output or Path("runs") / f"compare-{given.data}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = given.output or Path("runs") / f"compare-{Path(given.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     methods, jobs = make_jobs(config, asked, range(given.seeds), folder)
     _write_settings(folder, {"data": given.data, "methods": methods, "seeds": list(range(given.seeds)), "settings": config})
     pending = [job for job in jobs if not (job.folder / TEST).is_file()]
@@ -95,37 +86,21 @@ def compare_command(arguments: Sequence[str]) -> int:
             print(f"iprm: {done}; to continue, repeat the command with --output {folder}", file=sys.stderr)
         raise
     comparison = _report(folder)
-    console = Console()
-    for table in comparison.tables:
-        console.print(f"{table.title}\n", highlight=False, soft_wrap=True, markup=False)
-        for line, bold in text(table, console.width if console.is_terminal else None):
-            console.print(Text(line, "bold" if bold else ""), soft_wrap=True)
+    shown = table(*(name.replace(" ", "\n") for name in comparison.table.head))
+    for place, row in enumerate(comparison.table.rows):
+        shown.add_row(*(cell.replace(" ±", "±") for cell in row), style="bold" if place in comparison.table.bold else None)
+    console = wide_console()
+    console.print(f"{comparison.title}\n", shown, "", sep="\n")
     for failure in comparison.failed:
-        console.print(f"failed: {failure}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"report: {folder}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"failed: {failure}")
+    console.print(f"report: {folder}")
     return 1 if comparison.failed else 0
-
-
-def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits the arguments into this command's own and settings of `iprm fit`, --GROUP.NAME VALUE."""
-    own: list[str] = []
-    settings: list[str] = []
-    chosen = own
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument[2:].partition("=")[0]
-            chosen = settings if "." in name or name in ("optimizer", "lr_scheduler") else own
-        chosen.append(argument)
-    return own, settings
 
 
 def _settings(given: Any, settings: Sequence[str]) -> list[str]:
     """The arguments of `iprm fit` that correspond to this command's options, followed by `settings`."""
-    found = ["--config" if given.data in shipped() else "--data", given.data, "--trainer.devices=1"]
-    found += [f"--trainer.accelerator={given.accelerator}"]
+    found = [*dataset_arguments(given), "--trainer.devices=1"]
     found += [] if given.epochs is None else [f"--trainer.max_epochs={given.epochs}"]
-    found += [f"--data.{key}={value}" for key, value in dataset_settings(given).items()]
-    found += [f"--model.{key}={value}" for key, value in key_values("--model", given.model).items()]
     for argument in (found := [*found, *settings]):
         name = argument.partition("=")[0].removeprefix("--")
         if name in OWN:
@@ -168,9 +143,7 @@ class _ComparedRun(FitCLI):
     def instantiate_trainer(self, **options: Any) -> Any:
         trainer = self.config_init.trainer
         trainer.enable_progress_bar = False  # set here, so that config.yaml equals that of `iprm fit`
-        given = trainer.callbacks or []
-        callbacks = [*(given if isinstance(given, list) else [given]), self.clock]
-        return super().instantiate_trainer(callbacks=callbacks, **options)
+        return super().instantiate_trainer(callbacks=[*as_list(trainer.callbacks), self.clock], **options)
 
     def execute(self) -> None:
         try:
@@ -185,5 +158,11 @@ class _ComparedRun(FitCLI):
         self.clock.record(self.folder, metrics, self.datamodule)
 
 
+def run_fit(config: dict[str, Any], folder: Path, advance: Advance) -> None:
+    """Runs `_ComparedRun` in this folder; a run that it already holds resumes from its last state."""
+    state = str(state_to_resume(folder)) if saved_states(folder) else None
+    run(_ComparedRun, {**config, "ckpt_path": state}, folder=folder, advance=advance)
+
+
 def _train(job: Job, advance: Advance) -> None:
-    run_fit(job.config, job.folder, _ComparedRun, advance=advance)
+    run_fit(job.config, job.folder, advance)

@@ -8,7 +8,7 @@ from pathlib import Path
 from iprm.inference.export import BATCHES, export
 from iprm.inference.model import load_inference
 
-from .parser import Parser, add_encoder_option
+from .parser import Parser, add_checkpoint_options
 
 DESCRIPTION = """\
 Writes the model of a checkpoint, in float32 and with λ frozen, to a folder:
@@ -42,7 +42,6 @@ def export_command(arguments: Sequence[str]) -> int:
 def parser() -> Parser:
     """The arguments of `iprm export`."""
     p = Parser("iprm export", description=DESCRIPTION, epilog=EXAMPLES)
-    p.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint, a path printed by iprm fit")
-    add_encoder_option(p)
+    add_checkpoint_options(p)
     p.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="created if it does not exist")
     return p

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from iprm.training.callbacks.best_checkpoint import BestCheckpoint, best_checkpoint
 from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.callbacks.diagnostics import Diagnostics
-from iprm.training.checkpoint import logged_steps, read_checkpoint, saved_states, state_to_resume
+from iprm.training.checkpoint import logged_steps, read_checkpoint
 from iprm.training.finite import NonFiniteError
+from iprm.training.lightning import quiet_lightning
 
 from .fusion_cli import FusionCLI, as_list, run
 
@@ -30,29 +31,15 @@ def fit_command(arguments: Sequence[str]) -> int:
     return run(FitCLI, arguments)
 
 
-def run_fit(config: Mapping[str, Any], folder: Path, cli: type[FitCLI] | None = None, **options: Any) -> None:
-    """Runs `iprm fit` in this folder, with the settings returned by `fit_settings`.
-
-    If the folder already holds a run, the run resumes from its last state.
-
-    Args:
-        cli: the class to run, by default `FitCLI`; `options` are further arguments of this class.
-
-    Raises:
-        InputError, NonFiniteError: as `iprm fit` does.
-    """
-    state = str(state_to_resume(folder)) if saved_states(folder) else None
-    run(cli or FitCLI, {**config, "ckpt_path": state}, folder=folder, **options)
-
-
 def fit_settings(arguments: Sequence[str]) -> dict[str, Any]:
     """All settings of `iprm fit ARGUMENTS`, as config.yaml would hold them.
 
     Raises:
         InputError: a configuration, setting or dataset does not exist or cannot be used.
     """
-    parsed = _Parsed(arguments)
-    settings = yaml.safe_load(parsed.parser.dump(parsed.config, skip_unset=False))
+    with quiet_lightning():
+        parsed = _Parsed(arguments)
+        settings = yaml.safe_load(parsed.parser.dump(parsed.config, skip_unset=False))
     settings.pop("config", None)
     return settings
 
@@ -108,27 +95,22 @@ class FitCLI(FusionCLI):
         return [log, TensorBoardLogger(log.save_dir, log.name, log.version, default_hp_metric=False, purge_step=purged)]
 
     def execute(self) -> None:
+        # Trainer.log_dir cannot be used: it broadcasts, and after SIGTERM the other processes have exited
+        folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
+        kept = best_checkpoint(self.trainer)
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
         except SIGTERMException as end:
             if self.trainer.is_global_zero:
-                print(f"stopped by SIGTERM; to continue: iprm resume {self._run()}", file=sys.stderr)
+                print(f"stopped by SIGTERM; to continue: iprm resume {folder}", file=sys.stderr)
             raise SystemExit(STOPPED) from end
         except NonFiniteError as error:
-            best = self._best_checkpoint() or "no checkpoint was written"
+            best = (kept and kept.best_model_path) or "no checkpoint was written"
             raise NonFiniteError(f"{error}\nbest on validation until then: {best}") from error
-        best = self._best_checkpoint()
-        if best and self.trainer.is_global_zero:
+        if kept and kept.best_model_path and self.trainer.is_global_zero:
+            best = kept.best_model_path
             print(f"best on validation: {best}")
-            print(f"to evaluate it on the test split: iprm test --config {self._run()}/config.yaml --ckpt_path {best}")
-
-    def _run(self) -> str:
-        """The folder of the run. `Trainer.log_dir` cannot be used: it broadcasts, and the other processes have exited."""
-        return getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
-
-    def _best_checkpoint(self) -> str:
-        """Path of the best checkpoint; empty if none was written."""
-        return getattr(best_checkpoint(self.trainer), "best_model_path", "")
+            print(f"to evaluate it on the test split: iprm test --config {folder}/config.yaml --ckpt_path {best}")
 
 
 class _Parsed(FitCLI):

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
@@ -25,9 +24,8 @@ from iprm.training.classifier import FusionClassifier
 from iprm.training.lightning import quiet_lightning
 from iprm.training.optim import LR_SCHEDULER, OPTIMIZER
 
-from .options import imported_dataset
 from .parser import OneLineErrors
-from .settings_help import checkpoint_help, help_of, set_titles
+from .settings_help import help_of, set_titles
 
 
 class SettingsParser(OneLineErrors, LightningArgumentParser):
@@ -83,12 +81,13 @@ class FusionCLI(LightningCLI, ABC):
         options: dict[str, Any] = {"instantiate": False, "fail_untyped": False}
         parser.add_subclass_arguments((Optimizer,), "optimizer", skip={"params"}, **options)
         parser.add_subclass_arguments((LRScheduler,), "lr_scheduler", skip={"optimizer"}, **options)
-        for name in ("optimizer", "lr_scheduler"):
-            parser.link_arguments(name, f"model.{name}", compute_fn=_as_dict)
+        for name in ("optimizer", "lr_scheduler"):  # as dicts of plain values, which a checkpoint can hold
+            parser.link_arguments(name, f"model.{name}", compute_fn=lambda settings: settings and settings.as_dict())
         parser.set_defaults({"optimizer": OPTIMIZER, "lr_scheduler": LR_SCHEDULER})
         set_titles(parser)
-        group = parser.add_argument_group("the checkpoint")
-        group.add_argument("--ckpt_path", type=str, metavar="FILE", help=checkpoint_help(self.command))
+        trained = "required: the checkpoint, a path printed by iprm fit"
+        text = trained if self.needs_checkpoint else "state of an interrupted run to continue"
+        parser.add_argument_group("the checkpoint").add_argument("--ckpt_path", type=str, metavar="FILE", help=text)
 
     def before_instantiate_classes(self) -> None:
         if self.config.ckpt_path:
@@ -130,28 +129,21 @@ def run(cli: type[FusionCLI], arguments: Sequence[str] | dict[str, Any], **optio
 def _resolve(arguments: Sequence[str]) -> list[str]:
     """The arguments, with names of shipped configurations replaced by paths, and names of datasets by import paths."""
     resolved: list[str] = []
-    names = {"--config": _config_path, "-c": _config_path, "--data": _class_path, "--data.help": _class_path}
+    names = {"--config": find_config, "-c": find_config, "--data": _class_path, "--data.help": _class_path}
     for argument in arguments:
         option, separator, value = argument.partition("=")
         if separator and option in names:
             resolved.append(f"{option}={names[option](value)}")
         elif resolved and resolved[-1] in names:
-            resolved.append(names[resolved[-1]](argument))
+            resolved.append(str(names[resolved[-1]](argument)))
         else:
             resolved.append(argument)
     return resolved
 
 
-def _as_dict(settings: Namespace | None) -> dict[str, Any] | None:
-    """Class path and arguments as dicts of plain values, which a checkpoint can hold."""
-    return None if settings is None else settings.as_dict()
-
-
-def _config_path(name: str) -> str:
-    return str(find_config(name))
-
-
 def _class_path(name: str) -> str:
     """The import path of a dataset given by name or import path."""
-    cls = imported_dataset(name) if "." in name else dataset_class(name)
+    if "." in name:
+        return name
+    cls = dataset_class(name)
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -5,37 +5,24 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-from iprm.errors import InputError, closest
+from iprm.errors import InputError, unknown
 
-
-class Command(NamedTuple):
-    """`iprm NAME` calls ``NAME_command(arguments) -> exit code`` of the module NAME of this package.
-
-    Attributes:
-        help: one line for `iprm --help`.
-        trains: the module imports Lightning and torch, and may run the operators.
-        settings: the command accepts settings of model, data and trainer, and cannot run without any.
-    """
-
-    help: str
-    trains: bool = True
-    settings: bool = False
-
-
+#: name -> its line in `iprm --help`. `iprm NAME` calls ``NAME_command(arguments) -> exit code`` of the module NAME here.
 COMMANDS = {
-    "compare": Command("train several methods with several seeds on a dataset; writes a table, a plot and CSV files"),
-    "fit": Command("train one model and keep the checkpoint with the best validation accuracy", settings=True),
-    "resume": Command("continue a run of fit that was killed or stopped"),
-    "test": Command("evaluate a checkpoint on the test split", settings=True),
-    "predict": Command("write predictions of a checkpoint as CSV, for a split of a dataset or for new samples", settings=True),
-    "report": Command("write an HTML page about runs of fit, or about a comparison", trains=False),
-    "profile": Command("measure where the time of an epoch goes, stage by stage", settings=True),
-    "check": Command("read a dataset and report problems"),
-    "export": Command("write the model of a checkpoint for use with torch alone"),
-    "info": Command("print versions and the implementation of each operator on this machine", trains=False),
+    "compare": "train several methods with several seeds on a dataset; writes a table, a plot and CSV files",
+    "fit": "train one model and keep the checkpoint with the best validation accuracy",
+    "resume": "continue a run of fit that was killed or stopped",
+    "test": "evaluate a checkpoint on the test split",
+    "predict": "write predictions of a checkpoint as CSV, for a split of a dataset or for new samples",
+    "report": "write an HTML page about runs of fit, or about a comparison",
+    "profile": "measure where the time of an epoch goes, stage by stage",
+    "check": "read a dataset and report problems",
+    "export": "write the model of a checkpoint for use with torch alone",
+    "info": "print versions and the implementation of each operator on this machine",
 }
+#: Commands that import neither Lightning nor torch when they start.
+LIGHT = ("report", "info")
 
 HELP = f"""\
 usage: iprm COMMAND [OPTIONS]
@@ -43,7 +30,7 @@ usage: iprm COMMAND [OPTIONS]
 Trains multimodal classifiers (audio and image, text and image, ...) in which no modality is starved by another.
 
 commands:
-{chr(10).join(f"  {name:<9} {command.help}" for name, command in COMMANDS.items())}
+{chr(10).join(f"  {name:<9} {line}" for name, line in COMMANDS.items())}
 
 start here:
   iprm compare --data digits                                   two minutes, no download
@@ -52,14 +39,6 @@ start here:
 
 iprm COMMAND --help explains a command.
 """
-
-NEEDS_CONFIGURATION = """\
-{command} needs a configuration. The package contains some:
-
-  iprm {command} --config digits{checkpoint}
-
-shipped: {shipped}; the path of a YAML file is accepted as well. `iprm {command} --help` explains the settings,
-`iprm fit --config digits --print_config` prints a configuration to start from."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,13 +76,10 @@ def _dispatch(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        match = closest(name, COMMANDS)
-        raise InputError(f"unknown command {name!r}" + (f": did you mean {match!r}?" if match else "; try iprm --help"))
-    if COMMANDS[name].settings and len(arguments) == 1:
-        raise InputError(_needs_configuration(name))
+        raise InputError(unknown("command", name, COMMANDS))
     try:
         command = getattr(importlib.import_module(f".{name}", __package__), f"{name}_command")
-        if not COMMANDS[name].trains:
+        if name in LIGHT:
             return command(arguments[1:])
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("iprm"):
@@ -128,10 +104,3 @@ def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) ->
     except NonFiniteError as error:
         print(f"iprm: stopped at {error}", file=sys.stderr)
         return 1
-
-
-def _needs_configuration(command: str) -> str:
-    from iprm.configs import shipped
-
-    checkpoint = " --ckpt_path CHECKPOINT" if command in ("test", "predict") else ""
-    return NEEDS_CONFIGURATION.format(command=command, checkpoint=checkpoint, shipped=", ".join(shipped()))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import pkgutil
 import re
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Iterable
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 
+from iprm.configs import shipped
 from iprm.errors import InputError, closest
 
 #: jsonargparse's messages for an unknown option: of the parser, of a group, or of a class that another option names.
@@ -19,6 +21,7 @@ UNKNOWN = re.compile(
     r"|key \"(?P<key>[\w.]+)\":.*class_path '(?P<path>[\w.]+)':\s*Option '|Option ')(?P<name>[\w.-]+)",
     re.DOTALL,
 )
+PATH = "file or folder of a dataset that is not part of the package"
 #: The forms in which jsonargparse quotes options and types.
 QUOTED = re.compile(r"Parser key \"([\w.]+)\"|<class '(?:\w+\.)*(\w+)'>")
 
@@ -39,24 +42,15 @@ class OneLineErrors:
     def _unknown(self: Any, name: str, group: str | None, key: str | None, path: str | None) -> str:
         known = ["help", *self.get_defaults(skip_validation=True).keys()]
         if path is not None:
-            module, _, attribute = path.rpartition(".")
-            known = [f"{key}.{p}" for p in inspect.signature(getattr(importlib.import_module(module), attribute)).parameters]
+            known = [f"{key}.{parameter}" for parameter in inspect.signature(pkgutil.resolve_name(path)).parameters]
         name = ".".join(filter(None, (group or key, name)))
-        meant = meant_option(name, known)
+        meant = closest(name, known)
         return f"unknown option --{name}" + (f": did you mean --{meant}?" if meant else f"; try {self.prog} --help")
 
 
 def one_line(message: str) -> str:
     """A message of jsonargparse without line breaks, with options and types named as in Python."""
     return " ".join(QUOTED.sub(r"\1\2", message).split())
-
-
-def meant_option(name: str, known: Iterable[str]) -> str | None:
-    """The dotted name of `known` closest to `name`; one with the same prefix, if there are any."""
-    known = list(known)
-    prefix, _, last = name.rpartition(".")
-    siblings = {option.rpartition(".")[2]: option for option in known if option.rpartition(".")[0] == prefix}
-    return siblings.get(closest(last, siblings) or "") if siblings else closest(name, known)
 
 
 class Parser(OneLineErrors, jsonargparse.ArgumentParser):
@@ -78,23 +72,9 @@ def at_least_one(text: str | int) -> int:
     return number
 
 
-def key_values(option: str, texts: Iterable[str]) -> dict[str, str]:
-    """The values of a repeated option KEY=VALUE.
-
-    Raises:
-        InputError: a text without a key or "=".
-    """
-    pairs = {}
-    for text in texts:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise InputError(f"{option}: expected KEY=VALUE, got {text!r}")
-        pairs[key] = value
-    return pairs
-
-
-def add_encoder_option(parser: Parser) -> None:
-    """--encoder: the user's own classes that loading a checkpoint may import."""
+def add_checkpoint_options(parser: Parser) -> None:
+    """--ckpt_path, and --encoder: the user's own classes that loading the checkpoint may import."""
+    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint, a path printed by iprm fit")
     parser.add_argument(
         "--encoder",
         action="append",
@@ -105,22 +85,20 @@ def add_encoder_option(parser: Parser) -> None:
     )
 
 
-def add_dataset_options(parser: Parser) -> None:
-    """--path and --set, the options of a dataset; `dataset_settings` reads them."""
-    parser.add_argument("--path", help="file or folder of a dataset that is not part of the package")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the dataset, such as batch_size=32; may be repeated",
-    )
+def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits the arguments into a command's own and settings of `iprm fit`, --GROUP.NAME VALUE."""
+    own: list[str] = []
+    settings: list[str] = []
+    chosen = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0]
+            chosen = settings if "." in name or name in ("optimizer", "lr_scheduler") else own
+        chosen.append(argument)
+    return own, settings
 
 
-def dataset_settings(given: jsonargparse.Namespace) -> dict[str, str]:
-    """The options of the dataset, --path included.
-
-    Raises:
-        InputError: a --set is not KEY=VALUE.
-    """
-    return key_values("--set", given.set) | ({} if given.path is None else {"path": given.path})
+def dataset_arguments(given: jsonargparse.Namespace) -> list[str]:
+    """The arguments of `iprm fit` for the dataset or configuration `given.data`, with its `given.path` if there is one."""
+    source = "--config" if given.data in shipped() or Path(given.data).is_file() else "--data"
+    return [source, given.data, *([] if given.path is None else [f"--data.path={given.path}"])]

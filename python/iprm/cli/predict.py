@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import tempfile
-from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from iprm.encoders.description import each
-from iprm.errors import InputError
 from iprm.inference.inputs import Piece, Source, find_samples, gathered, joined
 from iprm.inference.model import Inference, load_inference
 from iprm.inference.predictions import cells, columns, write_predictions
 
 from .fusion_cli import FusionCLI, run
-from .parser import Parser, add_encoder_option, at_least_one
+from .parser import Parser, add_checkpoint_options, at_least_one
 
 DESCRIPTION = """\
 Writes the predictions of a checkpoint for new, unlabelled samples as CSV: file, row, prediction, and the probability
@@ -81,12 +79,12 @@ class PredictCLI(FusionCLI):
 def _predict_samples(arguments: Sequence[str]) -> int:
     needs_help = not {"-h", "--help"}.isdisjoint(arguments)  # even in the place of a value
     given = parser().parse_args(["--help"] if needs_help else arguments)
-    if given.config is not None:
-        raise InputError("--config: --input needs only a checkpoint; remove --config or --input")
     model = load_inference(given.ckpt_path, given.encoder)
     sources = find_samples(given.input, model.inputs)
     given.output.parent.mkdir(parents=True, exist_ok=True)  # fail before the work rather than after it
-    rows = write_sample_predictions(given.output, model.to(_device(given.accelerator)), sources, given.batch_size)
+    rows = write_sample_predictions(
+        given.output, model.to("cuda" if torch.cuda.is_available() else "cpu"), sources, given.batch_size
+    )
     print(f"predictions: {given.output} ({rows} rows)")
     return 0
 
@@ -94,26 +92,11 @@ def _predict_samples(arguments: Sequence[str]) -> int:
 def parser() -> Parser:
     """The arguments of `iprm predict --input`."""
     p = Parser("iprm predict", description=DESCRIPTION, epilog=EXAMPLES)
-    p.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint, a path printed by iprm fit")
-    add_encoder_option(p)
+    add_checkpoint_options(p)
     p.add_argument("--input", required=True, type=Path, metavar="PATH", help="the samples")
     p.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="default: predictions.csv")
     p.add_argument("--batch_size", type=at_least_one, default=256, metavar="N", help="rows per batch (default: 256)")
-    p.add_argument(
-        "--accelerator",
-        default="auto",
-        choices=("auto", "cpu", "gpu"),
-        help="default: auto, a GPU if there is one",
-    )
-    p.add_argument("--config", help=SUPPRESS)
     return p
-
-
-def _device(accelerator: str) -> torch.device:
-    there = torch.cuda.is_available()
-    if accelerator == "gpu" and not there:
-        raise InputError("--accelerator gpu: torch sees no GPU here")
-    return torch.device("cuda" if there and accelerator != "cpu" else "cpu")
 
 
 def write_sample_predictions(path: Path, model: Inference, sources: Sequence[Source], batch_size: int) -> int:
@@ -128,9 +111,8 @@ def write_sample_predictions(path: Path, model: Inference, sources: Sequence[Sou
         with unfinished.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "row", *columns(model.num_classes)])
-            for row in _rows(model, sources, batch_size):
+            for count, row in enumerate(_rows(model, sources, batch_size), 1):  # noqa: B007 - the number of rows is returned
                 writer.writerow(row)
-                count += 1
         unfinished.replace(path)
     return count
 

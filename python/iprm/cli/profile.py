@@ -14,16 +14,14 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from iprm.data.loading import available_cores
 from iprm.environment import chosen_backends, versions
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Profile, StageProfiler
 from iprm.training.callbacks.run_state import RunState
 
+from .console import table, wide_console
 from .fusion_cli import FusionCLI, as_list, run
 from .parser import at_least_one
 
@@ -76,52 +74,39 @@ class ProfileCLI(FusionCLI):
             self._write(folder, profile)
 
     def _write(self, folder: Path, profile: Profile) -> None:
-        settings = yaml.safe_load(self.parser.dump(self.config))
-        content = asdict(profile) | {
+        content = {
+            **asdict(profile),
             "seconds": profile.seconds,
             "epoch": profile.epoch,
-            "settings": settings,
+            "settings": yaml.safe_load(self.parser.dump(self.config)),
             "versions": versions(),
+            "platform": platform.platform(),
+            "device": self.trainer.strategy.root_device.type,
+            "threads": torch.get_num_threads(),
+            "backends": chosen_backends(),
         }
-        content["machine"] = machine(self.model.device)
         (folder / "profile.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         title = f"{type(self.datamodule).__name__}, {self.model.hparams['method']}: {profile.rows} rows per batch"
         plot(folder / "profile.png", profile, title)
-        console = Console()
-        console.print(rich_table(profile, title))
-        epoch = f"an epoch takes {_seconds(profile.epoch)} s, of which validation {_seconds(profile.validation)} s"
-        lines = [epoch, f"profile: {folder}"]
+        console = wide_console()
+        console.print(f"{title}\n", stage_table(profile), "", sep="\n")
+        console.print(f"an epoch takes {_seconds(profile.epoch)} s, of which validation {_seconds(profile.validation)} s")
         if profile.synchronised:
-            lines.insert(1, "stages do not overlap here, because each waits for the GPU; in an ordinary run, stages overlap")
-        for line in lines:
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print("stages do not overlap here, because each waits for the GPU; in an ordinary run, stages overlap")
+        console.print(f"profile: {folder}")
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """The machine on which the measurement was made."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    found = {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": available_cores(),
-    }
-    return found | {"threads": torch.get_num_threads(), "device": name, "backends": chosen_backends()}
-
-
-def rich_table(profile: Profile, title: str) -> Table:
+def stage_table(profile: Profile) -> Table:
     """One row per stage, then the whole batch."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("stage")
-    for name in ("ms per batch", "share", "s per epoch"):
-        table.add_column(name, justify="right", no_wrap=True)
+    found = table("stage", "ms per batch", "share", "s per epoch")
     count = profile.epoch_batches
     for name, seconds in profile.stages.items():
         share = f"{seconds / profile.seconds:.1%}"
-        table.add_row(name, f"{1000 * seconds:.3f}", share, _seconds(count and count * seconds))
-    table.add_section()
+        found.add_row(name, f"{1000 * seconds:.3f}", share, _seconds(count and count * seconds))
+    found.add_section()
     whole = _seconds(count and count * profile.seconds)
-    table.add_row("batch", f"{1000 * profile.seconds:.3f}", "100.0%", whole, style="bold")
-    return table
+    found.add_row("batch", f"{1000 * profile.seconds:.3f}", "100.0%", whole, style="bold")
+    return found
 
 
 def _seconds(value: float | None) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
+from iprm.compare.runs import read_runs
 from iprm.environment import versions
-from iprm.errors import InputError
+from iprm.report.render import render
 
 from .parser import Parser
 
@@ -27,7 +27,7 @@ examples:
 
 def parser() -> Parser:
     """The arguments of `iprm report`."""
-    p = Parser("iprm report", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    p = Parser("iprm report", description=DESCRIPTION, epilog=EXAMPLES)
     p.add_argument(
         "runs",
         nargs="+",
@@ -43,16 +43,9 @@ def report_command(arguments: Sequence[str]) -> int:
     """Runs `iprm report` and returns the exit code.
 
     Raises:
-        InputError: a folder does not exist or holds no run, or a package is missing.
+        InputError: a folder does not exist or holds no run.
     """
     given = parser().parse_args(arguments)
-    try:
-        from iprm.compare.runs import read_runs
-        from iprm.report.render import render
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("iprm"):
-            raise
-        raise InputError(f'this command needs more packages: pip install "iprm-kernels[train]" ({error})') from error
     runs = read_runs(given.runs)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(render(runs, versions()["iprm-kernels"]), encoding="utf-8")

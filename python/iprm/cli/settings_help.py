@@ -9,7 +9,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from iprm.configs import shipped
-from iprm.data import DATASETS, dataset_class, options_of
+from iprm.data import DATASETS
 
 DESCRIPTIONS = {
     "fit": "Trains one model; keeps the checkpoint best on validation and writes the metrics of every epoch as CSV.",
@@ -18,10 +18,10 @@ DESCRIPTIONS = {
     "profile": """\
 Reports where the time of an epoch goes. Trains for a few batches with the settings of iprm fit and prints the time per batch
 of every stage: fetching a batch, moving it to the device, forward and backward pass of each encoder and of the head,
-optimiser, metrics, and the rest. Writes profile.png and profile.json; no checkpoints, states or logs.
-
-All settings of iprm fit are accepted; see iprm fit --help. Settings that limit the length of a run have no effect.""",
+optimiser, metrics, and the rest. Writes profile.png and profile.json; no checkpoints, states or logs. Settings that limit the
+length of a run have no effect.""",
 }
+OTHERS = "All settings of iprm fit are accepted; see iprm fit --help."
 EXAMPLES = {
     "fit": """\
   iprm fit --config digits
@@ -38,7 +38,6 @@ EXAMPLES = {
   iprm profile --config digits --model.channels_last true --steps 200
   iprm profile --config runs/digits/fit/version_0/config.yaml --data.batch_size 256""",
 }
-CHECKPOINT = "required: the checkpoint, a path printed by iprm fit"
 #: Help texts that replace descriptions in docstrings. Lightning's settings are shown only if they have a text here.
 HELP = {
     "config": f"{', '.join(shipped())}, or a YAML file. Settings after it on the command line override it. iprm fit writes the "
@@ -58,69 +57,40 @@ HELP = {
     "lr_scheduler": "a schedule of torch.optim.lr_scheduler, or a class path, stepped after every epoch; null for none",
     "data": f"{', '.join(DATASETS)}, or the import path of a MultimodalData class",
 }
-TRAINING_ONLY = (
-    "seed_everything",
-    "optimizer",
-    "lr_scheduler",
-    "trainer.max_epochs",
-    "trainer.default_root_dir",
-    *(f"trainer.{name}" for name in ("strategy", "num_nodes", "accumulate_grad_batches", "gradient_clip_val")),
-)
+#: Settings that the help of every command shows; a checkpoint or iprm fit determines most of the others.
+ALWAYS = ("help", "config", "ckpt_path", "output", "steps")
+#: Settings that the data and other settings determine.
+LINKED = ("model.inputs", "model.num_classes", "model.optimizer", "model.lr_scheduler")
 TITLES = {"trainer": "the run", "model": "the model", "data": "the data", "state": "states to resume from"}
 
 
 class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Shows the settings that most runs of `command` need. Types and defaults are added where HELP has no text."""
+    """Shows the settings that most runs of `command` need. Types and defaults are added to those of model and states."""
 
     command = ""
 
     def add_argument(self, action: Action) -> None:
         setting = action.dest
-        if not _is_shown(setting, self.command):
-            return
-        if setting != "help" and not setting.startswith(("model.", "state.", "data.")):
+        if self.command == "fit" and setting.startswith(("model.", "state.")) and setting not in LINKED:
+            super().add_argument(action)
+        elif setting in ALWAYS or (self.command == "fit" and setting in HELP):
             # a plain Action, because jsonargparse appends type and default to the help of its own actions
             text, metavar = HELP.get(setting, action.help), "NAME" if setting == "data" else action.metavar
-            action = Action(action.option_strings, setting, action.nargs, default=SUPPRESS, help=text, metavar=metavar)
-        super().add_argument(action)
-
-
-def _is_shown(setting: str, command: str) -> bool:
-    if command == "profile":
-        return setting in ("help", "config", "steps", "output")
-    if setting.startswith(("model.", "state.")) or setting in TRAINING_ONLY:  # a checkpoint determines these
-        return command == "fit" and setting not in (
-            "model.inputs",
-            "model.num_classes",
-            "model.optimizer",
-            "model.lr_scheduler",
-        )
-    return setting in HELP or setting in ("help", "output", "ckpt_path")
+            super().add_argument(
+                Action(action.option_strings, setting, action.nargs, default=SUPPRESS, help=text, metavar=metavar)
+            )
 
 
 def help_of(command: str) -> dict[str, Any]:
     """Arguments of the parser of `command`: usage, description, examples and a formatter that keeps the help short."""
-    options = f"options of the datasets, explained by iprm {command} --data.help NAME:\n{_dataset_options()}\n\n"
+    options = f"options of a dataset, --data.batch_size and others: iprm fit --data.help {'|'.join(DATASETS)}\n\n"
     return {
         "prog": f"iprm {command}",
         "usage": f"iprm {command} --config NAME_OR_FILE [--SETTING VALUE ...]",
-        "description": DESCRIPTIONS[command],
-        "epilog": f"{'' if command == 'profile' else options}examples:\n{EXAMPLES[command]}",
+        "description": DESCRIPTIONS[command] if command == "fit" else f"{DESCRIPTIONS[command]}\n\n{OTHERS}",
+        "epilog": f"{options if command == 'fit' else ''}examples:\n{EXAMPLES[command]}",
         "formatter_class": type("Formatter", (_Formatter,), {"command": command}),
     }
-
-
-def checkpoint_help(command: str) -> str:
-    """The help text of --ckpt_path."""
-    return "state of an interrupted run to continue" if command in ("fit", "profile") else CHECKPOINT
-
-
-def _dataset_options() -> str:
-    lines = []
-    for name in DATASETS:
-        options = options_of(dataset_class(name)).values()
-        lines.append(f"  {name:<10} {' '.join(f'--data.{option.name}' for option in options)}")
-    return "\n".join(lines)
 
 
 def set_titles(parser: LightningArgumentParser) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
 import json
+import pkgutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,8 @@ def make_jobs(
     Raises:
         InputError: the dataset, a method or an option cannot be used, or the folder has a run with other settings.
     """
-    data = _data(config["data"], seeds[0])
+    dataset = config["data"]
+    data = read_once(pkgutil.resolve_name(dataset["class_path"]), **(dataset["init_args"] | {"seed": seeds[0]}))
     unimodal = [f"unimodal-{modality}" for modality in data.modalities]
     names = [*unimodal, *DEFAULT_COMPARISON] if methods is None else list(dict.fromkeys(methods))
     if not names:
@@ -53,16 +54,13 @@ def make_jobs(
         learned = {key: config[key] for key in ("optimizer", "lr_scheduler")}
         model = FusionClassifier(data.inputs, data.num_classes, **{**config["model"], **learned, "method": name})
         model.check_training(data.batch_size)
-    jobs = [_job(config, method, seed, folder) for seed, method in itertools.product(seeds, names)]
-    for job in jobs:
-        _refuse_other_settings(job)
+    jobs = []
+    for seed, name in itertools.product(seeds, names):
+        settings = copy.deepcopy(dict(config)) | {"seed_everything": seed}
+        settings["model"]["method"], settings["data"]["init_args"]["seed"] = name, seed
+        jobs.append(Job(name, seed, folder / name / f"seed={seed}", settings))
+        _refuse_other_settings(jobs[-1])
     return names, jobs
-
-
-def _job(config: Mapping[str, Any], method: str, seed: int, folder: Path) -> Job:
-    settings = copy.deepcopy(dict(config)) | {"seed_everything": seed}
-    settings["model"]["method"], settings["data"]["init_args"]["seed"] = method, seed
-    return Job(method, seed, folder / method / f"seed={seed}", settings)
 
 
 def _refuse_other_settings(job: Job) -> None:
@@ -70,14 +68,9 @@ def _refuse_other_settings(job: Job) -> None:
         return
     there, here = read_settings(job.folder / CONFIG, []), dict(flattened(job.config))
     for name in dict.fromkeys((*here, *there)):
-        if name.partition(".")[0] in job.config and there.get(name) != here.get(name):
-            was, asked = there.get(name), here.get(name)
+        was, asked = there.get(name), here.get(name)
+        if name.partition(".")[0] in job.config and was != asked:
             raise InputError(f"{job.folder}: {name} of this run is {was!r}, not {asked!r}; choose another --output")
-
-
-def _data(config: Mapping[str, Any], seed: int) -> MultimodalData:
-    module, _, name = config["class_path"].rpartition(".")
-    return read_once(getattr(importlib.import_module(module), name), **(config["init_args"] | {"seed": seed}))
 
 
 _last_read: dict[str, MultimodalData] = {}  # one entry: memory holds the data of one seed

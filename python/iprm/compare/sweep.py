@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from iprm.data.loading import available_cores
 
 from .run import Job
 from .runs import CONFIG, FAILED
@@ -32,8 +33,7 @@ def default_jobs(runs: int) -> int:
     """One process per core that this process may use, at most `MAX_JOBS` or the number of runs; one if there is a GPU."""
     if torch.cuda.is_available():
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, runs, MAX_JOBS))
+    return max(1, min(available_cores(), runs, MAX_JOBS))
 
 
 def sweep(jobs: Sequence[Job], train: Train, processes: int) -> None:
@@ -67,9 +67,6 @@ def _attempt(train: Train, job: Job, advance: Advance) -> None:
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
     """Within the context, SIGTERM raises SystemExit instead of ending the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGTERM, _end)
     try:
         yield

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from iprm.compare.record import Angles, Record, Strength
-from iprm.compare.runs import SYMBOLS, Course, label
+from iprm.compare.runs import Course, label
 from iprm.compare.table import Comparison
 
 #: The colours of style.css. In a page, its variables replace them, so that they follow the reader's colour scheme.
@@ -26,12 +26,12 @@ PALETTE = ("#0072b2", "#d55e00", "#05a960", "#3a16b8", "#7b828a", "#1b1f24")
 SOFT, GRID, ON = "#57606a", "#e6e9ed", "#ffffff"
 VARIABLES = {colour: f"var(--c{place})" for place, colour in enumerate(PALETTE)} | {SOFT: "var(--soft)", GRID: "var(--grid)"}
 DASHES = ("-", (0, (4, 2)), (0, (1, 2)))
-#: Most lines in a figure; if there are more, it shows their mean and those that end highest and lowest.
+#: Most lines in a figure of one run, or of a comparison; if there are more, the first are shown.
 MOST_LINES = 12
 MOST_CELLS = 60  # classes; with more, a cell of the matrix would be smaller than 5 units
 MOST_NUMBERED = 12  # classes; with more, a cell has no room for its count
 MOST_BARS = 48
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 336, 44, 8, 10, 40  # units of an SVG, which a card shows at 1 to 1.2 pixels each
+WIDTH = 336  # units of an SVG, which a card shows at 1 to 1.2 pixels each
 RC: dict[Any, Any] = dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top", "text.parse_math"), False)
 RC |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), SOFT)
 RC |= {
@@ -48,15 +48,14 @@ RC |= {"xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "svg.
 class Line(NamedTuple):
     """A metric over the epochs.
 
-    course: epoch -> value; colour: index in the palette; training: the metric in training, drawn thin; marked: an epoch to
-    mark; band: epoch -> range of the courses of which `course` is the mean.
+    course: epoch -> value; colour: index in the palette; training: the metric in training, drawn thin; band: epoch -> range of
+    the courses of which `course` is the mean.
     """
 
     name: str
     course: Mapping[int, float]
     colour: int
     training: Mapping[int, float] = {}
-    marked: int | None = None
     band: Mapping[int, tuple[float, float]] = {}
 
 
@@ -69,14 +68,12 @@ def style(place: int) -> dict[str, Any]:
     return {"color": PALETTE[place % len(PALETTE)], "linestyle": DASHES[min(2, place // len(PALETTE))]}
 
 
-def svg(draw: Callable[[Axes], None], title: str, description: str = "", height: float = 204, left: float = LEFT) -> Markup:
+def svg(draw: Callable[[Axes], None], title: str, description: str = "", height: float = 204) -> Markup:
     """SVG of what `draw` draws on empty axes; the same figure gives the same bytes."""
     with mpl.rc_context(RC), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib's font lacks a letter; the browser has it
-        figure = Figure((WIDTH / 72, height / 72))
-        inside = (left / WIDTH, BOTTOM / height, 1 - (left + RIGHT) / WIDTH, 1 - (TOP + BOTTOM) / height)
-        axes = figure.add_axes(inside)
-        draw(axes)
+        figure = Figure((WIDTH / 72, height / 72), layout="constrained")
+        draw(figure.add_subplot())
         for artist in figure.findobj():
             artist.set_clip_on(False)
         file = io.StringIO()
@@ -93,21 +90,13 @@ def svg(draw: Callable[[Axes], None], title: str, description: str = "", height:
     return head.format(WIDTH, height, title, description) + Markup(body)
 
 
-def lines(
-    axes: Axes,
-    series: Sequence[Line],
-    unit: Callable[[float], str] | None = None,
-    bounds: tuple[float, float] | None = None,
-) -> None:
-    """Draws metrics over the epochs, the first on top. `bounds` limit the axis and add a thin line at their middle; with the
-    unit `percent`, the axis ends at 100 % or below."""
+def lines(axes: Axes, series: Sequence[Line], *, percents: bool = False, weights: bool = False) -> None:
+    """Draws metrics over the epochs, the first on top. With `percents`, the axis is in percent and ends at 100 % or below; with
+    `weights`, it is [0, 1] with a thin line at 0.5."""
     for place, line in enumerate(reversed(series)):
         for course, options in ((line.training, {"linewidth": 1.1, "alpha": 0.55}), (line.course, {"linewidth": 2})):
             epochs = sorted(course)
-            dots = [k for k, epoch in enumerate(epochs) if len(epochs) == 1 or (course is line.course and epoch == line.marked)]
-            look = style(line.colour) | {"zorder": 3 + place / 1000, **options}
-            if dots:
-                look |= {"marker": "o", "markersize": 7, "markevery": dots}
+            look = style(line.colour) | {"zorder": 3 + place / 1000, "marker": "o" if len(epochs) == 1 else "", **options}
             if epochs:
                 axes.plot(epochs, [course[epoch] for epoch in epochs], label=line.name, **look)
         low, high = ([line.band[epoch][side] for epoch in sorted(line.band)] for side in (0, 1))
@@ -115,11 +104,11 @@ def lines(
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g} %" if unit is percent else f"{y:.4g}"))
-    if bounds:
-        axes.set_ylim(*bounds)
-        axes.axhline(sum(bounds) / 2, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
-    elif unit is percent and axes.get_ylim()[1] > 1:
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g} %" if percents else f"{y:.4g}"))
+    if weights:
+        axes.set_ylim(0, 1)
+        axes.axhline(0.5, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
+    elif percents and axes.get_ylim()[1] > 1:
         axes.set_ylim(top=1)
 
 
@@ -127,15 +116,6 @@ def ends(series: Sequence[Line], unit: Callable[[float], str] = "{:.3f}".format)
     """The description of `lines` for screen readers."""
     said = [(line.name, line.course or line.training) for line in series[:MOST_LINES] if line.course or line.training]
     return "; ".join(f"{name}: {unit(course[max(course)])} in epoch {max(course)}" for name, course in said)
-
-
-def fewer(series: Sequence[Line]) -> list[Line]:
-    """All lines, up to `MOST_LINES`; otherwise their mean and range, and the three that end highest and the three lowest."""
-    if len(series) <= MOST_LINES:
-        return list(series)
-    ranked = sorted((line for line in series if line.course), key=lambda line: -line.course[max(line.course)])
-    few = [mean([line.course for line in ranked], f"mean of {len(ranked)}", 0), *ranked[:3], *ranked[-3:]]
-    return [line._replace(colour=place) for place, line in enumerate(few)]
 
 
 def mean(courses: Sequence[Mapping[int, float]], name: str, colour: int, training: Sequence[Mapping[int, float]] = ()) -> Line:
@@ -167,7 +147,7 @@ def angles(axes: Axes, histograms: Sequence[Angles]) -> None:
         if histogram.mean is not None:
             axes.axvline(math.degrees(histogram.mean), color=look["color"], linestyle=(0, (4, 4)), linewidth=1.5)
     axes.set(xlabel="angle θ", xticks=(0, 45, 90, 135, 180), xlim=(0, 180))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}°"))
+    axes.xaxis.set_major_formatter("{x:g}°")
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
 
@@ -182,11 +162,11 @@ def strength_by_class(axes: Axes, strength: Strength) -> None:
     axes.bar(range(len(known)), [omega - 0.5 for _, omega in known], bottom=0.5, color=colours, width=0.8)
     axes.axhline(0.5, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
     width = max((len(str(k)) for k, _ in known), default=1) * 7.5 + 6
-    every = max(1, math.ceil(width * len(known) / (WIDTH - LEFT - RIGHT)))
+    every = max(1, math.ceil(width * len(known) / (WIDTH - 60)))
     axes.set(xlabel="class", ylim=(0, 1), xlim=(-0.6, len(known) - 0.4), yticks=(0, 0.25, 0.5, 0.75, 1))
     axes.set_xticks(range(0, len(known), every), [str(k) for k, _ in known[::every]])
     axes.grid(visible=False, axis="x")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def confusion(axes: Axes, record: Record) -> None:
@@ -225,20 +205,16 @@ def short(name: str) -> str:
 
 def measured(comparison: Comparison) -> list[Line]:
     """λ, ω and the other measures of every method, as means over the seeds with their range. If there are more than
-    `MOST_LINES`, ω is left out; if there still are more, one line per method and kind covers all pairs and seeds."""
+    `MOST_LINES`, ω is left out, and the first of the others are shown."""
     found: dict[tuple[str, str], list[Course]] = {}
     for run in comparison.finished:
         for name, course in run.measures.items():
             found.setdefault((run.method, name), []).append(course)
     if len(found) > MOST_LINES:
         found = {key: courses for key, courses in found.items() if not key[1].startswith("strength")}
-    names = {key: label(key[1], comparison.modalities) for key in found}
-    if len(found) > MOST_LINES:
-        every, found = found, {}
-        for (method, name), courses in every.items():
-            found.setdefault((method, name.partition("_")[0]), []).extend(courses)
-        names = {key: f"{SYMBOLS.get(key[1], key[1])}, mean and range" for key in found}
-    return [mean(courses, f"{key[0]}: {names[key]}", place) for place, (key, courses) in enumerate(found.items())]
+    names = [f"{method}: {label(name, comparison.modalities)}" for method, name in found]
+    series = [mean(courses, name, place) for place, (name, courses) in enumerate(zip(names, found.values(), strict=True))]
+    return series[:MOST_LINES]
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
@@ -249,8 +225,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
         left, right = figure.subplots(1, 2)
         accuracies(left, comparison)
         series = measured(comparison)
-        within = all(0 <= value <= 1 for line in series for value in line.course.values())
-        lines(right, series, bounds=(0, 1) if within else None)
+        lines(right, series, weights=all(0 <= value <= 1 for line in series for value in line.course.values()))
         right.set_ylabel("λ at the end of an epoch, mean ω of an epoch")
         if series:
             handles, names = right.get_legend_handles_labels()

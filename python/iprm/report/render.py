@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
@@ -46,9 +46,6 @@ class Group(NamedTuple):
 
     label: str
     runs: list[Run]
-
-    def courses(self, metric: str) -> list[dict[int, float]]:
-        return [run.courses[metric] for run in self.runs if metric in run.courses]
 
 
 def render(runs: Sequence[Run], version: str) -> str:
@@ -98,10 +95,8 @@ def _compared(comparison: Comparison) -> list[Card]:
     if not comparison.finished:
         return []
     title, rows = "Test accuracy by method", len(comparison.by_method)
-    left = 16 + 6.6 * max(len(figures.short(method)) for method in comparison.by_method)
-    said = "; ".join(f"{row[0]}: {row[1]} %" for row in comparison.tables[0].rows)
-    height = figures.TOP + figures.BOTTOM + 22 * max(4, rows)
-    chart = figures.svg(partial(figures.accuracies, comparison=comparison), title, said, height, left)
+    said = "; ".join(f"{row[0]}: {row[1]} %" for row in comparison.table.rows)
+    chart = figures.svg(partial(figures.accuracies, comparison=comparison), title, said, 50 + 22 * max(4, rows))
     return [Card(title, chart, note="Dot: mean. Bar: standard deviation. Tick: one seed.")]
 
 
@@ -109,25 +104,17 @@ def _lines(title: str, series: Sequence[Line], note: str = "", *, legend: bool =
     shown = [line for line in series if line.course or line.training]
     if not shown:
         return Card(title, Markup('<p class="empty">No epoch yet.</p>'))
-    said = figures.ends(shown, options.get("unit") or "{:.3f}".format)
+    said = figures.ends(shown, percent if options.get("percents") else "{:.3f}".format)
     chart = figures.svg(partial(figures.lines, series=shown, **options), title, said)
     return Card(title, chart, [Key(line.name, line.colour) for line in shown] if legend else (), note.strip())
 
 
-def _bounds(measure: str) -> dict[str, Any]:
-    return {"bounds": (0, 1)} if measure.partition("_")[0] in SYMBOLS else {}
-
-
 def _courses_of_one(run: Run) -> list[Card]:
     """Accuracy, loss, and measures by kind; colours distinguish heads, modalities and pairs."""
-
-    def both(metric: str, name: str, place: int = 0) -> Line:
-        return Line(name, run.courses.get(f"val_{metric}", {}), place, run.courses.get(f"train_{metric}", {}), run.best_epoch)
-
-    names = {"": "fusion"} | {f"_{head}": tables.head_name(head) for head in run.heads}
-    note = BOTH if run.best_epoch is None else f"{BOTH} Dots: the best epoch, {run.best_epoch}."
-    series = [both(f"accuracy{suffix}", name, place) for place, (suffix, name) in enumerate(names.items())]
-    cards = [_lines("Accuracy", series, note, unit=percent), _lines("Loss", [both("loss", "loss")], note, legend=False)]
+    names = {"accuracy": "fusion"} | {f"accuracy_{head}": tables.head_name(head) for head in run.heads}
+    series = [_split(Group(name, [run]), place, metric) for place, (metric, name) in enumerate(names.items())]
+    cards = [_lines("Accuracy", series, BOTH, percents=True)]
+    cards += [_lines("Loss", [_split(Group("loss", [run]), 0, "loss")], BOTH, legend=False)]
     kinds: dict[str, list[str]] = {}
     for measure in run.measures:
         kinds.setdefault(measure.partition("_")[0], []).append(measure)
@@ -135,100 +122,79 @@ def _courses_of_one(run: Run) -> list[Card]:
         kinds = {"λ and ω": [*kinds.pop("strength", []), *kinds.pop("weight")]} | kinds
     for kind, measures in kinds.items():
         series = [Line(label(name, run.heads), run.measures[name], place) for place, name in enumerate(measures)]
-        few = figures.fewer(series)
         note = "λ weighs the first modality in the probe, and follows its strength ω. " if kind in ("λ and ω", "weight") else ""
-        note += "" if len(few) == len(series) else f"Mean and range of {len(series)}; the 3 highest and lowest at the end."
-        cards.append(_lines(SYMBOLS.get(kind, kind), few, note, **_bounds(measures[0])))
+        shown, more = _first(series, figures.MOST_LINES)
+        cards.append(_lines(SYMBOLS.get(kind, kind), shown, note + more, weights=kind == "λ and ω" or kind in SYMBOLS))
     return cards
 
 
 def _courses_of_several(groups: Sequence[Group]) -> list[Card]:
     """The same metrics of several groups, one card per metric; colours distinguish the groups."""
     runs = [run for group in groups for run in group.runs]
-    single = len(groups) == len(runs)
     heads = tables.heads_of(runs)
     metrics = {"Accuracy of the fusion": "accuracy"}
     metrics |= {f"Accuracy of the {tables.head_name(head)}": f"accuracy_{head}" for head in heads} | {"Loss": "loss"}
     cards = []
     for title, metric in metrics.items():
-        series = [_of(group, place, f"val_{metric}", f"train_{metric}") for place, group in enumerate(groups)]
-        if single:
-            series = [line._replace(marked=group.runs[0].best_epoch) for line, group in zip(series, groups, strict=True)]
-        note = f"{BOTH} {'Dots: the best epochs.' if single else 'Mean and range over the seeds.'} {_without(series)}"
-        cards.append(_lines(title, series, note, legend=False, **({} if metric == "loss" else {"unit": percent})))
-    names = dict.fromkeys(name for run in runs for name in run.measures)
-    measures = {name: [_of(group, place, name) for place, group in enumerate(groups)] for name in names}
-    chosen = sorted(measures, key=lambda name: _range(measures[name]))[-MOST_MEASURES:]
-    for name in (name for name in measures if name in chosen):
-        most = f"Shown: the {len(chosen)} of {len(names)} measures with the widest range." if len(chosen) < len(names) else ""
-        note = f"{most} {_without(measures[name])}"
-        cards.append(_lines(label(name, heads), measures[name], note, legend=False, **_bounds(name)))
+        series = [_split(group, place, metric) for place, group in enumerate(groups)]
+        note = BOTH if len(groups) == len(runs) else f"{BOTH} Mean and range over the seeds."
+        cards.append(_lines(title, series, note, legend=False, percents=metric != "loss"))
+    names, note = _first(list(dict.fromkeys(name for run in runs for name in run.measures)), MOST_MEASURES)
+    for name in names:
+        series = [_of(group, place, name) for place, group in enumerate(groups)]
+        cards.append(_lines(label(name, heads), series, note, legend=False, weights=name.partition("_")[0] in SYMBOLS))
     return cards
 
 
+def _split(group: Group, place: int, metric: str) -> Line:
+    """A metric on validation and in training."""
+    return _of(group, place, f"val_{metric}", f"train_{metric}")
+
+
 def _of(group: Group, place: int, metric: str, training: str = "") -> Line:
-    return figures.mean(group.courses(metric), group.label, place, group.courses(training))
-
-
-def _range(series: Sequence[Line]) -> float:
-    values = [value for line in series for value in line.course.values()]
-    return max(values) - min(values)
-
-
-def _without(series: Sequence[Line]) -> str:
-    """A note that names the groups without values in a figure."""
-    absent = [line.name for line in series if not line.course and not line.training]
-    if not absent or len(absent) == len(series):
-        return ""
-    return f"No values: {', '.join(absent)}." if len(absent) <= 2 else f"{len(absent)} others have no values."
+    courses, trained = ([run.courses[name] for run in group.runs if name in run.courses] for name in (metric, training))
+    return figures.mean(courses, group.label, place, trained)
 
 
 def _measured(run: Run) -> list[Card]:
     """Confusion, angles and strength by class, if the run has recorded them."""
-    return [*_confusion(run, run.record), *_angles(run.record), *_strengths(run.record)] if run.record else []
+    return [*_confusion(run.record), *_angles(run.record), *_strengths(run.record)] if run.record else []
 
 
-def _confusion(run: Run, record: Record) -> list[Card]:
+def _confusion(record: Record) -> list[Card]:
     if not record.rows:
         return []
     if record.classes > figures.MOST_CELLS:
-        confused = Table("", ["true", "predicted as", "samples", "of"], tables.most_confused(run, 20))
+        confused = Table("", ["true", "predicted as", "samples", "of"], tables.most_confused(record, 20))
         return [Card("Most confused classes", Markup(), table=confused)]
-    title, worst = "Confusion matrix", [f"{t} as {p} ({n} of {of})" for t, p, n, of in tables.most_confused(run, 3)]
+    title, worst = "Confusion matrix", [f"{t} as {p} ({n} of {of})" for t, p, n, of in tables.most_confused(record, 3)]
     note = f"Most often confused: {', '.join(worst)}." if worst else "All samples are classified correctly."
     return [Card(title, figures.svg(partial(figures.confusion, record=record), title, note, 330), note=note)]
 
 
 def _angles(record: Record) -> list[Card]:
-    chosen, note = _furthest(record.angles, lambda pair: -1.0 if pair.mean is None else abs(pair.mean - math.pi / 2))
+    chosen, more = _first(record.angles, MOST_PAIRS)
     if not chosen:
         return []
     means = ", ".join(f"{math.degrees(pair.mean):.1f}°" for pair in chosen if pair.mean is not None)
-    undirected = sum(pair.undirected for pair in record.angles)
-    note = (f"Mean {means} (dashed)." if means else "") + note
-    note += f" {undirected} angles are undefined, because a feature vector is zero." if undirected else ""
+    note = (f"Mean {means} (dashed). " if means else "") + more
     title, keys = "Angle between the modalities", [Key(" × ".join(pair.pair), place) for place, pair in enumerate(chosen)]
     return [Card(title, figures.svg(partial(figures.angles, histograms=chosen), title, note, 188), keys, note.strip())]
 
 
 def _strengths(record: Record) -> list[Card]:
     some = f" Shown: the {figures.MOST_BARS // 2} classes at each end." if record.classes > figures.MOST_BARS else ""
-    chosen, note = _furthest(
-        record.strength, lambda pair: max((abs(w - 0.5) for w in pair.omega[0] if w is not None), default=0)
-    )
+    chosen, more = _first(record.strength, MOST_PAIRS)
     cards = []
     for strength in chosen:
         first, second = strength.pair
         title, keys = f"ω by class: {first} × {second}", [Key(f"{first} stronger", 0), Key(f"{second} stronger", 1)]
-        said = f"1: all weight on {first}. 0: on {second}.{some}{note}"
+        said = f"1: all weight on {first}. 0: on {second}.{some} {more}".strip()
         chart = figures.svg(partial(figures.strength_by_class, strength=strength), title, said, 188)
         cards.append(Card(title, chart, keys, said))
     return cards
 
 
-def _furthest(pairs: Sequence[Any], distance: Callable[[Any], float]) -> tuple[list[Any], str]:
-    """All pairs, up to `MOST_PAIRS`; otherwise those furthest from balance, and a note that says so."""
-    if len(pairs) <= MOST_PAIRS:
-        return list(pairs), ""
-    chosen = sorted(range(len(pairs)), key=lambda place: distance(pairs[place]))[-MOST_PAIRS:]
-    return [pairs[place] for place in sorted(chosen)], f" Shown: the {MOST_PAIRS} of {len(pairs)} pairs furthest from balance."
+def _first(found: Sequence[Any], most: int) -> tuple[Sequence[Any], str]:
+    """The first of `found`, at most `most`, and a note if there are more."""
+    return found[:most], f"Shown: the first {most} of {len(found)}." if len(found) > most else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from iprm.compare.record import Record
 from iprm.compare.runs import Run, flattened, label
 from iprm.compare.table import ABSENT, Table
 
@@ -15,8 +16,7 @@ MOST_MEASURES = 4
 
 
 def summary(runs: Sequence[Run]) -> Table:
-    """Method, seed, best epoch, accuracies on validation at that epoch, last measures, test accuracy. The runs with the best
-    accuracy on validation are bold if all runs have the same data."""
+    """Method, seed, best epoch, accuracies on validation at that epoch, last measures, test accuracy."""
 
     def column(value: Callable[[Run], float | None], unit: Callable[[float], str]) -> list[str]:
         return [ABSENT if (v := value(run)) is None else unit(v) for run in runs]
@@ -24,13 +24,12 @@ def summary(runs: Sequence[Run]) -> Table:
     def at_best(metric: str) -> Callable[[Run], float | None]:
         return lambda run: None if run.best_epoch is None else run.courses.get(metric, {}).get(run.best_epoch)
 
-    accuracy = column(at_best("val_accuracy"), percent)
     columns = {
         "run": [run.name for run in runs],
         "method": [run.method for run in runs],
         "seed": [run.seed for run in runs],
         "best epoch": column(lambda run: run.best_epoch, str),
-        "val accuracy": accuracy,
+        "val accuracy": column(at_best("val_accuracy"), percent),
     }
     columns |= {head_name(head): column(at_best(f"val_accuracy_{head}"), percent) for head in heads_of(runs)}
     measures = dict.fromkeys(name for run in runs for name in run.measures)
@@ -38,11 +37,8 @@ def summary(runs: Sequence[Run]) -> Table:
         columns[f"last {label(name, heads_of(runs))}"] = column(lambda run, name=name: run.last(name), "{:.3f}".format)  # type: ignore[misc]
     if any(run.test for run in runs):
         columns["test accuracy"] = column(lambda run: run.test.get("accuracy"), percent)
-    columns |= {"epochs": [_epochs(run) for run in runs], "data": [run.data for run in runs]}
-    known = {value for run in runs if (value := at_best("val_accuracy")(run)) is not None}
-    best = percent(max(known)) if len(known) > 1 and len({run.data for run in runs}) == 1 else None
-    bold = frozenset(place for place, cell in enumerate(accuracy) if cell == best)
-    return Table("", list(columns), [list(row) for row in zip(*columns.values(), strict=True)], bold)
+    columns |= {"epochs": [str(max(run.epochs, default=-1) + 1) for run in runs], "data": [run.data for run in runs]}
+    return Table("", list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
 
 def heads_of(runs: Sequence[Run]) -> list[str]:
@@ -53,11 +49,6 @@ def heads_of(runs: Sequence[Run]) -> list[str]:
 
 def head_name(head: str) -> str:
     return "mixture" if head == "mix" else f"{head} head"
-
-
-def _epochs(run: Run) -> str:
-    done = max(run.epochs, default=-1) + 1
-    return f"{done} of {run.max_epochs}" if run.max_epochs and run.max_epochs != done else str(done)
 
 
 def compared(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -81,9 +72,8 @@ def folded(runs: Sequence[Run]) -> list[tuple[str, list[Table]]]:
     return [("Settings", compared(runs, [run.settings for run in runs])), ("Environment", compared(runs, environment))]
 
 
-def most_confused(run: Run, count: int) -> list[list[str]]:
+def most_confused(record: Record, count: int) -> list[list[str]]:
     """The most frequent errors: true class, predicted class, their number, and the samples of the true class."""
-    record = run.record
-    wrong = [(t, p, n) for (t, p), n in (record.confusion if record else {}).items() if t != p]
+    wrong = [(t, p, n) for (t, p), n in record.confusion.items() if t != p]
     wrong.sort(key=lambda cell: (-cell[2], cell[:2]))
-    return [[str(t), str(p), str(n), str(record.class_counts[t])] for t, p, n in wrong[:count]] if record else []
+    return [[str(t), str(p), str(n), str(record.class_counts[t])] for t, p, n in wrong[:count]]

@@ -43,7 +43,7 @@ def test_the_help_of_fit_explains_the_settings_of_data_and_model_and_the_few_of_
     out = iprm(tmp_path, "fit", "--help").out
     settings = (
         "data.path",
-        "data.batch_size",
+        "data.help",
         "model.method",
         "model.feature_dim",
         "optimizer",
@@ -52,7 +52,7 @@ def test_the_help_of_fit_explains_the_settings_of_data_and_model_and_the_few_of_
     )
     assert all(f"--{setting}" in out for setting in settings)
     assert "--trainer.sync_batchnorm" not in out
-    assert "--model.feature_dim" not in iprm(tmp_path, "test", "--help").out, "a checkpoint determines it"
+    assert "--model.feature_dim" not in iprm(tmp_path, "test", "--help").out
 
 
 def test_the_options_of_a_dataset_are_explained_by_its_name(tmp_path):

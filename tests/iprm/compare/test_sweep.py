@@ -34,7 +34,7 @@ FILES = {"summary.md", "runs.csv", "history.csv", "plot.png", "settings.json"}
 METHODS = ("sum", "iprm")
 SEEDS = (0, 1)
 RUNS = [f"{method}/seed={seed}" for method in METHODS for seed in SEEDS]
-ARGUMENTS = ("compare", "--data", "features", "--path", "features.npz", "--set", "batch_size=10", "--model", "feature_dim=8")
+ARGUMENTS = ("compare", "--data", "features", "--path", "features.npz", "--data.batch_size", "10", "--model.feature_dim", "8")
 
 
 def compare(folder: Path, *arguments: str, jobs: int = 1, methods: str = "sum,iprm", epochs: int = 2) -> Outcome:
@@ -376,17 +376,16 @@ BAD = {
     "an unknown option": ((*ARGUMENTS, "--epoches", "3"), "unknown option --epoches: did you mean --epochs?"),
     "an unknown method": ((*ARGUMENTS, "--methods", "sum,conct"), "method: unknown name 'conct': did you mean 'concat'?"),
     "no method": ((*ARGUMENTS, "--methods", ","), "no methods were named"),
-    "an unknown dataset option": ((*ARGUMENTS, "--set", "batchsize=3"), "did you mean --data.batch_size?"),
-    "an unknown model option": ((*ARGUMENTS, "--model", "feature_dm=1"), "did you mean --model.feature_dim?"),
-    "a word for a number": ((*ARGUMENTS, "--model", "feature_dim=wide"), "model.feature_dim: Expected a int. Got value: wide"),
-    "a broken mapping": ((*ARGUMENTS, "--model", "encoders={a"), "model.encoders"),
+    "an unknown dataset option": ((*ARGUMENTS, "--data.batchsize", "3"), "did you mean --data.batch_size?"),
+    "an unknown model option": ((*ARGUMENTS, "--model.feature_dm", "1"), "did you mean --model.feature_dim?"),
+    "a word for a number": ((*ARGUMENTS, "--model.feature_dim", "wide"), "model.feature_dim: Expected a int. Got value: wide"),
+    "a broken mapping": ((*ARGUMENTS, "--model.encoders", "{a"), "model.encoders"),
     "a number out of range": ((*ARGUMENTS, "--optimizer.momentum", "2"), "momentum: expected a number from 0 to 1, got 2"),
-    "an option without value": ((*ARGUMENTS, "--set", "batch_size"), "expected KEY=VALUE, got 'batch_size'"),
     "a batch of one row": (
-        (*ARGUMENTS, "--set", "batch_size=1"),
+        (*ARGUMENTS, "--data.batch_size", "1"),
         "batch_size: expected at least 2 to train encoders that normalise",
     ),
-    "a seed": ((*ARGUMENTS, "--set", "seed=3"), "data.seed: the comparison determines this setting for each run; use --seeds"),
+    "a seed": ((*ARGUMENTS, "--data.seed", "3"), "data.seed: the comparison determines this setting for each run; use --seeds"),
     "a method": (
         (*ARGUMENTS, "--model.method", "sum"),
         "model.method: the comparison determines this setting for each run; use --methods",

@@ -328,7 +328,7 @@ def test_a_run_that_fails_leaves_the_predictions_of_the_last_one(tmp_path, model
 
 OPTIONS = {
     "no checkpoint": (("--ckpt_path", "no.ckpt"), "no.ckpt: there is no such checkpoint"),
-    "a configuration": (("--config", "digits"), "--config: --input needs only a checkpoint"),
+    "a configuration": (("--config", "digits"), "unknown option --config"),
     "an option by almost its name": (("--batchsize", "3"), "unknown option --batchsize: did you mean --batch_size?"),
     "an empty batch": (("--batch_size", "0"), "expected a whole number from 1 up, got 0"),
 }

@@ -412,7 +412,7 @@ def test_the_command_prints_stages_and_leaves_a_picture_and_figures_and_nothing_
     assert max(stages, key=stages.get) == DEVICE
     assert found["settings"]["model"]["method"] == "concat"
     assert found["versions"]["torch"] == torch.__version__
-    assert found["machine"]["threads"] == 1
+    assert found["threads"] == 1
     assert imread(tmp_path / "here/profile.png").shape[1] == 1200
 
 
@@ -446,7 +446,7 @@ def test_without_a_folder_it_writes_into_one_of_its_own_below_runs(tmp_path, fea
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "profile needs a configuration"),
+        ((), "no data: add --data"),
         (("--config", "digts"), "unknown configuration 'digts': did you mean 'digits'?"),
         (("--config", "digits", "--model.feture_dim", "1"), "did you mean --model.feature_dim?"),
         (("--config", "digits", "--steps", "0"), "argument --steps: expected a whole number from 1 up, got 0"),
