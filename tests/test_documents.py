@@ -22,7 +22,7 @@ def parts() -> list[object]:
     """The blocks that one test executes, in order and in one folder: the blocks of a page.
 
     Each command of docs/distributed.md is a test of its own. They start several processes each, they are independent of each
-    other, and test_distributed_fit.py runs the same strategies with assertions; so all but the first belong to the tier `slow`.
+    other, and test_distributed_fit.py runs the same strategies with assertions; so they belong to the tier `slow`.
     """
     pages = [pytest.param(blocks(page), id=page) for page in PAGES if page != DISTRIBUTED]
     pieces = [
@@ -30,9 +30,8 @@ def parts() -> list[object]:
         for block in blocks(DISTRIBUTED)
         for text in [f"$ {command}\n" for command in commands(block.text)] or [block.text]
     ]
-    _, *others = (index for index, piece in enumerate(pieces) if piece.language != "python")
     return pages + [
-        pytest.param([piece], id=f"{DISTRIBUTED}-{index}", marks=[pytest.mark.slow] if index in others else [])
+        pytest.param([piece], id=f"{DISTRIBUTED}-{index}", marks=[pytest.mark.slow] if piece.language != "python" else [])
         for index, piece in enumerate(pieces)
     ]
 

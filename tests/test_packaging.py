@@ -229,7 +229,9 @@ def test_an_unknown_choice_of_sanitizers_is_refused(source: Path, build: Build) 
 
 
 @needs_compiler
-@pytest.mark.parametrize(("choice", "instrumented"), [("1", True), ("0", False), ("", False)])
+@pytest.mark.parametrize(
+    ("choice", "instrumented"), [("1", True), *(pytest.param(off, False, marks=pytest.mark.grid) for off in ("0", ""))]
+)
 def test_sanitizers_come_and_optimisation_goes_by_one_variable(
     source: Path, tmp_path: Path, choice: str, instrumented: bool
 ) -> None:

@@ -21,6 +21,7 @@ def test_the_default_tier_interprets_every_test_of_the_triton_kernels_in_every_t
     assert len(default) > 100
 
 
+@pytest.mark.slow
 def test_plain_pytest_runs_the_default_tier() -> None:
     whole = collected("tests/iprm_kernels/test_isa.py", "-m", "")
     default, rest = (collected("tests/iprm_kernels/test_isa.py", *options) for options in ((), ("-m", "grid or slow")))

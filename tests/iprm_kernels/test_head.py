@@ -223,9 +223,9 @@ def test_follows_the_algorithm_as_released_for_200_steps(place: Place) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="takes the interpreter minutes")
-def test_gradients_that_no_cache_holds(place: Place) -> None:
+def test_gradients_that_no_cache_holds(fused: Place) -> None:
     """From 32 MiB on the C++ kernels write past the caches."""
-    assert_step_within_budget(heads.run(heads.inputs(8200, 1024, 3, device=place.device)))
+    assert_step_within_budget(heads.run(heads.inputs(8200, 1024, 3, device=fused.device)))
 
 
 # as PyTorch sees it

@@ -50,6 +50,7 @@ def check_exactness(name: str, chosen: str, *files: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HAD[-2:-1])
 def test_the_next_narrower_one_is_as_exact_in_float32(name: str) -> None:
     check_exactness(name, "float32 and not bfloat16 and not 20000", *EXACTNESS)

@@ -74,6 +74,7 @@ class TestPeak:
         # the three saved numbers per row are 0.75 MiB of the 1 MiB allowed
         assert results <= extra_bytes("cpp", 65536) <= results + MIB
 
+    @pytest.mark.slow
     def test_cpp_head_step_needs_eight_times_its_logits_beside_its_gradients(self) -> None:
         if not ik.backends()["cpp"].available:
             pytest.skip(str(ik.backends()["cpp"]))
@@ -111,6 +112,7 @@ for name, call in calls.items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_calls_leave_nothing_behind() -> None:
     """Over 5,000 calls the leak is below 32 bytes per call; a string through the stable ABI leaked 48 bytes each way."""

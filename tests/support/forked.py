@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -78,6 +79,9 @@ def _ended(processes: Sequence[ForkServerProcess], timeout: float) -> list[int |
 
 
 def _command(folder: Path, log: str, arguments: Sequence[str], environment: dict[str, Any]) -> None:
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts what it puts in the background with SIGINT ignored
     multiprocessing.set_start_method("fork", force=True)  # for workers of a DataLoader, as in a process of one's own
     os.chdir(folder)
     os.environ.update({name: str(value) for name, value in environment.items()})

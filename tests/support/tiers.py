@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -54,7 +55,12 @@ def collected(path: str | Path, *options: str, **environment: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
+@functools.cache  # two tests of a file ask for the same
+def default_tier(file: str | Path) -> tuple[str, ...]:
+    return tuple(collected(file))
+
+
 def default_parameters(file: str | Path, test: str) -> set[str]:
     """The ids of the parameters with which plain `pytest FILE` runs a test."""
-    found = (node.partition(f"::{test}[") for node in collected(file))
+    found = (node.partition(f"::{test}[") for node in default_tier(file))
     return {parameters.removesuffix("]") for _, test, parameters in found if test}

@@ -238,6 +238,7 @@ def test_a_folder_with_a_file_for_each_tensor_is_read_alike(run, tmp_path):
     assert np.array_equal(written(tmp_path / "new.csv"), written(tmp_path / "new.npz.csv"))
 
 
+@pytest.mark.slow
 def test_resnet18_of_frames_is_exported(tmp_path):
     from iprm.inference import export
 

@@ -23,6 +23,8 @@ import iprm_kernels as ik
 
 FILES = ["model.json", "model.pt2", "model.safetensors"]
 METHOD_NAMES = [*(name for name in METHODS if name != "unimodal"), "unimodal-image", "unimodal-sound"]
+#: One method with a mixture, one without, and one whose modalities share a head.
+DEFAULT_TIER = ("iprm", "joint", "concat")
 #: Two modalities with a CNN and an MLP; three with the other encoders as well, of different widths.
 MODELS = {"two modalities": (TWO, {}), "three modalities": (THREE, {"encoders": {"sound": "linear", "text": "identity"}})}
 
@@ -36,7 +38,9 @@ def predicted(model, shapes, rows: int) -> torch.Tensor:
     ("shapes", "options"),
     [pytest.param(*model, id=name, marks=[pytest.mark.grid] if model[0] == THREE else []) for name, model in MODELS.items()],
 )
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in DEFAULT_TIER else [pytest.mark.grid]) for name in METHOD_NAMES]
+)
 def test_every_method_is_exported_as_plain_operators_that_predict_as_it_does_at_any_batch_size(
     tmp_path, method, shapes, options
 ):
@@ -57,7 +61,9 @@ def test_every_method_is_exported_as_plain_operators_that_predict_as_it_does_at_
             torch.testing.assert_close(output["logits_by"][head], logits, rtol=0, atol=export.BOUND)
 
 
-@pytest.mark.parametrize("options", [{"pairs": "random", "shared_mix_head": True}, {"ema_start": "released"}])
+@pytest.mark.parametrize(
+    "options", [{"pairs": "random", "shared_mix_head": True}, pytest.param({"ema_start": "released"}, marks=pytest.mark.grid)]
+)
 def test_the_options_of_the_method_are_exported_with_it(tmp_path, options):
     path, model = checkpoint(tmp_path, THREE, method_options=options)
     export.export(load_inference(path), tmp_path)

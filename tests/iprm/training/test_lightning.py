@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import pkgutil
 from pathlib import Path
@@ -171,6 +172,7 @@ def test_on_before_batch_transfer_calls_the_hook_of_data_or_model(tmp_path, data
 # names elsewhere
 
 
+@functools.cache
 def private_names() -> set[str]:
     """Underscored names that Lightning and jsonargparse define: methods, functions, and attributes of self."""
     names = set()
@@ -200,9 +202,9 @@ def defined(tree: ast.AST) -> set[str]:
 
 def foreign(tree: ast.AST, names: set[str]) -> list[str]:
     """Names of `names` that a file reads, assigns or imports without defining them."""
-    found = []
+    found, of_others = [], names - defined(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in names - defined(tree):
+        if isinstance(node, ast.Attribute) and node.attr in of_others:
             found.append(node.attr)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
             found += [
