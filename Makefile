@@ -1,6 +1,6 @@
 # make demo      a private environment, the build, and IPRM against its baselines on scanned digits
-# make test      the linters and the default tier of the tests, then the same tier of the Triton kernels under the interpreter
-# make test-all  the rest of the tests: the tiers `grid` and `slow`
+# make test      ruff and the default tier of the tests, then the same tier of the Triton kernels under the interpreter
+# make test-all  the rest: mypy, which takes a minute without its cache, and the tiers `grid` and `slow` of the tests
 # make fuzz      the fuzz tests of arguments and files with six times the examples, more than 5,000, counted
 # make sanitize  the operators' tests on C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (gcc), in build/sanitize
 # make bench     operators, head step and epochs beside plain and compiled torch: a table, JSON and a plot
@@ -17,7 +17,7 @@ BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" MAKEFLAGS= $(BIN)/python setup.py -q bui
 # two jobs: the extension is compiled while pip downloads, and the linters run beside the tests
 MAKEFLAGS += --jobs=2
 
-.PHONY: install demo test test-all lint suite fuzz sanitize bench gpu-check clean
+.PHONY: install demo test test-all lint types suite fuzz sanitize bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/iprm compare --data digits --output runs/demo
@@ -55,6 +55,8 @@ test: lint suite
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/tools
 	$(BIN)/mypy
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
@@ -63,7 +65,7 @@ suite: $(VENV)/tools
 	$(PYTEST)
 	$(INTERPRETED)
 
-test-all: $(VENV)/tools
+test-all: types $(VENV)/tools
 	$(PYTEST) -m "grid or slow"
 	$(INTERPRETED) -m "grid or slow"
 

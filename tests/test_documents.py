@@ -16,6 +16,7 @@ from documents import PAGES, ROOT, Block, blocks, commands, execute
 EXECUTED = {"python", "console", "bash", "yaml"}  # YAML blocks are written to files, for later commands
 SHOWN = {"text"}  # what a command prints
 DISTRIBUTED = "docs/distributed.md"
+LONG = ("docs/getting-started.md", "docs/your-data.md", "docs/your-model.md")  # 6 to 14 s each
 
 
 def parts() -> list[object]:
@@ -24,7 +25,11 @@ def parts() -> list[object]:
     Each command of docs/distributed.md is a test of its own. They start several processes each, they are independent of each
     other, and test_distributed_fit.py runs the same strategies with assertions; so they belong to the tier `slow`.
     """
-    pages = [pytest.param(blocks(page), id=page) for page in PAGES if page != DISTRIBUTED]
+    pages = [
+        pytest.param(blocks(page), id=page, marks=[pytest.mark.slow] if page in LONG else [])
+        for page in PAGES
+        if page != DISTRIBUTED
+    ]
     pieces = [
         block._replace(text=text)
         for block in blocks(DISTRIBUTED)
