@@ -28,13 +28,14 @@ class Strength(NamedTuple):
 class Record(NamedTuple):
     """Measurements on the validation split at the end of a run.
 
-    confusion: (target, prediction) -> count, without zeros; best: whether the weights are those best on validation, not the
-    last; epoch: the epoch at whose end the model had these weights.
+    names: of the classes; confusion: (target, prediction) -> count, without zeros; best: whether the weights are those best on
+    validation, not the last; epoch: the epoch at whose end the model had these weights.
     """
 
     method: str | None
     modalities: tuple[str, ...]
     classes: int
+    names: list[str]
     class_counts: list[int]
     confusion: dict[tuple[int, int], int]
     angles: list[Angles]
@@ -61,6 +62,7 @@ def read_record(text: str) -> Record:
         method=content["method"],
         modalities=tuple(content["modalities"]),
         classes=content["num_classes"],
+        names=[str(name) for name in content.get("classes", range(content["num_classes"]))],
         class_counts=content["class_counts"],
         confusion=dict(zip(places, cells["count"], strict=True)),
         angles=[Angles(**angles) for angles in content["angles"]],
