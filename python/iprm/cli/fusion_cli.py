@@ -103,11 +103,10 @@ class FusionCLI(LightningCLI, ABC):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if isinstance(error.__cause__, InputError) and not isinstance(
-                error, InputError
-            ):  # of `_of_data`, within an error of jsonargparse about the link
-                raise error.__cause__ from None
-            raise
+            cause = error.__cause__
+            if isinstance(error, InputError) or not isinstance(cause, InputError):
+                raise
+            raise cause from None  # it is of `_of_data`, within an error of jsonargparse about the link
 
     def _of_data(self, value: Callable[[MultimodalData], Any]) -> Callable[[MultimodalData], Any]:
         """`value` of the data, whose targets index the classes of the checkpoint, if there is one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 Pair = tuple[str, str]
@@ -28,14 +28,14 @@ class Strength(NamedTuple):
 class Record(NamedTuple):
     """Measurements on the validation split at the end of a run.
 
-    names: of the classes; confusion: (target, prediction) -> count, without zeros; best: whether the weights are those best on
-    validation, not the last; epoch: the epoch at whose end the model had these weights.
+    confusion: (target, prediction) -> count, without zeros; best: whether the weights are those best on
+    validation, not the last; epoch: the epoch at whose end the model had these weights; names: of the classes, empty if
+    they have none but their indices.
     """
 
     method: str | None
     modalities: tuple[str, ...]
     classes: int
-    names: list[str]
     class_counts: list[int]
     confusion: dict[tuple[int, int], int]
     angles: list[Angles]
@@ -43,6 +43,11 @@ class Record(NamedTuple):
     best: bool
     epoch: int
     environment: Mapping[str, Any]
+    names: Sequence[str] = ()
+
+    def name(self, label: int) -> str:
+        """The name of a class."""
+        return self.names[label] if self.names else str(label)
 
     @property
     def rows(self) -> int:
@@ -62,7 +67,6 @@ def read_record(text: str) -> Record:
         method=content["method"],
         modalities=tuple(content["modalities"]),
         classes=content["num_classes"],
-        names=[str(name) for name in content.get("classes", range(content["num_classes"]))],
         class_counts=content["class_counts"],
         confusion=dict(zip(places, cells["count"], strict=True)),
         angles=[Angles(**angles) for angles in content["angles"]],
@@ -70,4 +74,5 @@ def read_record(text: str) -> Record:
         best=content["weights"]["from"] == "best",
         epoch=content["weights"]["epoch"],
         environment={key: content[key] for key in ("versions", "platform", "device", "precision", "backends")},
+        names=[str(name) for name in content.get("classes", ())],
     )

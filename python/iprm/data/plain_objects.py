@@ -70,7 +70,7 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 
 
 # Python's own unpickler: that of C allocates the size of an index that the file states
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
             raise ValueError(f"it names {module}.{name}")

@@ -158,7 +158,7 @@ def class_counts(splits: Splits) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def _of_labels(classes: np.ndarray, counts: Mapping[str, np.ndarray], splits: Splits) -> Iterator[Finding]:
-    some = sum(counts.values()) > 0
+    some = np.sum(list(counts.values()), axis=0) > 0
     if some.sum() < 2:
         yield Finding(True, f"labels: {_too_few(classes[some])}")
     yield from _untaught(classes, counts)

@@ -68,8 +68,9 @@ class OGM(Rule):
         alpha = float(check_number("alpha", alpha))
         check_choice("modulate", modulate, ("auto", "conv", "all"))
         check_choice("form", form, ("paper", "released"))
-        epochs = [plain_number(epoch) for epoch in window] if isinstance(window, (Sequence, np.ndarray)) else []
-        if [type(epoch) for epoch in epochs] != [int, int]:
+        given = [plain_number(epoch) for epoch in window] if isinstance(window, (Sequence, np.ndarray)) else []
+        epochs = [epoch for epoch in given if isinstance(epoch, int)]
+        if len(given) != 2 or len(epochs) != 2:
             raise ValueError(f"window: expected the first and the last epoch, got {window!r}")
         if form == "released" and len(self.modalities) != 2:
             raise ValueError(f"form: 'released' is for two modalities, got {len(self.modalities)}")

@@ -153,7 +153,7 @@ def angles(axes: Axes, histograms: Sequence[Angles]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
 
 
-def strength_by_class(axes: Axes, strength: Strength, names: Sequence[str]) -> None:
+def strength_by_class(axes: Axes, strength: Strength, name: Callable[[int], str] = str) -> None:
     """Draws ω by class: above the middle, the first modality of the pair is stronger, below it the second."""
     known = [(k, omega) for k, omega in enumerate(strength.omega[0]) if omega is not None]
     if len(known) > MOST_BARS:
@@ -162,7 +162,7 @@ def strength_by_class(axes: Axes, strength: Strength, names: Sequence[str]) -> N
     colours = [PALETTE[0] if omega >= 0.5 else PALETTE[1] for _, omega in known]
     axes.bar(range(len(known)), [omega - 0.5 for _, omega in known], bottom=0.5, color=colours, width=0.8)
     axes.axhline(0.5, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
-    labels = [shortened(names[k], LONGEST_CLASS) for k, _ in known]
+    labels = [shortened(name(k), LONGEST_CLASS) for k, _ in known]
     width = max(map(len, labels), default=1) * 7.5 + 6
     every = max(1, math.ceil(width * len(known) / (WIDTH - 60)))
     axes.set(xlabel="class", ylim=(0, 1), xlim=(-0.6, len(known) - 0.4), yticks=(0, 0.25, 0.5, 0.75, 1))
@@ -184,7 +184,7 @@ def confusion(axes: Axes, record: Record) -> None:
                 axes.text(prediction, target, str(count), ha="center", va="center", color=colour)
     axes.imshow(cells, interpolation="none", aspect="equal")
     every = max(1, math.ceil(n / 16))
-    labels = [shortened(name, LONGEST_CLASS) for name in record.names[::every]]
+    labels = [shortened(record.name(k), LONGEST_CLASS) for k in range(0, n, every)]
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_xticks(range(0, n, every), labels, rotation=90 if max(map(len, labels), default=0) > 2 else 0)
     axes.set_yticks(range(0, n, every), labels)

@@ -58,12 +58,12 @@ class WarmupCosine(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, epochs: int | None = None, warmup_epochs: int = 0, floor: float = 0.0) -> None:
         epochs = _number_of(epochs)
-        warmup_epochs, floor = check_number("warmup_epochs", warmup_epochs, epochs - 1), check_number("floor", floor, 1)
+        warmup, floor = check_number("warmup_epochs", warmup_epochs, epochs - 1), check_number("floor", floor, 1)
 
         def factor(epoch: int) -> float:
-            if epoch < warmup_epochs:
-                return (epoch + 1) / (warmup_epochs + 1)
-            part = min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs))
+            if epoch < warmup:
+                return (epoch + 1) / (warmup + 1)
+            part = min(1.0, (epoch - warmup) / (epochs - warmup))
             return floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2
 
         super().__init__(optimizer, factor)
