@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import decimal
 import difflib
 import inspect
 import math
+import numbers
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,12 +50,59 @@ def check_options(owner: str, given: Iterable[str], parameters: Mapping[str, ins
             raise InputError(f"{owner} needs the option {name!r}")
 
 
-def check_number(name: str, value: Any, highest: float = math.inf) -> None:
-    """Raises InputError unless `value` is a finite number in [0, highest]."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and 0 <= value <= highest):
+def plain_number(value: Any) -> int | float | None:
+    """A real number of Python or numpy as an int or a float, as checkpoints hold it; None for any other value.
+
+    Numbers are int, float, `fractions.Fraction`, `decimal.Decimal`, numpy's integers and floating-point numbers, and arrays of
+    one of these without dimensions. Booleans are none.
+    """
+    if getattr(value, "shape", None) == () and getattr(getattr(value, "dtype", None), "kind", "") in ("i", "u", "f"):
+        value = value.item()
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    try:
+        return float(value) if isinstance(value, (numbers.Real, decimal.Decimal)) else None
+    except OverflowError:  # of a fraction
+        return math.inf
+
+
+def plain_values(value: Any) -> Any:
+    """`value` with every number of numpy, at any depth of mappings and sequences, as a number of Python."""
+    if isinstance(value, Mapping):
+        return {name: plain_values(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain_values, value)) if type(value) in (list, tuple) else value
+    if getattr(getattr(value, "dtype", None), "kind", "") == "b" and getattr(value, "shape", None) == ():
+        return bool(value)
+    number = plain_number(value)
+    return value if number is None else number
+
+
+def check_number(name: str, value: Any, highest: float = math.inf) -> int | float:
+    """Returns `value` as a number of Python.
+
+    Raises:
+        InputError: it is no finite number in [0, highest]; see `plain_number`.
+    """
+    number = plain_number(value)
+    if number is None or not 0 <= number <= min(highest, sys.float_info.max):
         span = "from 0 up" if highest == math.inf else f"from 0 to {highest:g}"
         raise InputError(f"{name}: expected a number {span}, got {value!r}")
+    return number
+
+
+def check_whole(name: str, value: Any, lowest: int = 0) -> int:
+    """Returns `value` as an int.
+
+    Raises:
+        InputError: it is no whole number from `lowest` up, of Python or numpy.
+    """
+    number = plain_number(value)
+    if not isinstance(number, int) or number < lowest:
+        raise InputError(f"{name}: expected a whole number from {lowest} up, got {value!r}")
+    return number
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:

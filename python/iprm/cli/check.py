@@ -18,10 +18,11 @@ from .parser import PATH, Parser, dataset_arguments, divided
 DESCRIPTION = """\
 Reads all rows of a dataset and reports the classes of every split, the shape and type of every modality, and problems.
 
-problems   unreadable files, by name; non-finite values; rows without a modality (all values 0 or NaN); a modality with the same
-           values in all rows of a split; classes missing from a split, labels beyond those of train; leakage: rows of one split
-           identical to rows of another, in all modalities or in one, and source items shared by two splits
-remarks    features without variance in train, repeated rows within a split, classes without a row
+problems   unreadable and truncated files, each by name; non-finite values; rows without a modality (all values 0 or NaN); a
+           modality with the same values in all rows of a split; classes missing from a split, labels beyond those of train;
+           leakage: rows of one split identical to rows of another, in all modalities or in one, and source items shared by two
+           splits
+remarks    features without variance in train, repeated rows within a split, classes without a row, rows without a label
 
 Rows are counted from 0 within their split. An item is the position of a row in the source: its row in the file, or the
 position of its recording in order of name. Exit code: 0 without problems, 1 with problems, 2 if the dataset cannot be used.

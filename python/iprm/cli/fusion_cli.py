@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -14,7 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from iprm.configs import find_config, shipped
 from iprm.data import DATASETS, dataset_class
+from iprm.data.labels import MOST_CLASSES
 from iprm.data.module import MultimodalData
+from iprm.data.split import numbered
 from iprm.encoders.description import plain
 from iprm.errors import InputError
 from iprm.training.callbacks.progress import RunProgress
@@ -56,6 +58,7 @@ class FusionCLI(LightningCLI, ABC):
 
     command: str
     needs_checkpoint = False
+    _known_classes: Sequence[str] | None = None
 
     def __init__(self, arguments: Sequence[str] | dict[str, Any], **options: Any) -> None:
         settings: dict[str, Any] = {
@@ -75,8 +78,9 @@ class FusionCLI(LightningCLI, ABC):
         """Does the work of the command."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.inputs", "model.inputs", compute_fn=plain, apply_on="instantiate")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        described = {"inputs": lambda data: plain(data.inputs), "num_classes": _num_classes, "classes": _classes}
+        for name, of in described.items():
+            parser.link_arguments("data", f"model.{name}", compute_fn=self._of_data(of), apply_on="instantiate")
         parser.add_class_arguments(RunState, "state")
         options: dict[str, Any] = {"instantiate": False, "fail_untyped": False}
         parser.add_subclass_arguments((Optimizer,), "optimizer", skip={"params"}, **options)
@@ -91,9 +95,28 @@ class FusionCLI(LightningCLI, ABC):
 
     def before_instantiate_classes(self) -> None:
         if self.config.ckpt_path:
-            read_checkpoint(self.config.ckpt_path)
+            self._known_classes = _class_names(read_checkpoint(self.config.ckpt_path)["hyper_parameters"])
         elif self.needs_checkpoint:
             raise InputError(f"{self.command} needs a trained model: add --ckpt_path CHECKPOINT, a path printed by iprm fit")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause = error.__cause__
+            if isinstance(error, InputError) or not isinstance(cause, InputError):
+                raise
+            raise cause from None  # it is of `_of_data`, within an error of jsonargparse about the link
+
+    def _of_data(self, value: Callable[[MultimodalData], Any]) -> Callable[[MultimodalData], Any]:
+        """`value` of the data, whose targets index the classes of the checkpoint, if there is one."""
+
+        def of(data: MultimodalData) -> Any:
+            if self._known_classes is not None:
+                data.known_classes = self._known_classes
+            return value(data)
+
+        return of
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer of the configuration, with a progress bar; `kwargs` override its arguments."""
@@ -107,6 +130,22 @@ class FusionCLI(LightningCLI, ABC):
             return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, ImportError) as error:
             raise InputError(f"trainer: {error}") from error
+
+
+def _class_names(settings: Mapping[str, Any]) -> Sequence[str] | None:
+    """The names of the classes of a model by its settings in a checkpoint; None if they state no number of classes."""
+    count, names = settings.get("num_classes"), settings.get("classes")
+    if not isinstance(count, int) or not 1 < count <= MOST_CLASSES:  # damaged; `FusionClassifier` refuses the checkpoint
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else numbered(count)
+
+
+def _num_classes(data: MultimodalData) -> int:
+    return data.num_classes
+
+
+def _classes(data: MultimodalData) -> list[str]:
+    return list(data.classes)
 
 
 def as_list(given: Any) -> list[Any]:

@@ -21,8 +21,8 @@ from .fusion_cli import FusionCLI, run
 from .parser import Parser, add_checkpoint_options, at_least_one
 
 DESCRIPTION = """\
-Writes the predictions of a checkpoint for new, unlabelled samples as CSV: file, row, prediction, and the probability
-p_<class> of every class. The samples are one of
+Writes the predictions of a checkpoint for new, unlabelled samples as CSV: file, row, prediction (the name of a class), and the
+probability p_<class> of every class. The samples are one of
 
   a folder of .npz files   arrays x_<modality>, as in the dataset `features`: (D,) or (C, H, W) in a file of one sample,
                            (N, D) or (N, C, H, W) in a file of several
@@ -72,7 +72,7 @@ class PredictCLI(FusionCLI):
 
     def execute(self) -> None:
         batches: Any = self.trainer.predict(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
-        write_predictions(Path(self.config.output), batches)
+        write_predictions(Path(self.config.output), batches, self.model.classes)
         print(f"predictions: {self.config.output}")
 
 
@@ -110,7 +110,7 @@ def write_sample_predictions(path: Path, model: Inference, sources: Sequence[Sou
         unfinished = Path(folder) / path.name
         with unfinished.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["file", "row", *columns(model.num_classes)])
+            writer.writerow(["file", "row", *columns(model.classes)])
             for count, row in enumerate(_rows(model, sources, batch_size), 1):  # noqa: B007 - the number of rows is returned
                 writer.writerow(row)
         unfinished.replace(path)
@@ -121,7 +121,7 @@ def _rows(model: Inference, sources: Sequence[Source], batch_size: int) -> Itera
     pieces = (piece for source in sources for piece in source.read(batch_size))
     for batch in gathered(pieces, batch_size):
         places = [(piece.source, piece.first_row + row) for piece in batch for row in range(piece.rows)]
-        for place, predicted in zip(places, cells(_probabilities(model, batch)), strict=True):
+        for place, predicted in zip(places, cells(_probabilities(model, batch), model.classes), strict=True):
             yield [*place, *predicted]
 
 
@@ -129,5 +129,7 @@ def _rows(model: Inference, sources: Sequence[Source], batch_size: int) -> Itera
 def _probabilities(model: Inference, batch: Sequence[Piece]) -> Tensor:
     """-> (B, C)"""
     device = next(model.parameters()).device
-    inputs = {m: each(lambda array: torch.from_numpy(array).to(device), arrays) for m, arrays in joined(batch).items()}
+    inputs = {
+        m: each(lambda array: torch.from_numpy(array).to(device), arrays) for m, arrays in joined(batch, model.inputs).items()
+    }
     return model(inputs)["probabilities"]

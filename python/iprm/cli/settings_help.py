@@ -60,7 +60,7 @@ HELP = {
 #: Settings that the help of every command shows; a checkpoint or iprm fit determines most of the others.
 ALWAYS = ("help", "config", "ckpt_path", "output", "steps")
 #: Settings that the data and other settings determine.
-LINKED = ("model.inputs", "model.num_classes", "model.optimizer", "model.lr_scheduler")
+LINKED = ("model.inputs", "model.num_classes", "model.classes", "model.optimizer", "model.lr_scheduler")
 TITLES = {"trainer": "the run", "model": "the model", "data": "the data", "state": "states to resume from"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 Pair = tuple[str, str]
@@ -28,8 +28,9 @@ class Strength(NamedTuple):
 class Record(NamedTuple):
     """Measurements on the validation split at the end of a run.
 
-    confusion: (target, prediction) -> count, without zeros; best: whether the weights are those best on validation, not the
-    last; epoch: the epoch at whose end the model had these weights.
+    confusion: (target, prediction) -> count, without zeros; best: whether the weights are those best on
+    validation, not the last; epoch: the epoch at whose end the model had these weights; names: of the classes, empty if
+    they have none but their indices.
     """
 
     method: str | None
@@ -42,6 +43,11 @@ class Record(NamedTuple):
     best: bool
     epoch: int
     environment: Mapping[str, Any]
+    names: Sequence[str] = ()
+
+    def name(self, label: int) -> str:
+        """The name of a class."""
+        return self.names[label] if self.names else str(label)
 
     @property
     def rows(self) -> int:
@@ -68,4 +74,5 @@ def read_record(text: str) -> Record:
         best=content["weights"]["from"] == "best",
         epoch=content["weights"]["epoch"],
         environment={key: content[key] for key in ("versions", "platform", "device", "precision", "backends")},
+        names=[str(name) for name in content.get("classes", ())],
     )

@@ -17,6 +17,7 @@ import torch
 
 from iprm.data.module import MultimodalData
 from iprm.errors import InputError
+from iprm.names import file_name
 from iprm.training.classifier import FusionClassifier
 
 from .runs import CONFIG, TEST, flattened, read_settings
@@ -58,7 +59,7 @@ def make_jobs(
     for seed, name in itertools.product(seeds, names):
         settings = copy.deepcopy(dict(config)) | {"seed_everything": seed}
         settings["model"]["method"], settings["data"]["init_args"]["seed"] = name, seed
-        jobs.append(Job(name, seed, folder / name / f"seed={seed}", settings))
+        jobs.append(Job(name, seed, folder / file_name(name) / f"seed={seed}", settings))
         _refuse_other_settings(jobs[-1])
     return names, jobs
 

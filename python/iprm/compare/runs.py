@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from iprm.errors import InputError
+from iprm.names import file_name
 
 from .record import Record, read_record
 
@@ -140,7 +141,7 @@ def _runs_at(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: {what}")
 
     def place(run: Path) -> tuple[Any, ...]:
-        methods = settings_of_comparison(run.parent.parent).get("methods", [])
+        methods = [file_name(str(name)) for name in settings_of_comparison(run.parent.parent).get("methods", [])]
         rank = methods.index(run.parent.name) if run.parent.name in methods else len(methods)
         return _natural(run.parent.parent), rank, _natural(run.parent), _natural(run)
 

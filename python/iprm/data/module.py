@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -11,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from iprm.distributed import processes_here
 from iprm.encoders.description import Description, described
-from iprm.errors import InputError, unknown
+from iprm.errors import InputError, check_whole, unknown
 
+from .labels import with_classes
 from .loading import Loader, as_it_is, default_workers
 from .quality import check_at_start
 from .split import SPLITS, Batch, Split
@@ -25,15 +27,13 @@ class MultimodalData(L.LightningDataModule, ABC):
         self, *, batch_size: int = 64, seed: int = 0, predict_split: str = "test", num_workers: int | None = None
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise InputError(f"batch_size: expected at least 1, got {batch_size}")
-        if seed < 0:
-            raise InputError(f"seed: expected a number from 0 up, got {seed}")
+        self.batch_size, self.seed = check_whole("batch_size", batch_size, 1), check_whole("seed", seed)
         if predict_split not in SPLITS:
             raise InputError(unknown("split", predict_split, SPLITS))
-        if num_workers is not None and num_workers < 0:
-            raise InputError(f"num_workers: expected a number from 0 up, got {num_workers}")
-        self.batch_size, self.seed, self.predict_split, self.num_workers = batch_size, seed, predict_split, num_workers
+        self.predict_split = predict_split
+        self.num_workers = None if num_workers is None else check_whole("num_workers", num_workers)
+        #: names of the classes of a trained model, which targets shall index; None: the classes that occur. Set it before use.
+        self.known_classes: Sequence[str] | None = None
 
     @abstractmethod
     def read(self) -> dict[str, Split]:
@@ -52,13 +52,14 @@ class MultimodalData(L.LightningDataModule, ABC):
 
     @functools.cached_property
     def splits(self) -> dict[str, Split]:
-        """What `read` returned, read on first use.
+        """What `read` returned, with class indices as targets and with the names of the classes; read on first use.
 
         Raises:
-            InputError: the splits cannot be trained or evaluated on: see `check_at_start`.
+            InputError: a target is no label: see `with_classes`; or the splits cannot be trained or evaluated on: see
+                `check_at_start`.
         """
-        splits = self.read()
-        check_at_start(self.source, splits)
+        splits = with_classes(self.source, self.read(), self.known_classes)
+        check_at_start(self.source, splits, trained=self.known_classes is not None)
         return splits
 
     def setup(self, stage: str) -> None:
@@ -74,8 +75,13 @@ class MultimodalData(L.LightningDataModule, ABC):
         return tuple(self.inputs)
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their indices."""
+        return self.splits["train"].classes or ()
+
+    @property
     def num_classes(self) -> int:
-        return 1 + max(int(split.target.max()) for split in self.splits.values())
+        return len(self.classes)
 
     def describe(self) -> dict[str, Any]:
         """Sizes and digests of the splits, which reports and resumed runs compare with the data they find."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iprm.encoders.description import Input, each, flat
-from iprm.errors import InputError
+from iprm.errors import InputError, plain_number
+
+from .apportion import apportioned, largest_remainder
 
 Batch = tuple[dict[str, Input], Tensor]
 SPLITS = ("train", "val", "test")
@@ -27,8 +30,10 @@ class Split(Dataset[Batch]):
     """One split, completely in memory.
 
     inputs: modality -> (N, ...), or name -> (N, ...) for a modality of several tensors, such as token ids and their mask;
-    target: (N,) int64; origin: modality -> (N,) int64, the item of the source that each row was made from, so that splits can
-    be checked to be disjoint.
+    target: (N,) labels: numbers, of which those that occur in any split are the classes, or -100 for a row without a label;
+    origin: modality -> (N,) int64, the item of the source that each row was made from, so that splits can be checked to be
+    disjoint; classes: names of the classes, which `target` then indexes. `MultimodalData.splits` has class indices (N,) int64
+    as targets, and names, in any case.
 
     A subclass with ``in_memory = False`` produces batches in ``__getitem__``, in workers, and may use the random numbers of
     torch, numpy and Python. Its `inputs` hold the source of the batches, such as memory-mapped tensors, or are empty.
@@ -37,6 +42,7 @@ class Split(Dataset[Batch]):
     inputs: Mapping[str, Input]
     target: Tensor
     origin: Mapping[str, Tensor]
+    classes: tuple[str, ...] | None = field(default=None, kw_only=True)
 
     in_memory = True
 
@@ -58,13 +64,15 @@ class Split(Dataset[Batch]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256, shortened to 16 digits, of source items, labels, and dtype, shape and SAMPLED_ROWS evenly spaced rows of
-        each of `inputs`. Changes in other rows are not detected. For a split without `inputs` no values enter the digest, as
-        they may be random."""
+        """SHA-256, shortened to 16 digits, of source items, labels, names of classes that are not just their indices, and
+        dtype, shape and SAMPLED_ROWS evenly spaced rows of each of `inputs`. Changes in other rows are not detected. For a
+        split without `inputs` no values enter the digest, as they may be random."""
         found = hashlib.sha256()
         for name, numbers in (*sorted(self.origin.items()), ("target", self.target)):
             found.update(f"{name} {tuple(numbers.shape)}".encode())
             found.update(numbers.numpy().astype("<i8").tobytes())
+        if self.classes is not None and self.classes != numbered(len(self.classes)):
+            found.update("\0".join(self.classes).encode("utf-8", "surrogatepass"))
         rows = torch.from_numpy(np.linspace(0, len(self) - 1, min(len(self), SAMPLED_ROWS)).astype(np.int64))
         for label, x in sorted(flat(self.inputs).items()):
             found.update(f"{label} {x.dtype} {tuple(x.shape)}".encode())
@@ -72,34 +80,58 @@ class Split(Dataset[Batch]):
         return found.hexdigest()[:16]
 
 
+def numbered(classes: int) -> tuple[str, ...]:
+    """The names of classes that have none: their indices."""
+    return tuple(map(str, range(classes)))
+
+
 def stratified(labels: np.ndarray, fractions: Mapping[str, float], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Divides rows at random so that every split has every class in the same proportion.
+    """Divides rows at random: splits have their fractions of all rows, and of every class as nearly as whole rows allow.
+
+    The number of rows of each split is its fraction of all rows, rounded by largest remainders. Of every class each split then
+    has the same proportion, rounded up or down. Every class has at least one row in "train"; where that leaves less of a small
+    class for the other splits, the other classes make up for it.
 
     Args:
         labels: (N,) integers.
         fractions: split -> fraction of the rows, with a sum of at most 1; "train" gets the remaining rows.
+        rng: the source of randomness; the same state gives the same splits.
 
     Returns:
         split -> ascending indices of its rows. Splits are disjoint and cover all rows.
+
+    Raises:
+        InputError: with one row of every class in "train", too few are left for the other splits.
     """
+    classes, rows = np.unique(labels, return_counts=True)
+    *held, _ = largest_remainder(len(labels), [*fractions.values(), 1 - sum(fractions.values())])
+    if sum(held) > len(labels) - len(classes):
+        few = f"{int((rows == 1).sum())} of them with one row"
+        raise InputError(
+            f"{' and '.join(fractions)} need {sum(held)} of {len(labels)} rows, and train at least one row of each of "
+            f"{len(classes)} classes, {few}: give more rows per class, leave out classes with one row, lower val_fraction and "
+            "test_fraction, or divide the rows yourself, in a file of features by an array 'split'"
+        )
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(rows)[:-1])
+    shuffled = [rng.permutation(own) for own in by_class] if len(labels) else []
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
-    edges = np.cumsum(list(fractions.values()))
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        cuts = np.rint(edges * len(rows)).astype(int)
-        for name, part in zip(parts, np.split(rows, cuts), strict=True):
+    for own, counts in zip(shuffled, apportioned(rows, held, rng), strict=True):
+        for name, part in zip(parts, np.split(own, np.cumsum(counts)), strict=True):
             parts[name].append(part)
     return {name: np.sort(np.concatenate(rows)) if rows else np.empty(0, int) for name, rows in parts.items()}
 
 
-def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Checks that validation, test and training split each get a positive fraction of the rows.
+def check_fractions(val_fraction: Any, test_fraction: Any) -> tuple[float, float]:
+    """Returns the fractions of the validation and the test split, after checking that each split, "train" included, gets a
+    positive fraction of the rows.
 
     Raises:
         InputError: they do not.
     """
-    if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+    val, test = plain_number(val_fraction), plain_number(test_fraction)
+    if val is None or test is None or not (val > 0 and test > 0 and val + test < 1):
         raise InputError(
             "val_fraction and test_fraction: expected positive numbers with a sum below 1, "
             f"got {val_fraction} and {test_fraction}"
         )
+    return val, test

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from iprm.errors import InputError
+from iprm.errors import InputError, plain_values
+from iprm.names import check_modality
 
 T = TypeVar("T")
 #: The input of one modality in a batch: (B, ...), or name -> (B, ...).
@@ -24,6 +25,7 @@ class InputSpec:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", plain_values(tuple(self.shape)))
         if not all(isinstance(size, int) and size >= 0 for size in self.shape):
             raise InputError(f"shape of an input: expected whole numbers from 0 up, got {self.shape!r}")
         if not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
@@ -56,9 +58,16 @@ Description: TypeAlias = InputSpec | dict[str, InputSpec]
 
 
 def described(inputs: Mapping[str, Input]) -> dict[str, Description]:
-    """The description of the inputs of a batch: modality -> (B, ...) or name -> (B, ...)."""
-    specs = {name: InputSpec(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for name, x in flat(inputs).items()}
-    return nested(specs)
+    """The description of the inputs of a batch: modality -> (B, ...) or name -> (B, ...).
+
+    Raises:
+        InputError: a modality cannot have its name.
+    """
+
+    def spec(x: Tensor) -> InputSpec:
+        return InputSpec(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch."))
+
+    return descriptions({modality: each(spec, x) for modality, x in inputs.items()})
 
 
 def plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,19 +78,26 @@ def plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
         inputs: modality -> description, its plain form, or the shape of one row, with dtype float32.
 
     Raises:
-        InputError: a value is not a description, or a name has characters other than letters, digits and underscores.
+        InputError: a value is not a description; a modality cannot have its name (see `check_modality`); a tensor of a dict has
+            a name with characters other than letters, digits and underscores; or two tensors have the same label.
     """
-    return nested({name: asdict(spec) | {"shape": list(spec.shape)} for name, spec in flat(descriptions(inputs)).items()})
+
+    def values(spec: InputSpec) -> dict[str, Any]:
+        return asdict(spec) | {"shape": list(spec.shape)}
+
+    return {modality: each(values, description) for modality, description in descriptions(inputs).items()}
 
 
 def descriptions(inputs: Mapping[str, Any]) -> dict[str, Description]:
     """Converts descriptions in any form that `plain` accepts to `InputSpec`. Raises the errors of `plain`."""
     if not isinstance(inputs, Mapping):
         raise InputError(f"inputs: expected a mapping of modalities to descriptions, got {inputs!r}")
-    for modality in inputs:
-        if not str(modality).isidentifier() or modality == "mix" or hasattr(nn.ModuleDict, modality):
-            raise InputError(f"modality {modality!r}: expected a name of letters, digits and underscores that is not reserved")
-    return {modality: _description(modality, value) for modality, value in inputs.items()}
+    found = {check_modality(modality): _description(modality, value) for modality, value in inputs.items()}
+    for modality, description in found.items():
+        for name in description if isinstance(description, Mapping) else ():
+            if (label := f"{modality}.{name}") in found:
+                raise InputError(f"modality {label!r}: the tensor {name!r} of the modality {modality!r} has the same label")
+    return found
 
 
 def _description(modality: str, value: Any) -> Description:
@@ -121,13 +137,9 @@ def flat(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return labelled
 
 
-def nested(labelled: Mapping[str, T]) -> dict[str, Any]:
-    """The reverse of `flat`."""
-    inputs: dict[str, Any] = {}
-    for label, value in labelled.items():
-        modality, separator, name = label.partition(".")
-        if separator:
-            inputs.setdefault(modality, {})[name] = value
-        else:
-            inputs[modality] = value
-    return inputs
+def nested(labelled: Mapping[str, T], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `flat`: values by label, in the structure of `like`, modality -> anything or name -> anything."""
+    return {
+        modality: {name: labelled[f"{modality}.{name}"] for name in value} if isinstance(value, Mapping) else labelled[modality]
+        for modality, value in like.items()
+    }

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iprm.errors import InputError, check_options, unknown
+from iprm.errors import InputError, check_options, check_whole, plain_number, plain_values, unknown
 
 from . import small
 from .description import Description, descriptions, each
+from .named_modules import NamedModules
 from .resnet import resnet18
 
 Factory = Callable[..., nn.Module]
@@ -35,7 +36,7 @@ WIDTHS = ("feature_dim", "out_features")
 
 def build_encoders(
     inputs: Mapping[str, Any], feature_dim: int, encoders: Mapping[str, Any]
-) -> tuple[nn.ModuleDict, dict[str, int]]:
+) -> tuple[NamedModules, dict[str, int]]:
     """One encoder per modality.
 
     Args:
@@ -52,8 +53,7 @@ def build_encoders(
         InputError: an unknown modality, encoder or option (the closest is suggested), a class that cannot be imported or is
             not an nn.Module, an encoder that does not accept the input, or a width that cannot be determined.
     """
-    if isinstance(feature_dim, bool) or not isinstance(feature_dim, int) or feature_dim < 1:
-        raise InputError(f"feature_dim: expected a whole number from 1 up, got {feature_dim!r}")
+    feature_dim = check_whole("feature_dim", feature_dim, 1)
     described = descriptions(inputs)
     settings = canonical(encoders)
     for modality in settings:
@@ -68,7 +68,7 @@ def build_encoders(
                 widths[modality] = feature_width(built[modality], description)
         except InputError as error:
             raise InputError(f"encoder of modality {modality!r}: {error}") from error
-    return nn.ModuleDict(built), widths
+    return NamedModules(built), widths
 
 
 def canonical(encoders: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def canonical(encoders: Mapping[str, Any] | None) -> dict[str, Any]:
                 f"got {setting!r}"
             )
         try:
-            options = json.loads(json.dumps(options))
+            options = json.loads(json.dumps(plain_values(options)))
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"encoder of modality {modality!r}: expected init_args of plain values, got {options!r}"
@@ -143,8 +143,8 @@ def feature_width(module: nn.Module, description: Description) -> int:
     """
     for name in WIDTHS:
         width = getattr(module, name, None)
-        if isinstance(width, int) and not isinstance(width, bool):
-            return width
+        if isinstance(number := plain_number(width), int):
+            return number
     device = next((x.device for x in itertools.chain(module.parameters(), module.buffers())), None)
     with torch.no_grad(), evaluating(module):
         features = module(each(lambda spec: spec.zeros(2, device), description))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iprm.encoders.named_modules import NamedModules
+
 from .module import FusionModule, sum_logits
 from .output import FusionOutput
 
@@ -60,7 +62,7 @@ class DGL(Concat):
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha: expected a number above 0, got {alpha}")
         self.alpha = float(alpha)
-        self.heads = nn.ModuleDict({name: nn.Linear(width, self.num_classes) for name, width in self.widths.items()})
+        self.heads = NamedModules({name: nn.Linear(width, self.num_classes) for name, width in self.widths.items()})
 
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         features, target = self._checked(features, target)

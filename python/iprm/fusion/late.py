@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from iprm.encoders.named_modules import NamedModules
+
 from .module import FusionModule, sum_logits
 from .output import FusionOutput
 
@@ -20,7 +22,7 @@ class Sum(FusionModule):
 
     def __init__(self, feature_dim: int | Mapping[str, int], num_classes: int, modalities: Sequence[str] = ("x", "y")) -> None:
         super().__init__(feature_dim, num_classes, modalities)
-        self.heads = nn.ModuleDict({name: nn.Linear(width, self.num_classes) for name, width in self.widths.items()})
+        self.heads = NamedModules({name: nn.Linear(width, self.num_classes) for name, width in self.widths.items()})
 
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         features, target = self._checked(features, target)

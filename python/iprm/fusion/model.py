@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from iprm.encoders.description import Input, each
+from iprm.encoders.named_modules import NamedModules
 
 from .module import FusionModule
 from .output import FusionOutput
@@ -16,7 +17,7 @@ from .output import FusionOutput
 class FusionModel(nn.Module):
     """Encoders, then a fusion module: modality -> (B, ...), target (B,) -> `FusionOutput`.
 
-    Parameters: ``encoders.<modality>.*`` and ``fusion.*``.
+    Parameters: ``encoders.<modality>.*`` (see `iprm.encoders.named_modules.module_name`) and ``fusion.*``.
 
     Args:
         encoders: modality -> module (B, ...) -> (B, D). Encoders of modalities that `fusion` does not read are dropped.
@@ -24,7 +25,7 @@ class FusionModel(nn.Module):
         memory_format: memory format that images (B, C, H, W) are converted to before they are encoded.
     """
 
-    encoders: nn.ModuleDict
+    encoders: NamedModules
     fusion: FusionModule
 
     def __init__(
@@ -34,12 +35,12 @@ class FusionModel(nn.Module):
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict({name: encoders[name] for name in fusion.modalities})
+        self.encoders = NamedModules({name: encoders[name] for name in fusion.modalities})
         self.fusion, self.memory_format = fusion, memory_format
 
     def encode(self, inputs: Mapping[str, Input]) -> dict[str, Tensor]:
         """modality -> (B, ...), or a dict of such tensors, to modality -> (B, D)."""
-        return {name: encoder(each(self._placed, inputs[name])) for name, encoder in self.encoders.items()}
+        return {name: self.encoders[name](each(self._placed, inputs[name])) for name in self.fusion.modalities}
 
     def forward(self, inputs: Mapping[str, Input], target: Tensor | None = None) -> FusionOutput:
         return self.fusion(self.encode(inputs), target)

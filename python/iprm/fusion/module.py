@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iprm.distributed import process_group
+from iprm.encoders.named_modules import NamedModules
+from iprm.names import check_modality
 from iprm_kernels.arguments import dense, labels
 from iprm_kernels.collectives import joint_sums, weighted
 
@@ -67,7 +69,7 @@ class FusionModule(nn.Module, ABC):
     def _project_to_smallest(self) -> int:
         """Creates a learned projection for each modality wider than the narrowest, and returns the narrowest width."""
         smallest = min(self.widths.values())
-        self.projections = nn.ModuleDict(
+        self.projections = NamedModules(
             {name: nn.Linear(width, smallest) for name, width in self.widths.items() if width != smallest}
         )
         return smallest
@@ -167,15 +169,11 @@ def checked_modalities(modalities: Sequence[str], minimum: int) -> tuple[str, ..
     """Checks that modalities are at least `minimum` distinct, valid names; returns them as a tuple."""
     if not isinstance(modalities, Iterable) or isinstance(modalities, str) or not all(isinstance(m, str) for m in modalities):
         raise TypeError(f"modalities: expected a sequence of names, got {modalities!r}")
-    names = tuple(modalities)
+    names = tuple(map(check_modality, modalities))
     if len(names) < minimum:
         raise ValueError(f"modalities: expected at least {minimum}, got {len(names)}: {names}")
     if len(set(names)) != len(names):
         raise ValueError(f"modalities: expected different names, got {names}")
-    for name in names:
-        # they become names of submodules and keys of logits_by
-        if not name or "." in name or name == "mix" or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"modalities: {name!r} cannot name a modality (empty, dotted, or taken)")
     return names
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import iprm_kernels as ik
 from iprm.distributed import process_group
+from iprm.encoders.named_modules import NamedModules
 from iprm.errors import check_choice, check_number
+from iprm.names import pair_names
 from iprm_kernels import autocast
 from iprm_kernels.collectives import all_reduce_sum, joint_sums
 
@@ -57,7 +59,8 @@ class ProbeRebalance(FusionModule):
             and reproduced by a restored module. "random" with separate heads leaves some heads without gradient in each step,
             so DistributedDataParallel needs ``find_unused_parameters``. "random" does not support torch.compile, which would
             specialise on the count.
-        shared_mix_head: one head, ``mix_heads.shared``, for the mixtures of all pairs instead of ``mix_heads.<a>_<b>``.
+        shared_mix_head: one head, ``mix_heads.shared``, for the mixtures of all pairs instead of ``mix_heads.<a>_<b>``
+            (see `iprm.names.pair_names`).
         mixup: "geodesic", or "linear" for λ x + (1-λ) y of the unnormalised features.
         passes: 2 for probe and rebalanced mixture, or 1 to learn from the probe itself, mixed with λ.
         ema_start: "paper" as above; "released" averages from the first step, λ_1 = α/2 + (1-α) ω, and evaluates with the λ
@@ -104,17 +107,14 @@ class ProbeRebalance(FusionModule):
         self.ema_start = check_choice("ema_start", ema_start, ("paper", "released"))
         self._names = frozenset(self.modalities)
         self.pairs = tuple(itertools.combinations(self.modalities, 2))
-        self.mix_head_names = tuple("shared" if shared_mix_head else f"{a}_{b}" for a, b in self.pairs)
-        self._suffixes = [""] if len(self.pairs) == 1 else [f"_{a}_{b}" for a, b in self.pairs]
+        names = pair_names(self.modalities)
+        self.mix_head_names = tuple("shared" if shared_mix_head else name for name in names)
+        self._suffixes = [""] if len(self.pairs) == 1 else [f"_{name}" for name in names]
         self._strength_names = [f"strength{of}_{m}" for of, pair in zip(self._suffixes, self.pairs, strict=True) for m in pair]
-        if not shared_mix_head and len(set(self.mix_head_names)) < len(self.pairs):
-            raise ValueError(f"modalities: names whose pairs are distinct when joined by '_', got {self.modalities}")
 
         width = self._project_to_smallest()
-        self.heads = nn.ModuleDict({name: nn.Linear(width, self.num_classes) for name in self.modalities})
-        self.mix_heads = nn.ModuleDict(
-            {name: nn.Linear(width, self.num_classes) for name in dict.fromkeys(self.mix_head_names)}
-        )
+        self.heads = NamedModules({name: nn.Linear(width, self.num_classes) for name in self.modalities})
+        self.mix_heads = NamedModules({name: nn.Linear(width, self.num_classes) for name in dict.fromkeys(self.mix_head_names)})
 
         shape = (len(self.pairs),) if len(self.pairs) > 1 else ()
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)

@@ -86,7 +86,8 @@ def largest_difference(model: Inference, other: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     differences = []
     for rows in BATCHES:
-        inputs = nested({label: _random(spec, rows, generator) for label, spec in flat(model.inputs).items()})
+        drawn = {label: _random(spec, rows, generator) for label, spec in flat(model.inputs).items()}
+        inputs = nested(drawn, model.inputs)
         ours, theirs = logits(model, inputs), logits(other, inputs)
         scale = ours.abs().max().clamp(min=1)
         differences.append((ours - theirs).abs().max() / scale)
@@ -116,12 +117,13 @@ def weights_read(program: ExportedProgram) -> dict[str, Tensor]:
 
 
 def describe(model: Inference) -> dict[str, Any]:
-    """The content of model.json: inputs, classes, method, encoders and versions."""
+    """The content of model.json: inputs, number and names of classes, method, encoders and versions."""
     weight = getattr(model.fusion, "eval_weight", None)
     return {
         "modalities": list(model.inputs),
         "inputs": plain(model.inputs),
         "classes": model.num_classes,
+        "class_names": list(model.classes),
         **{name: model.settings[name] for name in ("method", "method_options", "encoders", "feature_dim")},
         "weight": None if weight is None else weight.tolist(),
         "versions": versions(),

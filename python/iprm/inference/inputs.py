@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from iprm.data.npz import PREFIX, map_array, open_archive, read_array
+from iprm.data.npz import PREFIX, array_names, check_memory, map_array, open_archive, read_array
 from iprm.encoders.description import Description, InputSpec, flat, nested
 from iprm.errors import InputError, closest
+from iprm.names import file_name
 
 Specs = Mapping[str, InputSpec]
 
@@ -69,13 +70,13 @@ class Source:
             self._require({file.name for file in self.path.iterdir()}, "file", "the folder has")
             return {label: map_array(self.path / self._file(label)) for label in self.specs}
         with open_archive(self.path) as archive:
-            held = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-            self._require(held, "array", "the file has")
-            return {label: read_array(self.path, archive, f"{self._file(label)}.npy") for label in self.specs}
+            self._require(set(array_names(archive)), "array", "the file has")
+            check_memory(self.path, archive, [self._file(label) for label in self.specs])
+            return {label: read_array(self.path, archive, self._file(label)) for label in self.specs}
 
     def _file(self, label: str) -> str:
         """The name of the array of a tensor, in an archive or as a file."""
-        return f"{label}.npy" if self.path.is_dir() else f"{PREFIX}{label}"
+        return f"{file_name(label)}.npy" if self.path.is_dir() else f"{PREFIX}{label}"
 
     def _place(self, label: str) -> str:
         file = self._file(label)
@@ -123,7 +124,7 @@ def find_samples(path: Path, inputs: Mapping[str, Description]) -> list[Source]:
     Args:
         path: an .npz file, a folder of .npz files, or a folder with one ``<modality>.npy`` per modality.
         inputs: modality -> description of its input. The array of a tensor ``ids`` of a modality ``text`` is called
-            ``x_text.ids``, its file ``text.ids.npy``.
+            ``x_text.ids``, its file ``text.ids.npy``; in names of files, ``/``, ``\\`` and ``%`` are percent-encoded.
 
     Raises:
         InputError: there are no samples, a modality is missing, or an array has a wrong shape, dtype or number of rows.
@@ -156,6 +157,6 @@ def gathered(pieces: Iterable[Piece], rows: int) -> Iterator[list[Piece]]:
         yield held
 
 
-def joined(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """The inputs of one batch: modality -> (N, ...), or a dict of such arrays."""
-    return nested({label: np.concatenate([piece.arrays[label] for piece in pieces]) for label in pieces[0].arrays})
+def joined(pieces: Sequence[Piece], inputs: Mapping[str, Description]) -> dict[str, Any]:
+    """The inputs of one batch: modality -> (N, ...), or a dict of such arrays, as `inputs` describes."""
+    return nested({label: np.concatenate([piece.arrays[label] for piece in pieces]) for label in pieces[0].arrays}, inputs)

@@ -11,6 +11,7 @@ from torch import nn
 
 from iprm.data import options_of
 from iprm.encoders.description import Input, descriptions
+from iprm.encoders.named_modules import NamedModules
 from iprm.encoders.registry import imported_classes
 from iprm.errors import InputError
 from iprm.fusion.module import FusionModule
@@ -30,13 +31,13 @@ class Inference(nn.Module):
         self.settings: dict[str, Any] = model.structure
         assert isinstance(model.fusion, FusionModule)
         self.fusion, self.rule = model.fusion, model.rule
-        self.encoders = nn.ModuleDict({modality: model.encoders[modality] for modality in self.fusion.modalities})
+        self.encoders = NamedModules({modality: model.encoders[modality] for modality in self.fusion.modalities})
         self.inputs = {m: description for m, description in descriptions(self.settings["inputs"]).items() if m in self.encoders}
-        self.num_classes: int = self.settings["num_classes"]
+        self.classes, self.num_classes = model.classes, int(self.settings["num_classes"])
         self.float().eval().requires_grad_(False)
 
     def forward(self, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        output = self.fusion({modality: encoder(inputs[modality]) for modality, encoder in self.encoders.items()})
+        output = self.fusion({modality: self.encoders[modality](inputs[modality]) for modality in self.fusion.modalities})
         logits = self.rule.predict(output)
         return {"logits": logits, "probabilities": logits.softmax(1), "logits_by": output.logits_by}
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from iprm.distributed import process_group, world_size
 from iprm.encoders.description import Input
-from iprm.errors import InputError
+from iprm.errors import InputError, check_whole
 from iprm.fusion.model import FusionModel
 from iprm.fusion.output import FusionOutput
 
@@ -79,8 +79,7 @@ class Balancer:
         clip: float | None = None,
         **options: Any,
     ) -> None:
-        if accumulate < 1:
-            raise InputError(f"accumulate: expected a number of batches from 1 up, got {accumulate}")
+        accumulate = check_whole("accumulate", accumulate, 1)
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self.scaler, self.accumulate, self.clip = scaler, accumulate, clip
         fusion, self.rule = build(method, feature_dim, num_classes, tuple(encoders), **options)
@@ -192,7 +191,8 @@ def parameter_groups(model: FusionModel, rule: nn.Module, settings: Mapping[str,
         settings: modality -> entries for the group of its encoder, such as {"weight_decay": 0}.
 
     Returns:
-        One group "all", or one per name in `Rule.groups` or `settings`, and "rest" for the parameters in none of them.
+        One group "all", or one per name in `Rule.groups` or `settings`, and "rest" for the parameters in none of them
+        ("_rest" if a modality has that name).
     """
     groups = {name: list(parameters) for name, parameters in rule.groups(model).items()}  # type: ignore[operator]
     for modality in settings or {}:
@@ -200,7 +200,10 @@ def parameter_groups(model: FusionModel, rule: nn.Module, settings: Mapping[str,
     placed = {id(parameter) for parameters in groups.values() for parameter in parameters}
     every = [*model.parameters(), *rule.parameters()]
     rest = [parameter for parameter in every if id(parameter) not in placed]
-    named = [*groups.items(), ("rest" if groups else "all", rest)]
+    name = "rest" if groups else "all"
+    while name in groups:
+        name = f"_{name}"
+    named = [*groups.items(), (name, rest)]
     return [{"params": params, "name": name, **(settings or {}).get(name, {})} for name, params in named if params]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from iprm.encoders.description import Input
-from iprm.errors import InputError
+from iprm.errors import InputError, plain_values
 from iprm.fusion.model import FusionModel
 from iprm.fusion.output import FusionOutput
 
@@ -34,7 +34,7 @@ class Driver:
 
     def __init__(self, model: FusionModel, rule: Rule, run: Any = None, freeze: Mapping[str, bool | int] | None = None) -> None:
         self.model, self.rule, self.run = model, rule, run or model.with_features
-        self.freeze = {modality: value for modality, value in (freeze or {}).items() if value is not False}
+        self.freeze = {modality: value for modality, value in plain_values(dict(freeze or {})).items() if value is not False}
         for modality, epochs in self.freeze.items():
             if modality not in model.encoders:
                 raise InputError(f"freeze: expected a modality of {', '.join(model.encoders)}, got {modality!r}")

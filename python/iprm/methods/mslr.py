@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from iprm.errors import check_choice
+from iprm.errors import check_choice, plain_number
 from iprm.fusion.model import FusionModel
 
 from .rule import VALIDATION, Rule, Step, Update
@@ -54,7 +54,7 @@ class MSLR(Rule):
         for modality, value in initial.items():
             if modality not in self.modalities:
                 raise ValueError(f"initial: expected a modality of {', '.join(self.modalities)}, got {modality!r}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if not 0 < (plain_number(value) or 0) < math.inf:
                 raise ValueError(f"initial of {modality!r}: expected a number above 0, got {value!r}")
         self.schedule = schedule
         self.needs = frozenset() if schedule == "keep" else frozenset({VALIDATION})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from iprm.distributed import process_group
-from iprm.errors import check_choice, check_number
+from iprm.errors import check_choice, check_number, plain_number
 from iprm.fusion.module import IGNORE_INDEX
 from iprm_kernels.collectives import all_reduce_sum
 
@@ -65,15 +65,17 @@ class OGM(Rule):
         form: str = "paper",
     ) -> None:
         super().__init__(modalities)
-        check_number("alpha", alpha)
+        alpha = float(check_number("alpha", alpha))
         check_choice("modulate", modulate, ("auto", "conv", "all"))
         check_choice("form", form, ("paper", "released"))
-        if not isinstance(window, Sequence) or [type(epoch) for epoch in window] != [int, int]:
+        given = [plain_number(epoch) for epoch in window] if isinstance(window, (Sequence, np.ndarray)) else []
+        epochs = [epoch for epoch in given if isinstance(epoch, int)]
+        if len(given) != 2 or len(epochs) != 2:
             raise ValueError(f"window: expected the first and the last epoch, got {window!r}")
         if form == "released" and len(self.modalities) != 2:
             raise ValueError(f"form: 'released' is for two modalities, got {len(self.modalities)}")
-        self.alpha, self.noise, self.scope, self.form = float(alpha), bool(noise), modulate, form
-        self.first, self.last = window
+        self.alpha, self.noise, self.scope, self.form = alpha, bool(noise), modulate, form
+        self.first, self.last = epochs
         self._host = (torch.initial_seed() % 2**63, 0)  # seed and count: reading the buffers would synchronise with a GPU
         self.register_buffer("seed", torch.tensor(self._host[0], dtype=torch.int64))
         self.register_buffer("count", torch.tensor(0, dtype=torch.int64))

@@ -31,6 +31,7 @@ MOST_LINES = 12
 MOST_CELLS = 60  # classes; with more, a cell of the matrix would be smaller than 5 units
 MOST_NUMBERED = 12  # classes; with more, a cell has no room for its count
 MOST_BARS = 48
+LONGEST_CLASS = 12  # letters of the name of a class beside an axis
 WIDTH = 336  # units of an SVG, which a card shows at 1 to 1.2 pixels each
 RC: dict[Any, Any] = dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top", "text.parse_math"), False)
 RC |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), SOFT)
@@ -152,7 +153,7 @@ def angles(axes: Axes, histograms: Sequence[Angles]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
 
 
-def strength_by_class(axes: Axes, strength: Strength) -> None:
+def strength_by_class(axes: Axes, strength: Strength, name: Callable[[int], str] = str) -> None:
     """Draws ω by class: above the middle, the first modality of the pair is stronger, below it the second."""
     known = [(k, omega) for k, omega in enumerate(strength.omega[0]) if omega is not None]
     if len(known) > MOST_BARS:
@@ -161,10 +162,11 @@ def strength_by_class(axes: Axes, strength: Strength) -> None:
     colours = [PALETTE[0] if omega >= 0.5 else PALETTE[1] for _, omega in known]
     axes.bar(range(len(known)), [omega - 0.5 for _, omega in known], bottom=0.5, color=colours, width=0.8)
     axes.axhline(0.5, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
-    width = max((len(str(k)) for k, _ in known), default=1) * 7.5 + 6
+    labels = [shortened(name(k), LONGEST_CLASS) for k, _ in known]
+    width = max(map(len, labels), default=1) * 7.5 + 6
     every = max(1, math.ceil(width * len(known) / (WIDTH - 60)))
     axes.set(xlabel="class", ylim=(0, 1), xlim=(-0.6, len(known) - 0.4), yticks=(0, 0.25, 0.5, 0.75, 1))
-    axes.set_xticks(range(0, len(known), every), [str(k) for k, _ in known[::every]])
+    axes.set_xticks(range(0, len(known), every), labels[::every])
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_formatter("{x:g}")
 
@@ -182,7 +184,10 @@ def confusion(axes: Axes, record: Record) -> None:
                 axes.text(prediction, target, str(count), ha="center", va="center", color=colour)
     axes.imshow(cells, interpolation="none", aspect="equal")
     every = max(1, math.ceil(n / 16))
-    axes.set(xlabel="predicted class", ylabel="true class", xticks=range(0, n, every), yticks=range(0, n, every))
+    labels = [shortened(record.name(k), LONGEST_CLASS) for k in range(0, n, every)]
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_xticks(range(0, n, every), labels, rotation=90 if max(map(len, labels), default=0) > 2 else 0)
+    axes.set_yticks(range(0, n, every), labels)
     axes.grid(visible=False)
 
 
@@ -200,7 +205,11 @@ def accuracies(axes: Axes, comparison: Comparison) -> None:
 
 
 def short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"
+    return shortened(name, 24)
+
+
+def shortened(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def measured(comparison: Comparison) -> list[Line]:

@@ -190,7 +190,8 @@ def _strengths(record: Record) -> list[Card]:
         first, second = strength.pair
         title, keys = f"ω by class: {first} × {second}", [Key(f"{first} stronger", 0), Key(f"{second} stronger", 1)]
         said = f"1: all weight on {first}. 0: on {second}.{some} {more}".strip()
-        chart = figures.svg(partial(figures.strength_by_class, strength=strength), title, said, 188)
+        draw = partial(figures.strength_by_class, strength=strength, name=record.name)
+        chart = figures.svg(draw, title, said, 188)
         cards.append(Card(title, chart, keys, said))
     return cards
 

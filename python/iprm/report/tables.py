@@ -76,4 +76,4 @@ def most_confused(record: Record, count: int) -> list[list[str]]:
     """The most frequent errors: true class, predicted class, their number, and the samples of the true class."""
     wrong = [(t, p, n) for (t, p), n in record.confusion.items() if t != p]
     wrong.sort(key=lambda cell: (-cell[2], cell[:2]))
-    return [[str(t), str(p), str(n), str(record.class_counts[t])] for t, p, n in wrong[:count]]
+    return [[record.name(t), record.name(p), str(n), str(record.class_counts[t])] for t, p, n in wrong[:count]]

@@ -13,19 +13,21 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from iprm.data.labels import listed
 from iprm.data.module import MultimodalData
-from iprm.data.split import Batch
+from iprm.data.split import Batch, numbered
 from iprm.distributed import gathered, rank, world_size
 from iprm.encoders.description import Input, plain
+from iprm.encoders.named_modules import NamedModules
 from iprm.encoders.registry import build_encoders, canonical
-from iprm.errors import InputError, check_number, unknown
+from iprm.errors import InputError, check_number, check_whole, plain_values, unknown
 from iprm.fusion.model import FusionModel
 from iprm.fusion.module import FusionModule
 from iprm.fusion.output import FusionOutput
@@ -70,6 +72,7 @@ class FusionClassifier(L.LightningModule):
         channels_last: store images and convolution weights in the channels-last memory format, which is faster on oneDNN and
             on GPUs with tensor cores; under FSDP2, only the images.
         compile: a backend of torch.compile for encoders and fusion, such as "inductor"; none by default.
+        classes: names of the C classes, as `MultimodalData.classes` returns them; None for their indices.
         cuda_graph: capture forward and backward pass as CUDA graphs. On a CPU, in mixed precision, in several processes and
             for batches of another shape, steps run without a graph, and a warning is logged (see `GraphedStep`).
 
@@ -78,7 +81,7 @@ class FusionClassifier(L.LightningModule):
     """
 
     model: FusionModel  # encoders and fusion module
-    encoders: nn.ModuleDict
+    encoders: NamedModules
     fusion: FusionModule
     rule: Rule
     val_metrics: EpochMetrics
@@ -98,10 +101,14 @@ class FusionClassifier(L.LightningModule):
         channels_last: bool = False,
         compile: str | None = None,
         cuda_graph: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        # a checkpoint holds plain values: one of numpy could not be read without running code
+        optimizer, lr_scheduler, modality_options = map(plain_values, (optimizer, lr_scheduler, modality_options))
         self.save_hyperparameters()
-        inputs, encoders, method_options = plain(inputs), canonical(encoders), dict(method_options or {})
+        inputs, encoders, method_options = plain(inputs), canonical(encoders), plain_values(dict(method_options or {}))
+        num_classes, feature_dim = check_whole("num_classes", num_classes), check_whole("feature_dim", feature_dim, 1)
         #: the hyperparameters that decide which parameters the model has, in the form that checkpoints hold: plain values
         self.structure: dict[str, Any] = {
             "inputs": inputs,
@@ -110,6 +117,7 @@ class FusionClassifier(L.LightningModule):
             "method_options": method_options,
             "encoders": encoders,
             "feature_dim": feature_dim,
+            "classes": _class_names(classes, num_classes),
         }
         self.hparams.update(self.structure)
         every, widths = build_encoders(inputs, feature_dim, encoders)
@@ -141,8 +149,14 @@ class FusionClassifier(L.LightningModule):
         self.means = EpochMeans()
         self._restored_means: list[dict[str, Any]] = []  # one per process
         self.guard = FiniteGuard("training batch")
-        self.val_metrics, self.test_metrics = EpochMetrics(num_classes), EpochMetrics(num_classes)
+        self.val_metrics, self.test_metrics = EpochMetrics(), EpochMetrics()
         self.evaluation_guard = FiniteGuard("evaluation batch")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their indices."""
+        names = self.structure["classes"]
+        return numbered(self.structure["num_classes"]) if names is None else tuple(names)
 
     @property
     def batches(self) -> int:
@@ -298,10 +312,15 @@ class FusionClassifier(L.LightningModule):
             InputError: the checkpoint belongs to a model with other settings, or to another module.
         """
         settings = checkpoint.get("hyper_parameters", {})
+        settings = {"classes": None, **settings}
         if not settings.keys() >= self.structure.keys():
-            named = f"its settings are {', '.join(map(str, settings))}" if settings else "it has no settings"
-            raise InputError(f"the checkpoint is not of a FusionClassifier: {named}")
+            named = ", ".join(map(str, checkpoint.get("hyper_parameters", {})))
+            what = f"its settings are {named}" if named else "it has no settings"
+            raise InputError(f"the checkpoint is not of a FusionClassifier: {what}")
         for name, here in self.structure.items():
+            if settings[name] != here and name == "classes":
+                there, ours = (listed(names or numbered(self.structure["num_classes"])) for names in (settings[name], here))
+                raise InputError(f"the checkpoint is of a model of the classes {there}, this one is of {ours}")
             if settings[name] != here:
                 raise InputError(f"the checkpoint is of a model with {name} {settings[name]!r}, this one has {here!r}")
         means = checkpoint.get("epoch_means", [])
@@ -379,6 +398,20 @@ class FusionClassifier(L.LightningModule):
         """probability (B, C) and target (B,): what `iprm predict` writes."""
         inputs, target = batch
         return {"probability": self(inputs).logits.float().softmax(1), "target": target}
+
+
+def _class_names(classes: Sequence[str] | None, num_classes: int) -> list[str] | None:
+    """Names of the classes as a checkpoint holds them: None for their indices.
+
+    Raises:
+        InputError: they are not `num_classes` different names.
+    """
+    if classes is None:
+        return None
+    names = list(map(str, classes))
+    if len(names) != num_classes or len(set(names)) != len(names):
+        raise InputError(f"classes: expected {num_classes} different names, got {len(names)}: {listed(names)}")
+    return None if tuple(names) == numbered(num_classes) else names
 
 
 def _modality_options(

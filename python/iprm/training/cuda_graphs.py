@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iprm.distributed import world_size
-from iprm.encoders.description import Input, flat, nested
+from iprm.encoders.description import Input, each, flat, nested
 from iprm.fusion.model import FusionModel
 from iprm.fusion.output import FusionOutput
 
@@ -66,7 +66,7 @@ class GraphedStep:
         # the warm-up calls update buffers (λ, batch statistics), so they are restored afterwards
         kept = [buffer.clone() for buffer in self.model.buffers()]
         tensors = flat(inputs)
-        graphed = _Flat(self.model, tuple(tensors))
+        graphed = _Flat(self.model, {modality: each(lambda _: None, x) for modality, x in inputs.items()})
         samples = tuple(x.detach().clone() for x in (*tensors.values(), target))
         torch.cuda.make_graphed_callables(graphed, samples)  # from here on, a call to it launches the graph
         with torch.no_grad():
@@ -76,17 +76,17 @@ class GraphedStep:
 
 
 class _Flat(nn.Module):
-    """The step with tensors as its only arguments and results, as a graph requires. `labels` name the inputs, in order."""
+    """The step with tensors as its only arguments and results, as a graph requires. `like` has the structure of the inputs."""
 
-    def __init__(self, model: FusionModel, labels: tuple[str, ...]) -> None:
+    def __init__(self, model: FusionModel, like: Mapping[str, Any]) -> None:
         super().__init__()
-        self.model, self.labels = model, labels
+        self.model, self.like = model, like
         self._spec: Any = None
         self._absent: list[int] = []
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         *inputs, target = tensors
-        result = self.model.with_features(nested(dict(zip(self.labels, inputs, strict=True))), target)
+        result = self.model.with_features(nested(dict(zip(flat(self.like), inputs, strict=True)), self.like), target)
         leaves, self._spec = torch.utils._pytree.tree_flatten(result)
         self._absent = [place for place, leaf in enumerate(leaves) if leaf is None]
         return tuple(leaf for leaf in leaves if leaf is not None)

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_average_precision, multiclass_f1_score
 from torchmetrics.utilities import dim_zero_cat
 
 from iprm.distributed import process_group, world_size
+from iprm.fusion.module import IGNORE_INDEX
 from iprm.fusion.output import FusionOutput
 from iprm_kernels.collectives import all_reduce_sum
+
+from .class_metrics import macro_f1, mean_average_precision
 
 
 def stacked_logits(output: FusionOutput) -> Tensor:
@@ -31,54 +33,56 @@ def loss_of(output: FusionOutput) -> Tensor:
 class EpochMetrics(Metric):
     """Loss, accuracy, macro-F1, mean average precision over classes, and the accuracy of every head, of a whole split.
 
-    Logits are stored until the end, when each metric is computed once: updating three metrics at every step costs more than
-    the step of a small model. Rows are gathered from all processes, so the values equal those of a single process.
+    Rows labelled -100 are left out. Probabilities (N, C) are stored until the end, when each metric is computed once: updating
+    three metrics at every step costs more than the step of a small model. Rows are gathered from all processes, so the values
+    equal those of a single process. Without a labelled row, every value is NaN.
     """
 
     full_state_update = False
-    logits: list[Tensor]
+    probability: list[Tensor]
+    prediction: list[Tensor]
     target: list[Tensor]
     losses: list[Tensor]
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.heads: tuple[str, ...] = ()
-        for name in ("logits", "target", "losses"):
+        for name in ("probability", "prediction", "target", "losses"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, output: FusionOutput, target: Tensor) -> None:
         """Stores one batch: logits and loss of `output`, target (B,)."""
         self.heads = tuple(output.logits_by)
-        self.logits.append(stacked_logits(output).float().transpose(0, 1))
+        self.probability.append(output.logits.detach().float().softmax(1))
+        self.prediction.append(stacked_logits(output).argmax(2).T)  # (B, 1 + H): the prediction, and that of every head
         self.target.append(target)
         self.losses.append(loss_of(output).float().expand(len(target)))
 
     def compute(self) -> dict[str, Tensor]:
         """loss, accuracy, macro_f1, map and accuracy_<head>: 0-d tensors."""
-        logits, target = dim_zero_cat(self.logits), dim_zero_cat(self.target)
-        whole = logits[:, 0]
-        options: dict[str, Any] = {"num_classes": self.num_classes, "validate_args": False}
-        values = {
-            "loss": dim_zero_cat(self.losses).mean(),
-            "accuracy": multiclass_accuracy(whole, target, average="micro", **options),
-            "macro_f1": multiclass_f1_score(whole, target, average="macro", **options),
-            "map": multiclass_average_precision(whole.softmax(1), target, average="macro", **options),
+        target = dim_zero_cat(self.target)
+        labelled = target != IGNORE_INDEX
+        states = (self.probability, self.prediction, self.target, self.losses)
+        probability, prediction, target, losses = (dim_zero_cat(state)[labelled] for state in states)
+        accuracy, *accuracies = (prediction == target[:, None]).float().mean(0).unbind()
+        return {
+            "loss": losses.mean(),
+            "accuracy": accuracy,
+            "macro_f1": macro_f1(prediction[:, 0], target, probability.shape[1]),
+            "map": mean_average_precision(probability, target),
+            **{f"accuracy_{head}": value for head, value in zip(self.heads, accuracies, strict=True)},
         }
-        for head, part in zip(self.heads, logits[:, 1:].unbind(1), strict=True):
-            values[f"accuracy_{head}"] = multiclass_accuracy(part, target, average="micro", **options)
-        return values
 
 
 class EpochMeans:
     """Running means of a training epoch, in a few small operations per step. Losses and accuracies are means over the rows of
-    all processes; measures, which are equal on all processes, are means over the steps that reported them."""
+    all processes that have a label; measures, which are equal on all processes, are means over the steps that reported them."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.rows: list[int] = []  # one per step
+        self.rows: list[Tensor] = []  # () per step: rows with a label
         self.losses: list[Tensor] = []  # (1 + L,) per step
         self.loss_heads: list[str] = []
         self.heads: list[str] = []
@@ -87,7 +91,7 @@ class EpochMeans:
 
     def state_dict(self) -> dict[str, Any]:
         """The means so far, in tensors and plain values."""
-        state = {**vars(self), "losses": torch.stack(self.losses) if self.losses else torch.empty(0)}
+        state = {**vars(self), **{name: _stacked(getattr(self, name)) for name in ("rows", "losses")}}
         state["measured"] = {names: [sums.cpu(), steps] for names, (sums, steps) in self.measured.items()}
         return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
@@ -95,12 +99,12 @@ class EpochMeans:
         """Continues from what `state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
-        self.losses = list(state["losses"].to(device))
+        self.rows, self.losses = (list(state[name].to(device)) for name in ("rows", "losses"))
         self.measured = {names: [sums.to(device), steps] for names, (sums, steps) in state["measured"].items()}
 
     def update(self, output: FusionOutput, target: Tensor) -> None:
         """Adds one batch: `output` with a loss, target (B,)."""
-        self.rows.append(len(target))
+        self.rows.append((target != IGNORE_INDEX).sum())
         self.losses.append(torch.stack([loss_of(output), *(loss.detach() for loss in output.losses_by.values())]))
         self.loss_heads, self.heads = list(output.losses_by), list(output.logits_by)
         correct = (stacked_logits(output).argmax(2) == target).sum(1)
@@ -122,15 +126,20 @@ class EpochMeans:
         group, processes = (process_group(), world_size()) if joint else (None, 1)
         # each loss is scaled by the process's share of rows: see `joint_sums`
         losses = all_reduce_sum(torch.stack(self.losses), group) / processes
-        rows = all_reduce_sum(torch.tensor(self.rows, device=losses.device), group)
+        rows = all_reduce_sum(torch.stack(self.rows), group)
         correct = all_reduce_sum(self.correct.clone(), group)
-        means = (losses * rows[:, None]).sum(0) / rows.sum()
+        weighted = torch.where(rows[:, None] > 0, losses * rows[:, None], 0)  # the loss of no row is NaN
+        means = weighted.sum(0) / rows.sum()
         values = dict(zip(_named("train_loss", self.loss_heads), means, strict=True))
         values |= zip(_named("train_accuracy", self.heads), correct / rows.sum(), strict=True)
         values |= state_measures
         for names, (sums, steps) in self.measured.items():
             values |= zip(names.split("\n"), sums / steps, strict=True)
         return {name: value.detach().clone().float() for name, value in values.items()}
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)) if tensors else torch.empty(0)
 
 
 def _named(quantity: str, heads: Sequence[str]) -> list[str]:

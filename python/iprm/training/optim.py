@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from iprm.errors import InputError, check_number, unknown
+from iprm.errors import InputError, check_number, check_whole, plain_values, unknown
 
 #: Settings of an optimiser or schedule: {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, or a class path alone.
 Settings = Mapping[str, Any]
@@ -38,8 +38,7 @@ class StepAtFraction(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, epochs: int | None = None, fraction: float = 0.7, gamma: float = 0.1) -> None:
         epochs = _number_of(epochs)
-        check_number("fraction", fraction, 1)
-        check_number("gamma", gamma)
+        fraction, gamma = check_number("fraction", fraction, 1), check_number("gamma", gamma)
         last = max(1, round(fraction * epochs))
         super().__init__(optimizer, lambda epoch: gamma if epoch >= last else 1.0)
 
@@ -59,13 +58,12 @@ class WarmupCosine(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, epochs: int | None = None, warmup_epochs: int = 0, floor: float = 0.0) -> None:
         epochs = _number_of(epochs)
-        check_number("warmup_epochs", warmup_epochs, epochs - 1)
-        check_number("floor", floor, 1)
+        warmup, floor = check_number("warmup_epochs", warmup_epochs, epochs - 1), check_number("floor", floor, 1)
 
         def factor(epoch: int) -> float:
-            if epoch < warmup_epochs:
-                return (epoch + 1) / (warmup_epochs + 1)
-            part = min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs))
+            if epoch < warmup:
+                return (epoch + 1) / (warmup + 1)
+            part = min(1.0, (epoch - warmup) / (epochs - warmup))
             return floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2
 
         super().__init__(optimizer, factor)
@@ -79,7 +77,7 @@ def checked(kind: str, base: type, settings: Settings | str) -> tuple[type, dict
     """
     if isinstance(settings, str):
         settings = {"class_path": settings}
-    path, arguments = settings.get("class_path"), dict(settings.get("init_args") or {})
+    path, arguments = settings.get("class_path"), plain_values(dict(settings.get("init_args") or {}))
     if not isinstance(path, str) or not settings.keys() <= {"class_path", "init_args"}:
         raise InputError(f"{kind}: expected a class_path and init_args, got {dict(settings)!r}")
     home = "torch.optim.lr_scheduler" if base is LRScheduler else "torch.optim"
@@ -166,4 +164,4 @@ class Configured:
 def _number_of(epochs: int | None) -> int:
     if epochs is None:
         raise InputError("epochs: a run bounded by steps or time has no number of epochs; give one, or another schedule")
-    return epochs
+    return check_whole("epochs", epochs)

@@ -105,12 +105,12 @@ VALUES = {
     ),
     "a learning rate below 0": (("--optimizer.lr", "-1"), "optimizer.lr: expected a number from 0 up, got -1.0"),
     "no width": (("--model.feature_dim", "0"), "feature_dim: expected a whole number from 1 up, got 0"),
-    "an empty batch": (("--data.batch_size", "0"), "batch_size: expected at least 1, got 0"),
+    "an empty batch": (("--data.batch_size", "0"), "batch_size: expected a whole number from 1 up, got 0"),
     "a batch of one row": (
         ("--data.batch_size", "1"),
         "batch_size: expected at least 2 to train encoders that normalise over a batch",
     ),
-    "a seed below 0": (("--data.seed", "-1"), "seed: expected a number from 0 up, got -1"),
+    "a seed below 0": (("--data.seed", "-1"), "seed: expected a whole number from 0 up, got -1"),
     "fractions beyond 1": (("--data.val_fraction", "0.9"), "expected positive numbers with a sum below 1, got 0.9 and 0.25"),
     "an unknown accelerator": (("--trainer.accelerator", "gppu"), "trainer: You selected an invalid accelerator name"),
     "an accelerator that is not there": (("--trainer.accelerator", "tpu"), "trainer: Requirement 'torch_xla"),
@@ -156,7 +156,10 @@ FILES = {
     "without labels": (without("y"), "features.npz: there is no array 'y' of labels; the file has x_audio, x_text"),
     "with a NaN": (changed("x_text", 11, np.nan), "features.npz: modality 'text': row 11 has a feature that is not finite"),
     "of one modality": (without("x_text"), "modalities: expected at least 2, got 1: ('audio',)"),
-    "of one class": (without("y") | {"y": np.zeros(60, int)}, "num_classes: expected at least 2, got 1"),
+    "of one class": (
+        without("y") | {"y": np.zeros(60, int)},
+        "features.npz: all rows are of class 0; expected at least 2 classes",
+    ),
 }
 
 

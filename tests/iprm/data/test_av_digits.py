@@ -160,3 +160,36 @@ def test_a_tone_is_loudest_in_the_band_that_holds_it():
     bin_of_tone = round(1000 / RATE * log_mel.transform_size)
     assert spectrogram.shape == (1, 40, 64)
     assert spectrogram[0, :, 20].argmax() == bank[:, bin_of_tone].argmax()
+
+
+def _half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_recording_of_which_a_part_is_lost_is_named_with_what_is_left(folder):
+    _half(folder / "4_ann_1.wav")
+    with pytest.raises(InputError, match=r"4_ann_1\.wav: truncated: its header declares 2400 frames, and the file has 1189"):
+        _ = data_of(folder).splits
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_U8", "FLOAT", "ULAW"])
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX", "RF64", "RIFX"])
+def test_the_header_of_every_kind_of_wav_declares_its_frames(tmp_path, subtype, kind):
+    file = tmp_path / "0_ann_0.wav"
+    form, endian = ("WAV", "BIG") if kind == "RIFX" else (kind, "FILE")
+    soundfile.write(file, np.stack([tone(300), tone(400)], 1), RATE, format=form, subtype=subtype, endian=endian)
+    assert recordings._spectrogram(file, LogMel(RATE)).shape == (1, 40, 64)
+    file.write_bytes(file.read_bytes()[:-400])
+    with pytest.raises(InputError, match="truncated: its header declares 2400 frames"):
+        recordings._spectrogram(file, LogMel(RATE))
+
+
+def test_a_recording_written_to_a_pipe_declares_no_length(tmp_path):
+    """Such a header has the size 0xFFFFFFFF, as ffmpeg writes it."""
+    file = tmp_path / "0_ann_0.wav"
+    soundfile.write(file, tone(300), RATE)
+    content = bytearray(file.read_bytes())
+    place = content.index(b"data") + 4
+    content[4:8] = content[place : place + 4] = b"\xff\xff\xff\xff"
+    file.write_bytes(content)
+    assert recordings._spectrogram(file, LogMel(RATE)).shape == (1, 40, 64)

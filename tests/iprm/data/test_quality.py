@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import tracemalloc
 from pathlib import Path
@@ -199,10 +200,6 @@ REMARKS = {
         changed("x_text", (slice(0, SECOND), 2), 0.5),
         "modality 'text': feature 2 of 6 without variance in train",
     ),
-    "labels with a gap": (
-        given() | {"y": np.array([1, 2, 4])[arrays()["y"]]},
-        "labels: no split has rows of 2 classes (0, 3), the highest is 4",
-    ),
 }
 
 
@@ -284,6 +281,30 @@ def test_every_broken_and_foreign_file_is_named_and_the_others_are_checked(recor
         ("notes.txt", "a foreign fi"),
     ]
     assert re.search(r"all +29 +10 +48\b", out), "90 recordings less three"
+
+
+def test_files_that_cannot_be_opened_are_all_named_with_their_own_cause(recordings):
+    for name in ("1_ann_1.wav", "5_ann_5.wav"):
+        (recordings / name).unlink()
+        (recordings / name).symlink_to(f"/gone/{name}")
+    (recordings / "2_ann_2.wav").unlink()
+    (recordings / "2_ann_2.wav").symlink_to("2_ann_2.wav")
+    (recordings / "3_ann_3.wav").unlink()
+    (recordings / "3_ann_3.wav").mkdir()
+    (recordings / "6_ann_6.wav").unlink()
+    os.mkfifo(recordings / "6_ann_6.wav")
+    lost = recordings / "7_ann_7.wav"
+    lost.write_bytes(lost.read_bytes()[: lost.stat().st_size // 2])
+    code, out, _ = of_recordings(recordings)
+    assert code == 1
+    assert re.findall(r"^problem: recordings/(\S+): (.*)", out, re.MULTILINE) == [
+        ("1_ann_1.wav", "a link to /gone/1_ann_1.wav, which cannot be read: No such file or directory"),
+        ("2_ann_2.wav", "a link to 2_ann_2.wav, which cannot be read: Too many levels of symbolic links"),
+        ("3_ann_3.wav", "expected a file, got a folder"),
+        ("5_ann_5.wav", "a link to /gone/5_ann_5.wav, which cannot be read: No such file or directory"),
+        ("6_ann_6.wav", "expected a file, got a device or pipe"),
+        ("7_ann_7.wav", "truncated: its header declares 2400 frames, and the file has 1189"),
+    ]
 
 
 def test_whole_recordings_are_clean_and_read_from_the_cache_of_training(recordings, monkeypatch):
@@ -435,7 +456,10 @@ STRUCTURES = {
     "labels of other rows": (split_of(4, 3), "Mine: modality 'a': 4 rows in val, which has 3 labels"),
     "another width": (split_of(width=3), r"Mine: modality 'a': rows of shape \(3,\) in val, of \(2,\) in train"),
     "other modalities": (split_of(names=("a",)), "Mine: val has the modalities a, train has a, b"),
-    "labels below 0": (split_of(least=-1), "Mine: expected labels from 0 up, got -1"),
+    "labels that are no whole numbers": (
+        Split(split_of().inputs, torch.tensor([0.0, 1.0, 0.5, 1.0]), {}),
+        "Mine: labels of val: row 2 has the label 0.5; classes are whole numbers or words",
+    ),
 }
 
 

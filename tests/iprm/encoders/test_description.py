@@ -46,4 +46,4 @@ def test_kinds(shape, dtype, kind):
 
 def test_labels_keep_order_and_lead_back():
     assert list(flat(BATCH)) == ["image", "text.ids", "text.mask"]
-    assert nested(flat(SPECS)) == SPECS
+    assert nested(flat(SPECS), SPECS) == SPECS

@@ -318,7 +318,7 @@ def test_measures_tell_what_a_rule_did():
         ("mslr", {"initial": {"audio": 0.0}}, "initial of 'audio': expected a number above 0, got 0.0"),
         ("dgl", {"alpha": 0.0}, r"alpha: expected a number above 0, got 0\.0"),
         ("sum", {"freeze": {"video": True}}, "freeze: expected a modality of audio, image, got 'video'"),
-        ("sum", {"accumulate": 0}, "accumulate: expected a number of batches from 1 up, got 0"),
+        ("sum", {"accumulate": 0}, "accumulate: expected a whole number from 1 up, got 0"),
     ],
 )
 def test_options_out_of_range_are_named(method, options, message):

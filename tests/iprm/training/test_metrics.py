@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from iprm.fusion.output import FusionOutput
+from iprm.training.class_metrics import mean_average_precision
 from iprm.training.metrics import EpochMeans, EpochMetrics
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
@@ -23,7 +24,7 @@ def batches(classes: int = C, sizes=(9, 9, 5)):
 
 
 def measured(data) -> dict[str, float]:
-    metrics = EpochMetrics(C)
+    metrics = EpochMetrics()
     for output, target in data:
         metrics.update(output, target)
     return {name: value.item() for name, value in metrics.compute().items()}
@@ -53,10 +54,44 @@ def test_every_metric_of_a_split_is_scikit_learns():
 def test_a_class_that_the_split_does_not_have_does_not_count_in_the_mean_over_classes():
     target, logits = joined(batches(classes=C - 1))
     probability = logits[""].double().softmax(1)
-    with pytest.warns(UserWarning, match="Average precision score for one or more classes was `nan`"):
-        values = measured(batches(classes=C - 1))
+    values = measured(batches(classes=C - 1))
     assert values["map"] == pytest.approx(average_precision_score(np.eye(C - 1)[target], probability[:, : C - 1]))
     assert values["macro_f1"] == pytest.approx(f1_score(target, logits[""].argmax(1), average="macro"))
+
+
+def test_rows_labelled_minus_100_count_in_no_metric():
+    """Of the validation, and of the means of a training epoch."""
+    (output, target), *_ = batches(sizes=(23,))
+    kept = torch.arange(23) % 4 != 1
+    logits, labels = output.logits[kept], target[kept]
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    part = FusionOutput(loss, logits, {name: x[kept] for name, x in output.logits_by.items()}), labels
+    whole = output._replace(loss=loss), target.where(kept, torch.tensor(-100))
+    assert measured([whole]) == pytest.approx(measured([part]))
+    assert means_of([whole, part]) == pytest.approx(means_of([part, part]))
+    nothing = output._replace(loss=torch.tensor(torch.nan)), torch.full((23,), -100)
+    assert measured([whole, nothing]) == pytest.approx(measured([part]))
+    assert means_of([whole, nothing]) == pytest.approx(means_of([part]))
+
+
+def test_equal_scores_are_one_threshold():
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(4, (40, 3), generator=generator) / 4
+    target = torch.randint(3, (40,), generator=generator)
+    expected = average_precision_score(np.eye(3)[target], score.double(), average="macro")
+    assert mean_average_precision(score, target).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("classes", [3, 5000])
+def test_metrics_of_thousands_of_classes_take_memory_of_the_classes(classes):
+    """With a matrix of classes, 5,000 would take 200 MB."""
+    target = torch.arange(40) % 3 * (classes // 3)
+    logits = torch.randn(40, classes, generator=torch.Generator().manual_seed(0))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        values = measured([(FusionOutput(torch.tensor(1.0), logits, {"x": logits}), target)])
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert allocated < 200 * 40 * classes
+    assert values["macro_f1"] == pytest.approx(f1_score(target, logits.argmax(1), average="macro"))
 
 
 def test_batches_count_by_their_rows():
@@ -72,7 +107,7 @@ def test_batches_count_by_their_rows():
 
 
 def test_a_split_is_forgotten_by_the_next():
-    metrics = EpochMetrics(C)
+    metrics = EpochMetrics()
     first, second, _ = batches()
     metrics.update(*first)
     metrics.reset()
@@ -83,7 +118,7 @@ def test_a_split_is_forgotten_by_the_next():
 def test_an_output_without_a_loss_is_refused():
     (output, target), *_ = batches()
     with pytest.raises(TypeError, match="output: expected one with a loss"):
-        EpochMetrics(C).update(output._replace(loss=None), target)
+        EpochMetrics().update(output._replace(loss=None), target)
 
 
 def step(loss: float, correct: int, rows: int, **measures: float):

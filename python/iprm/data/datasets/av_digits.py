@@ -9,7 +9,7 @@ import torch
 
 from iprm.data.module import MultimodalData
 from iprm.data.split import Split, check_fractions, stratified
-from iprm.errors import InputError
+from iprm.errors import check_number, check_whole
 
 from .digits import scanned_digits
 from .recordings import Recordings, default_cache_dir, load_recordings
@@ -51,11 +51,9 @@ class AvDigits(MultimodalData):
         num_workers: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, predict_split=predict_split, num_workers=num_workers)
-        check_fractions(val_fraction, 0.25)
-        if not noise >= 0:
-            raise InputError(f"noise: expected a number from 0 up, got {noise}")
-        self.path, self.noise, self.val_fraction = Path(path), noise, val_fraction
-        self.log_mel = LogMel(sample_rate)
+        self.val_fraction, _ = check_fractions(val_fraction, 0.25)
+        self.path, self.noise = Path(path), check_number("noise", noise)
+        self.log_mel = LogMel(check_whole("sample_rate", sample_rate, 1))
         self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
 
     def prepare_data(self) -> None:

@@ -40,7 +40,7 @@ class Digits(MultimodalData):
         num_workers: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, predict_split=predict_split, num_workers=num_workers)
-        check_fractions(val_fraction, test_fraction)
+        val_fraction, test_fraction = check_fractions(val_fraction, test_fraction)
         self.fractions = {"test": test_fraction, "val": val_fraction}
 
     def read(self) -> dict[str, Split]:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from iprm.data.labels import UNLABELLED, Labels, read_labels
 from iprm.data.module import MultimodalData
-from iprm.data.npz import PREFIX, read_archive
+from iprm.data.npz import PREFIX, read_arrays
+from iprm.data.quality import warn_once
 from iprm.data.split import SPLITS, Split, check_fractions, stratified
 from iprm.errors import InputError
+from iprm.names import check_modality
 
-MOST_CLASSES = 2**20
+LABELS, SPLIT = "y", "split"
 
 
 class Features(MultimodalData):
-    """One .npz file with arrays ``x_<modality>`` (N, D_m), ``y`` (N,) whole numbers from 0, and optionally ``split`` (N,) of
-    "train", "val" and "test", or of 0, 1 and 2 for these. Features are converted to float32, without normalisation.
+    """One .npz file with arrays ``x_<modality>`` (N, D_m), ``y`` (N,) of labels, and optionally ``split`` (N,) of "train",
+    "val" and "test", or of 0, 1 and 2 for these. Features are converted to float32, without normalisation. Other arrays are not
+    read.
 
-    Without ``split``, rows are divided at random, stratified by class. Object arrays are refused, because unpickling one
-    could run arbitrary code.
+    Labels are whole numbers, booleans or words; the classes are those that occur, and keep their labels as names. Rows labelled
+    -100 are left out. Without ``split``, rows are divided at random, stratified by class. Arrays of objects are refused,
+    because unpickling one could run arbitrary code, except labels and splits that are plain words or numbers.
 
     Args:
         path: the .npz file.
@@ -44,7 +49,7 @@ class Features(MultimodalData):
         num_workers: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed, predict_split=predict_split, num_workers=num_workers)
-        check_fractions(val_fraction, test_fraction)
+        val_fraction, test_fraction = check_fractions(val_fraction, test_fraction)
         self.path = Path(path)
         self.fractions = {"test": test_fraction, "val": val_fraction}
 
@@ -56,49 +61,57 @@ class Features(MultimodalData):
 
     def _read(self, finite: bool) -> dict[str, Split]:
         """The splits. With `finite`, non-finite values raise InputError."""
-        arrays = read_archive(self.path)
-        labels = self._labels(arrays)
-        features = self._features(arrays, len(labels))
+        names, arrays = read_arrays(
+            self.path, lambda name: name in (LABELS, SPLIT) or name.startswith(PREFIX), plain_objects=(LABELS, SPLIT)
+        )
+        labels, classes = self._labels(names, arrays)
+        features = self._features(names, arrays, len(labels))
+        labelled = labels != UNLABELLED
         if finite:
-            self._refuse_non_finite(features)
-        if "split" in arrays:
-            rows = self._given_split(arrays["split"], len(labels))
+            self._refuse_non_finite(features, labelled)
+        kept = np.flatnonzero(labelled)
+        if len(kept) < len(labels):
+            warn_once(f"{self.path}: {len(labels) - len(kept)} of {len(labels)} rows have the label -100 and are left out")
+        if SPLIT in arrays:
+            rows = self._given_split(arrays[SPLIT], len(labels), labelled)
         else:
-            rows = stratified(labels, self.fractions, np.random.default_rng(self.seed))
+            try:
+                divided = stratified(labels[kept], self.fractions, np.random.default_rng(self.seed))
+            except InputError as error:
+                raise self._error(str(error)) from error
+            rows = {name: kept[index] for name, index in divided.items()}
 
         def split(index: np.ndarray) -> Split:
             inputs = {modality: torch.from_numpy(x[index]) for modality, x in features.items()}
-            return Split(inputs, torch.from_numpy(labels[index]), dict.fromkeys(inputs, torch.from_numpy(index)))
+            origin = dict.fromkeys(inputs, torch.from_numpy(index))
+            return Split(inputs, torch.from_numpy(labels[index]), origin, classes=classes)
 
         return {name: split(rows[name]) for name in SPLITS}
 
     def _error(self, what: str) -> InputError:
         return InputError(f"{self.path}: {what}")
 
-    def _labels(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        if "y" not in arrays:
-            raise self._error(f"there is no array 'y' of labels; the file has {', '.join(sorted(arrays)) or 'no arrays'}")
-        y = arrays["y"]
-        if not np.issubdtype(y.dtype, np.integer):
-            raise self._error(f"y: expected whole numbers (an integer type), got {y.dtype}; save y.astype(int)")
-        if y.ndim != 1:
-            raise self._error(f"y: expected shape (N,), got {y.shape}")
-        if len(y) == 0:
+    def _labels(self, names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> Labels:
+        if LABELS not in arrays:
+            raise self._error(f"there is no array 'y' of labels; the file has {', '.join(sorted(names)) or 'no arrays'}")
+        y = arrays[LABELS]
+        if y.ndim and len(y) == 0:
             raise self._error("the dataset is empty: y has no rows")
-        if y.min() < 0:
-            raise self._error(f"y: expected labels from 0 up, got {y.min()} in row {int(y.argmin())}")
-        if y.max() >= MOST_CLASSES:
-            row = int(y.argmax())
-            raise self._error(
-                f"y: expected class indices below {MOST_CLASSES}, got {y.max()} in row {row}: a head has a row each"
-            )
-        return y.astype(np.int64)
+        labels = read_labels(f"{self.path}: y", y)
+        if not labels.names:
+            raise self._error(f"y: every row has the label {UNLABELLED}, which leaves it out")
+        return labels
 
-    def _features(self, arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-        names = [name for name in arrays if name.startswith(PREFIX) and name != PREFIX]
-        if not names:
-            raise self._error(f"there is no array 'x_<modality>' of features; the file has {', '.join(sorted(arrays))}")
-        return {name.removeprefix(PREFIX): self._feature(name, arrays[name], count) for name in names}
+    def _features(self, names: Sequence[str], arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+        found = {name.removeprefix(PREFIX): name for name in arrays if name.startswith(PREFIX)}
+        if not found:
+            raise self._error(f"there is no array 'x_<modality>' of features; the file has {', '.join(sorted(names))}")
+        for modality, name in found.items():
+            try:
+                check_modality(modality)
+            except InputError as error:
+                raise self._error(f"array {name!r}: {error}") from error
+        return {modality: self._feature(name, arrays[name], count) for modality, name in found.items()}
 
     def _feature(self, name: str, x: np.ndarray, count: int) -> np.ndarray:
         if not np.issubdtype(x.dtype, np.floating) and not np.issubdtype(x.dtype, np.integer):
@@ -110,19 +123,24 @@ class Features(MultimodalData):
         with np.errstate(over="ignore"):  # values beyond float32 become infinite and are reported as non-finite
             return x.astype(np.float32)
 
-    def _refuse_non_finite(self, features: Mapping[str, np.ndarray]) -> None:
+    def _refuse_non_finite(self, features: Mapping[str, np.ndarray], labelled: np.ndarray) -> None:
         for modality, x in features.items():
-            broken = np.flatnonzero(~np.isfinite(x).all(axis=1))
+            broken = np.flatnonzero(~np.isfinite(x).all(axis=1) & labelled)
             if len(broken):
                 more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
                 raise self._error(f"modality {modality!r}: row {broken[0]} has a feature that is not finite in float32{more}")
 
-    def _given_split(self, split: np.ndarray, count: int) -> dict[str, np.ndarray]:
-        if split.shape != (count,):
+    def _given_split(self, split: np.ndarray, count: int, labelled: np.ndarray) -> dict[str, np.ndarray]:
+        if split.shape not in ((count,), (count, 1)):
             raise self._error(f"split: expected shape ({count},) as y, got {split.shape}")
-        names = SPLITS if split.dtype.kind == "U" else tuple(range(len(SPLITS)))
+        split = split.reshape(-1)
+        if split.dtype.kind == "S":
+            split = np.char.decode(split, "ascii", "replace")
+        worded = split.dtype.kind == "U" or isinstance(split[0], str)
+        names = SPLITS if worded else tuple(range(len(SPLITS)))
         foreign = ~np.isin(split, names)
         if foreign.any():
             row = int(foreign.argmax())
-            raise self._error(f'split: expected "train", "val" or "test", or 0, 1 or 2, got {split[row].item()!r} in row {row}')
-        return {name: np.flatnonzero(split == value) for name, value in zip(SPLITS, names, strict=True)}
+            got = split[row] if split.dtype == object else split[row].item()
+            raise self._error(f'split: expected "train", "val" or "test", or 0, 1 or 2, got {got!r} in row {row}')
+        return {name: np.flatnonzero((split == value) & labelled) for name, value in zip(SPLITS, names, strict=True)}

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import re
+import stat
 import zipfile
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from rich.progress import track
 
 from iprm.errors import InputError
 
+from .riff import declared_frames
 from .spectrogram import LogMel
 
 NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<index>\d+)\.wav")
 #: Incremented whenever a change of the code changes the spectrograms of the same files and parameters.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +62,12 @@ def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path, faults: list
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     if not files:
         raise InputError(f"{folder}: the folder is empty; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav")
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [(file.name, *_size_and_time(file)) for file in files]
     key = hashlib.sha256(repr((CACHE_VERSION, astuple(log_mel), stats)).encode()).hexdigest()
     cache = cache_dir / f"recordings-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.npz"
     try:
         for file in files:
-            _check_name(file)
+            _check_file(file)
         spectrograms = _cached(cache, key)
         if spectrograms is None:
             spectrograms = _compute(files, log_mel)
@@ -82,14 +84,31 @@ def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path, faults: list
     return Recordings(spectrograms, np.array(digits, np.int64), np.array(indices, np.int64))
 
 
-def _check_name(file: Path) -> None:
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError:  # `_check_file` names the cause
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_file(file: Path) -> None:
+    """Raises InputError unless the file has the name of a recording and can be a file of one."""
     if not NAME.fullmatch(file.name):
         raise InputError(f"{file}: a foreign file; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav alone")
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        if file.is_symlink():
+            raise InputError(f"{file}: a link to {os.readlink(file)}, which cannot be read: {error.strerror}") from error
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):  # reading a pipe would wait for its writer
+        raise InputError(f"{file}: expected a file, got a {'folder' if stat.S_ISDIR(mode) else 'device or pipe'}")
 
 
 def _is_readable(file: Path, log_mel: LogMel, faults: list[str]) -> bool:
     try:
-        _check_name(file)
+        _check_file(file)
         _spectrogram(file, log_mel)
     except InputError as error:
         faults.append(str(error))
@@ -130,9 +149,14 @@ def _spectrogram(file: Path, log_mel: LogMel) -> np.ndarray:
     import soundfile
 
     try:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(file) as recording:
+            rate, frames = recording.samplerate, recording.frames
+            samples = recording.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise InputError(f"{file}: not a readable recording: {error}") from error
+    declared = max(frames, declared_frames(file) or 0)
+    if len(samples) < declared:
+        raise InputError(f"{file}: truncated: its header declares {declared} frames, and the file has {len(samples)}")
     if rate != log_mel.sample_rate:
         raise InputError(f"{file}: expected {log_mel.sample_rate} samples a second, got {rate}")
     if len(samples) == 0:

@@ -49,7 +49,7 @@ class Diagnostics(Callback):
 
     - ``weights``: ``{"from": "best", "epoch", "monitor", "value"}``, or ``{"from": "last", "epoch"}``;
     - ``method``, ``modalities``, ``num_classes``, ``rows`` (samples that have a label);
-    - ``class_counts``: C counts;
+    - ``classes``: names of the C classes; ``class_counts``: C counts;
     - ``confusion``: the non-zero counts of the C×C matrix, ``{"target": [...], "prediction": [...], "count": [...]}``;
     - ``angles``: for each pair of modalities with features of equal width, θ = ∠(x, y) in radians:
       ``{"pair": [a, b], "counts": 36 over [0, π], "mean", "undirected"}``; "undirected" counts rows with a zero vector;
@@ -82,6 +82,7 @@ class Diagnostics(Callback):
             record = {
                 "weights": weights,
                 "method": pl_module.structure["method"],
+                "classes": list(pl_module.classes),
                 **measurement.compute(),
                 **_environment(trainer, pl_module),
             }
