@@ -48,15 +48,19 @@ def check_options(owner: str, given: Iterable[str], parameters: Mapping[str, ins
 
 
 def check_number(name: str, value: Any, highest: float = math.inf) -> None:
-    """Raises InputError unless `value` is a finite number in [0, highest]."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and 0 <= value <= highest):
-        span = "from 0 up" if highest == math.inf else f"from 0 to {highest:g}"
+    """Raises InputError unless `value` is a finite real number of Python, numpy or torch in [0, highest]."""
+    from iprm_kernels.arguments import real_number  # here, because it loads torch, which `iprm --help` does without
+
+    span = "from 0 up" if highest == math.inf else f"from 0 to {highest:g}"
+    number = real_number(value)
+    if number is None or not (math.isfinite(number) and 0 <= number <= highest):
         raise InputError(f"{name}: expected a number {span}, got {value!r}")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    """Returns `value`; raises InputError unless it is one of `allowed`."""
+    """Returns the one of `allowed` that equals `value`; raises InputError if none does."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of numpy or torch
+        value = value.item()
     if isinstance(value, bool) or value not in allowed:
         raise InputError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
+    return allowed[allowed.index(value)]

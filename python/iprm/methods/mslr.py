@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from iprm.errors import check_choice
 from iprm.fusion.model import FusionModel
+from iprm_kernels.arguments import real_number
 
 from .rule import VALIDATION, Rule, Step, Update
 
@@ -54,7 +55,8 @@ class MSLR(Rule):
         for modality, value in initial.items():
             if modality not in self.modalities:
                 raise ValueError(f"initial: expected a modality of {', '.join(self.modalities)}, got {modality!r}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            number = real_number(value)
+            if number is None or not 0 < number < math.inf:
                 raise ValueError(f"initial of {modality!r}: expected a number above 0, got {value!r}")
         self.schedule = schedule
         self.needs = frozenset() if schedule == "keep" else frozenset({VALIDATION})
