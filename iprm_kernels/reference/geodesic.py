@@ -80,8 +80,8 @@ def normalize_backward(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> tup
     """∂x = (g - ⟨g, x̂⟩ x̂) / ‖x‖, zero for a dead row and for a row with g = 0.  (B, D) x2, (B,) -> (B, D)"""
     g, rows = grad.to(norm.dtype), x.to(norm.dtype)
     unit = rows * inverse_norm(norm, eps)[:, None]
-    projected = _where_selected(g, g - (g * unit).sum(1, keepdim=True) * unit)
-    return (_scale_rows(projected, live_inverse_norm(norm, eps)).to(x.dtype),)
+    projected = g - (g * unit).sum(1, keepdim=True) * unit
+    return (_where_selected(g, _scale_rows(projected, live_inverse_norm(norm, eps))).to(x.dtype),)
 
 
 def geodesic_mixup(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -124,8 +124,8 @@ def geodesic_mixup_backward(
     dx = p[:, None] * g + kappa[:, None] * y_hat - (p * gx + kappa * c)[:, None] * x_hat
     dy = q[:, None] * g + kappa[:, None] * x_hat - (q * gy + kappa * c)[:, None] * y_hat
     dw = gx * slerp_weight_ds(weight, c) - gy * slerp_weight_ds(1 - weight, c)
-    dx = _scale_rows(_where_selected(g, dx), live_inverse_norm(x_norm, eps))
-    dy = _scale_rows(_where_selected(g, dy), live_inverse_norm(y_norm, eps))
+    dx = _where_selected(g, _scale_rows(dx, live_inverse_norm(x_norm, eps)))
+    dy = _where_selected(g, _scale_rows(dy, live_inverse_norm(y_norm, eps)))
     return dx.to(x.dtype), dy.to(y.dtype), _where_selected(g, dw[:, None])[:, 0]
 
 

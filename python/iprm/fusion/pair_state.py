@@ -30,6 +30,7 @@ class PairState(FusionModule):
     eval_weight: Tensor
     strength: Tensor
     steps: Tensor
+    _probed: Tensor
 
     def __init__(
         self,
@@ -56,6 +57,8 @@ class PairState(FusionModule):
         self.register_buffer("eval_weight", torch.full(shape, 0.5, dtype=dtype))
         self.register_buffer("strength", torch.full((*shape, 2), 0.5, dtype=dtype))
         self.register_buffer("steps", torch.zeros(shape, dtype=torch.int64))
+        # the λ that the last compiled pass probed with, for its recomputation
+        self.register_buffer("_probed", torch.full(shape, 0.5, dtype=dtype), persistent=False)
         self._draws = 0  # host copy of the step count: drawing a pair must not synchronise with the device
         self._history = History()
         self.register_load_state_dict_post_hook(_recount)
@@ -65,7 +68,9 @@ class PairState(FusionModule):
     ) -> tuple[Tensor, list[int], Pass | None]:
         """λ and the drawn pairs of a pass: its own, or those of the pass that it repeats (see `repetition`)."""
         if torch.compiler.is_compiling():
-            return self.weight.clone(), self._draw(), None
+            weight = _probing_weight(self.weight, self._probed)
+            self._probed.copy_(weight)
+            return weight, self._draw(), None
         tensors, buffer, known = list(features.values()), self.weight, None
         if in_backward():
             known = self._history.recomputed(tensors, target)
@@ -139,13 +144,28 @@ class PairState(FusionModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PairState:
         # bfloat16 is too coarse for the average: its spacing near 1/2 is 2⁻⁸, and a smaller (1-α)(ω-λ) would not change λ
-        exact = {name: getattr(self, name) for name in ("weight", "eval_weight", "strength")}
+        exact = {name: getattr(self, name) for name in ("weight", "eval_weight", "strength", "_probed")}
         super()._apply(fn, recurse)
         for name, value in exact.items():
             moved = getattr(self, name)
             if moved.dtype in (torch.bfloat16, torch.float16):
                 setattr(self, name, value.to(moved.device))
         return self
+
+
+@torch.library.custom_op("iprm::probing_weight", mutates_args=())
+def _probing_weight(weight: Tensor, probed: Tensor) -> Tensor:
+    """A copy of λ; inside a backward pass, of the λ that the last pass probed with.
+
+    An operator decides when it runs, where compiled code has no branch to decide: it runs in the forward graph, and in the
+    backward graph if that recomputes the pass.
+    """
+    return (probed if in_backward() else weight).clone()
+
+
+@_probing_weight.register_fake
+def _(weight: Tensor, _: Tensor) -> Tensor:
+    return torch.empty_like(weight)
 
 
 def _hash(count: int) -> int:

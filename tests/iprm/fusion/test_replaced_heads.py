@@ -215,6 +215,7 @@ def assert_trains_as_its_oracle(build: Callable[[], Any], modalities: Sequence[s
     """Three steps, with evaluation between them: losses, gradients, ω, λ and predictions."""
     fusion, twin = build(), build()
     for model in (fusion, twin):  # lazy heads
+        torch.manual_seed(0)
         model.eval()(batch(modalities)[0])
         model.train()
     optimizers = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3) for model in (fusion, twin)]
