@@ -6,7 +6,9 @@ value that was passed.
 
 from __future__ import annotations
 
+import decimal
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,23 @@ from .dtypes import FLOATING, arithmetic_dtype
 EPS_RANGE = {torch.float32: (1e-18, 1e18), torch.float64: (1e-150, 1e150)}
 #: The largest finite weight.
 LARGEST_WEIGHT = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+
+
+def real_number(value: Any) -> float | None:
+    """`value` as a float: a real number of Python (also `Fraction` and `Decimal`) or of numpy, or a 0-d array or tensor of one.
+
+    None for anything else, and for a bool. An int stays an int. A number too large for a float is infinite.
+    """
+    if not isinstance(value, (int, float)) and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, (int, float)):  # first, because torch.compile traces it
+        return None if isinstance(value, bool) else value
+    if not isinstance(value, (numbers.Real, decimal.Decimal)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def rows(name: str, value: Any, shape: str = "(..., D)") -> None:
@@ -64,8 +83,10 @@ def same_place(name: str, value: Tensor, other_name: str, other: Tensor, *, auto
 
 def epsilon(eps: Any, like: Tensor) -> float:
     """`eps` is a positive finite number whose 1 / eps² is representable in the arithmetic type of `like`."""
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+    number = real_number(eps)
+    if number is None:
         raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
+    eps = number
     if not (0 < eps < math.inf):
         raise ValueError(f"eps: expected a positive finite number, got {eps}")
     smallest, largest = EPS_RANGE[arithmetic_dtype(like.dtype)]
@@ -91,8 +112,10 @@ def mixing_weight(weight: Any, like: Tensor, lead: torch.Size) -> Tensor:
             shapes = f"a float, shape () or {tuple(lead)}" if lead else "a float or shape ()"
             raise ValueError(f"weight: expected {shapes}, got {tuple(weight.shape)}")
         return weight.reshape(-1) if weight.dim() > 1 else weight
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+    number = real_number(weight)
+    if number is None:
         raise TypeError(f"weight: expected a float or a tensor, got {type(weight).__name__}")
+    weight = number
     if not -math.inf < weight < math.inf:  # instead of math.isfinite, which torch.compile cannot trace
         raise ValueError(f"weight: expected a finite number, got {weight}")
     dtype = arithmetic_dtype(like.dtype)
@@ -117,10 +140,10 @@ def pairs(value: Any, modalities: int) -> list[int]:
         raise ValueError("pairs: expected at least one pair of modalities, got none")
     for k, pair in enumerate(value):
         sequence(f"pairs[{k}]", pair, "two indices into features")
-        whole = all(isinstance(place, int) and not isinstance(place, bool) for place in pair)
+        whole = all(isinstance(place, numbers.Integral) and not isinstance(place, bool) for place in pair)
         if len(pair) != 2 or not whole or pair[0] == pair[1] or not all(0 <= place < modalities for place in pair):
             raise ValueError(f"pairs[{k}]: expected two different modalities, 0 to {modalities - 1}, got {tuple(pair)}")
-    return [place for pair in value for place in pair]
+    return [int(place) for pair in value for place in pair]
 
 
 def linear_heads(heads: Mapping[str, Any], x: Tensor, autocast: bool) -> None:
@@ -191,11 +214,12 @@ def labels(value: Tensor, classes: int, ignore_index: int) -> None:
 
 def cross_entropy_options(label_smoothing: Any, ignore_index: Any) -> None:
     """`label_smoothing` is a number in [0, 1], `ignore_index` an integer of 64 bits."""
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+    number = real_number(label_smoothing)
+    if number is None:
         raise TypeError(f"label_smoothing: expected a number in [0, 1], got {type(label_smoothing).__name__}")
-    if not 0.0 <= label_smoothing <= 1.0:
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index}")

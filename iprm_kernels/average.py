@@ -16,6 +16,8 @@ from .registration import register
 def _average_strength_kernel(
     strength: Tensor, alpha: float, released: bool, weight: Tensor, eval_weight: Tensor, last: Tensor, steps: Tensor
 ) -> None:
+    if torch._C._current_graph_task_id() != -1:
+        return  # inside a backward pass, where a compiled module is being recomputed
     state = (weight, eval_weight, last, steps)
     kernels(weight.device).average_strength(strength, alpha, released, *state)
     # the version counters are bumped so that autograd refuses a backward pass that needs the overwritten values
@@ -44,6 +46,9 @@ def average_strength(
         λ  <- ω_x if steps = 0 else α λ + (1-α) ω_x           released: always the average
         λ_eval <- the new λ                                   released: the old λ
         last   <- ω,    steps <- steps + 1
+
+    Inside a backward pass nothing changes: what runs there is a recomputation, by activation checkpointing for example, of a
+    pass that has updated λ before.
 
     If ω_x is not finite, λ and the step count stay unchanged. If an element of ω is not finite, its entry in `last` stays
     unchanged.

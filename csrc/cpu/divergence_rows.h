@@ -69,6 +69,11 @@ void batch_kl_backward_rows(const KlBackwardArgs& args, int64_t begin, int64_t e
     const S kl = stats[4 * args.rows + row], grad = grads[row * args.grad_stride] * S(args.scale);
     const S p_scale = S(1) / of_p.sum, q_scale = S(1) / of_q.sum, log_ratio = std::log(of_p.sum / of_q.sum);
     const int64_t offset = row * args.columns;
+    if (grad == S(0)) {  // exactly zero, also where the KL is not finite
+      if (grad_p) std::memset(grad_p + offset, 0, args.columns * sizeof(T));
+      if (grad_q) std::memset(grad_q + offset, 0, args.columns * sizeof(T));
+      continue;
+    }
     V dp, dq;
     const auto gradients = [&](V p_logits, V q_logits) {
       const V d = log_quotient<V, S>(p_logits, q_logits, of_p, of_q, log_ratio);

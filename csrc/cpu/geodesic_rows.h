@@ -55,6 +55,23 @@ IPRM_INLINE void combine(
   if (tail) tail.write(out, tail.values(a) * by_a + tail.values(b) * by_b + tail.values(c) * by_c);
 }
 
+IPRM_INLINE bool is_zero(float value) { return value == 0; }
+IPRM_INLINE bool is_zero(double value) { return value == 0; }
+template <class T>
+IPRM_INLINE bool is_zero(T value) {
+  return (value.bits & 0x7fff) == 0;
+}
+
+// Whether all of a gradient row is zero although `sum`, of what it leads to, is not finite: the gradient of the row would be 0 * inf
+// and is zero instead. Elsewhere a zero row gives zeros by itself and is not looked at.
+template <class T, class S>
+bool unselected(const T* grad, int64_t columns, S sum) {
+  if (sum - sum == S(0)) return false;
+  for (int64_t i = 0; i < columns; ++i)
+    if (!is_zero(grad[i])) return false;
+  return true;
+}
+
 template <class T>
 void normalize_rows(const NormalizeArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
@@ -85,6 +102,10 @@ void normalize_backward_rows(const NormalizeBackwardArgs& args, int64_t begin, i
     }
     S dots[2];
     dot_both(g_row, x_row, x_row, args.columns, dots);
+    if (unselected(g_row, args.columns, inverse + dots[0])) {
+      std::memset(out, 0, args.columns * sizeof(T));
+      continue;
+    }
     combine(out, g_row, inverse, x_row, -dots[0] * inverse * inverse * inverse, args.columns);
   }
 }
@@ -172,10 +193,14 @@ void geodesic_mixup_backward_rows(const MixupBackwardArgs& args, int64_t begin, 
     store(from_y[1], to.y_from_y);
     for (int64_t i = 0; i < count; ++i) {
       const S norms[2] = {x_norms[first + i], y_norms[first + i]};
+      S sum = g_x[i] + g_y[i];
+      for (int side = 0; side < 2; ++side) sum += from_g[side][i] + from_x[side][i] + from_y[side][i];
+      const bool nothing = unselected(g_rows[i], args.columns, sum);
+      if (nothing && grad_w) grad_w[first + i] = 0;
       for (int side = 0; side < 2; ++side) {
         if (outputs[side] == nullptr) continue;
         T* out = outputs[side] + (first + i) * args.columns;
-        if (norms[side] <= eps) std::memset(out, 0, args.columns * sizeof(T));
+        if (nothing || norms[side] <= eps) std::memset(out, 0, args.columns * sizeof(T));
         else combine(out, g_rows[i], from_g[side][i], x_rows[i], from_x[side][i], y_rows[i], from_y[side][i], args.columns, stream[side]);
       }
     }

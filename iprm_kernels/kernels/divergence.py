@@ -144,10 +144,12 @@ def batch_kl_backward_kernel(
     if p_grad_p is not None:
         r_kl = tl.load(p_stats + 4 * o_stats + o_rows, mask=m_rows, other=0.0)
         absent = (p_prob == 0) & (r_kl == r_kl)[:, None]  # not in a row whose KL is not finite
-        b = r_g[:, None] * tl.where(absent, 0.0, p_prob * (d - r_kl[:, None]))
+        b = tl.where(absent, 0.0, p_prob * (d - r_kl[:, None]))
+        b = tl.where(r_g[:, None] == 0, 0.0, r_g[:, None] * b)  # zero also where the KL is not finite
         store_block(p_grad_p, b, o_rows, m_rows, o_cols, n_cols)
     if p_grad_q is not None:
-        b = r_g[:, None] * tl.where(close & (p_prob > 0), p_prob * (excess(d) - d), q_prob - p_prob)
+        b = tl.where(close & (p_prob > 0), p_prob * (excess(d) - d), q_prob - p_prob)
+        b = tl.where(r_g[:, None] == 0, 0.0, r_g[:, None] * b)
         store_block(p_grad_q, b, o_rows, m_rows, o_cols, n_cols)
 
 

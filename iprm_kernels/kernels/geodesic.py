@@ -49,6 +49,13 @@ def normalize_forward_kernel(
 
 
 @triton.jit
+def selected(b_g):
+    """Whether a row of the incoming gradient is not all zero. Where it is, the gradient of the row is exactly zero, even if the
+    row is not finite."""
+    return tl.max((b_g != 0).to(tl.int32), axis=1) != 0
+
+
+@triton.jit
 def normalize_gradient(b_g, b_unit, r_gx, r_live):
     """(g - ⟨g, x̂⟩ x̂) / ‖x‖"""
     return scale_rows(b_g - r_gx[:, None] * b_unit, r_live)
@@ -81,14 +88,18 @@ def normalize_backward_kernel(
         b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
         b_unit = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE) * r_inverse[:, None]
         r_gx = tl.sum(b_g * b_unit, axis=1)
+        r_live = tl.where(selected(b_g), r_live, 0.0)
         store_block(p_grad_x, normalize_gradient(b_g, b_unit, r_gx, r_live), o_rows, m_rows, o_cols, n_cols)
     else:
         b_gx = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        r_any = tl.full((BLOCK_B,), 0, tl.int1)
         for i_col in range(0, n_cols, BLOCK_D):
             b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
             b_unit = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE) * r_inverse[:, None]
             b_gx += b_g * b_unit
+            r_any = r_any | selected(b_g)
         r_gx = tl.sum(b_gx, axis=1)
+        r_live = tl.where(r_any, r_live, 0.0)
         for i_col in range(0, n_cols, BLOCK_D):
             b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
             b_unit = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE) * r_inverse[:, None]
@@ -225,24 +236,27 @@ def geodesic_mixup_backward_kernel(
         b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, o_cols, n_cols, DTYPE) * r_y_inverse[:, None]
         r_gx = tl.sum(b_g * b_x, axis=1)
         r_gy = tl.sum(b_g * b_y, axis=1)
+        r_any = selected(b_g)
     else:
         b_gx = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
         b_gy = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+        r_any = tl.full((BLOCK_B,), 0, tl.int1)
         for i_col in range(0, n_cols, BLOCK_D):
             b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE)
             b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE) * r_x_inverse[:, None]
             b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE) * r_y_inverse[:, None]
             b_gx += b_g * b_x
             b_gy += b_g * b_y
+            r_any = r_any | selected(b_g)
         r_gx = tl.sum(b_gx, axis=1)
         r_gy = tl.sum(b_gy, axis=1)
     r_p, r_p_ds, r_p_dc = slerp(r_w, r_c)
     r_q, r_q_ds, r_q_dc = slerp(1 - r_w, r_c)
     r_kappa = r_p_dc * r_gx + r_q_dc * r_gy
     if p_grad_w is not None:
-        tl.store(p_grad_w + o_rows, r_gx * r_p_ds - r_gy * r_q_ds, mask=m_rows)
-    r_x_live = live_inverse_norm(r_x_norm, EPS)
-    r_y_live = live_inverse_norm(r_y_norm, EPS)
+        tl.store(p_grad_w + o_rows, tl.where(r_any, r_gx * r_p_ds - r_gy * r_q_ds, 0.0), mask=m_rows)
+    r_x_live = tl.where(r_any, live_inverse_norm(r_x_norm, EPS), 0.0)
+    r_y_live = tl.where(r_any, live_inverse_norm(r_y_norm, EPS), 0.0)
     if WHOLE:
         if p_grad_x is not None:
             b = geodesic_mixup_gradient(b_g, b_x, b_y, r_p, r_gx, r_kappa, r_c, r_x_live)

@@ -41,7 +41,8 @@ def batch_kl(p_logits: Tensor, q_logits: Tensor, reduction: str) -> tuple[Tensor
 
 
 def batch_kl_backward(grad: Tensor, p_logits: Tensor, q_logits: Tensor, stats: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """∂p = g P (d - KL),  ∂q = g (Q - P); where P and Q are close, Q - P is computed as P (φ(d) - d).
+    """∂p = g P (d - KL),  ∂q = g (Q - P); where P and Q are close, Q - P is computed as P (φ(d) - d). Zero where g is zero,
+    even in a row whose KL is not finite.
 
     grad () or (B,), logits (B, C) x2, stats (5, B) -> (B, C), (B, C)
     """
@@ -51,7 +52,8 @@ def batch_kl_backward(grad: Tensor, p_logits: Tensor, q_logits: Tensor, stats: T
     dp = torch.where((p_prob == 0) & ~kl.isnan()[:, None], torch.zeros_like(d), p_prob * (d - kl[:, None]))
     close = (d.abs() < EXCESS_SERIES_BELOW) & (p_prob > 0)
     dq = torch.where(close, p_prob * (excess(d) - d), q_prob - p_prob)
-    return (g * dp).to(p_logits.dtype), (g * dq).to(q_logits.dtype)
+    dp, dq = (torch.where(g == 0, torch.zeros_like(rows), g * rows) for rows in (dp, dq))
+    return dp.to(p_logits.dtype), dq.to(q_logits.dtype)
 
 
 def _row_max(logits: Tensor) -> Tensor:

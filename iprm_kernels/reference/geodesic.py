@@ -77,11 +77,11 @@ def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def normalize_backward(grad: Tensor, x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor]:
-    """∂x = (g - ⟨g, x̂⟩ x̂) / ‖x‖, zero for a dead row.  (B, D) x2, (B,) -> (B, D)"""
+    """∂x = (g - ⟨g, x̂⟩ x̂) / ‖x‖, zero for a dead row and for a row with g = 0.  (B, D) x2, (B,) -> (B, D)"""
     g, rows = grad.to(norm.dtype), x.to(norm.dtype)
     unit = rows * inverse_norm(norm, eps)[:, None]
     projected = g - (g * unit).sum(1, keepdim=True) * unit
-    return (_scale_rows(projected, live_inverse_norm(norm, eps)).to(x.dtype),)
+    return (_where_selected(g, _scale_rows(projected, live_inverse_norm(norm, eps))).to(x.dtype),)
 
 
 def geodesic_mixup(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -111,6 +111,8 @@ def geodesic_mixup_backward(
     ∂x = [p g + κ ŷ - (p⟨g,x̂⟩ + κ c) x̂] / ‖x‖        p = S(w,c)
     ∂y = [q g + κ x̂ - (q⟨g,ŷ⟩ + κ c) ŷ] / ‖y‖        q = S(1-w,c)
     ∂w = ⟨g,x̂⟩ ∂S/∂s(w,c) - ⟨g,ŷ⟩ ∂S/∂s(1-w,c)
+
+    All of a row are zero where g is zero, also if the row is not finite.
     """
     x_norm, y_norm, c = stats
     g = grad.to(c.dtype)
@@ -122,11 +124,16 @@ def geodesic_mixup_backward(
     dx = p[:, None] * g + kappa[:, None] * y_hat - (p * gx + kappa * c)[:, None] * x_hat
     dy = q[:, None] * g + kappa[:, None] * x_hat - (q * gy + kappa * c)[:, None] * y_hat
     dw = gx * slerp_weight_ds(weight, c) - gy * slerp_weight_ds(1 - weight, c)
-    dx = _scale_rows(dx, live_inverse_norm(x_norm, eps))
-    dy = _scale_rows(dy, live_inverse_norm(y_norm, eps))
-    return dx.to(x.dtype), dy.to(y.dtype), dw
+    dx = _where_selected(g, _scale_rows(dx, live_inverse_norm(x_norm, eps)))
+    dy = _where_selected(g, _scale_rows(dy, live_inverse_norm(y_norm, eps)))
+    return dx.to(x.dtype), dy.to(y.dtype), _where_selected(g, dw[:, None])[:, 0]
 
 
 def _scale_rows(rows: Tensor, factor: Tensor) -> Tensor:
     """rows · factor, exactly zero where the factor is zero: the gradient of a dead row is zero even if `rows` is not finite."""
     return torch.where(factor[:, None] == 0, torch.zeros_like(rows), rows * factor[:, None])
+
+
+def _where_selected(grad: Tensor, rows: Tensor) -> Tensor:
+    """The rows, exactly zero where the incoming gradient of the row is zero: no 0 · NaN.  (B, D), (B, K) -> (B, K)"""
+    return torch.where((grad == 0).all(1, keepdim=True), torch.zeros_like(rows), rows)

@@ -53,10 +53,10 @@ def check_options(owner: str, given: Iterable[str], parameters: Mapping[str, ins
 def plain_number(value: Any) -> int | float | None:
     """A real number of Python or numpy as an int or a float, as checkpoints hold it; None for any other value.
 
-    Numbers are int, float, `fractions.Fraction`, `decimal.Decimal`, numpy's integers and floating-point numbers, and arrays of
-    one of these without dimensions. Booleans are none.
+    Numbers are int, float, `fractions.Fraction`, `decimal.Decimal`, numpy's integers and floating-point numbers, and arrays and
+    tensors of one of these without dimensions. Booleans are none.
     """
-    if getattr(value, "shape", None) == () and getattr(getattr(value, "dtype", None), "kind", "") in ("i", "u", "f"):
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, bool):
         return None
@@ -106,7 +106,9 @@ def check_whole(name: str, value: Any, lowest: int = 0) -> int:
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    """Returns `value`; raises InputError unless it is one of `allowed`."""
+    """Returns the one of `allowed` that equals `value`; raises InputError if none does."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of numpy or torch
+        value = value.item()
     if isinstance(value, bool) or value not in allowed:
         raise InputError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
+    return allowed[allowed.index(value)]

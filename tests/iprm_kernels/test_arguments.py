@@ -4,8 +4,11 @@ passed value."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,3 +166,61 @@ def test_the_second_output_of_a_head_is_checked_too() -> None:
     outputs = iter([LOGITS, None])
     with pytest.raises(TypeError, match=r"^head: expected an output tensor \(B, C\), got NoneType"):
         probe(head=lambda z: next(outputs))
+
+
+HALF = (
+    0.5,
+    np.float16(0.5),
+    np.float32(0.5),
+    np.float64(0.5),
+    np.longdouble(0.5),
+    Fraction(1, 2),
+    Decimal("0.5"),
+    np.array(0.5),
+)
+ONE = (1, np.int8(1), np.int64(1), np.uint32(1))
+
+
+@pytest.mark.parametrize("number", [*HALF, *ONE], ids=lambda number: type(number).__name__)
+def test_every_real_number_is_a_number(number: Any) -> None:
+    value = float(number)
+    assert torch.equal(mixup(X, 2 - X, number), mixup(X, 2 - X, value))
+    assert torch.equal(ik.normalize(X, eps=number), ik.normalize(X, eps=value))
+    assert torch.equal(step(weight=number).kl, step(weight=value).kl)
+    assert torch.equal(step(label_smoothing=number).losses, step(label_smoothing=value).losses)
+    assert torch.equal(probe(weight=number).kl, probe(weight=value).kl)
+
+
+def test_tensors_of_one_number() -> None:
+    assert torch.equal(ik.normalize(X, eps=torch.tensor(0.5)), ik.normalize(X, eps=0.5))
+    assert torch.equal(step(label_smoothing=torch.tensor(0.5)).losses, step(label_smoothing=0.5).losses)
+
+
+@pytest.mark.parametrize("index", [np.int64(3), np.int32(3), np.uint8(3)], ids=lambda number: type(number).__name__)
+def test_every_integer_is_an_integer(index: Any) -> None:
+    assert torch.equal(step(ignore_index=index).losses, step(ignore_index=3).losses)
+    pairs = [(np.int64(0), index - 2)]
+    own = ik.linear_probe_rebalance_pairs([X, X], [HEAD, HEAD], [HEAD], T, 0.5, pairs=pairs)
+    assert torch.equal(own.kl, ik.linear_probe_rebalance_pairs([X, X], [HEAD, HEAD], [HEAD], T, 0.5).kl)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, np.True_, np.array(True), torch.tensor(True), 1j, np.complex64(1), "1", None, [0.5], np.array([0.5])],
+    ids=repr,
+)
+def test_what_is_no_real_number_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="weight: expected a float"):
+        mixup(weight=value)
+    for option in ("label_smoothing", "ignore_index"):
+        with pytest.raises(TypeError, match=f"{option}: expected"):
+            step(**{option: value})
+    with pytest.raises(TypeError, match="eps: expected a float"):
+        ik.normalize(X, eps=value)
+
+
+@pytest.mark.parametrize("value", [np.float32("nan"), np.longdouble("inf"), Decimal("Infinity"), Fraction(10**400)], ids=repr)
+def test_a_number_that_is_not_finite_is_refused(value: Any) -> None:
+    for call in (lambda: mixup(weight=value), lambda: ik.normalize(X, eps=value), lambda: step(label_smoothing=value)):
+        with pytest.raises(ValueError, match="expected"):
+            call()

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iprm.encoders.named_modules import NamedModules
+from iprm.errors import plain_number
 
+from .heads import logits_of, plain_parameters
 from .module import FusionModule, sum_logits
 from .output import FusionOutput
 
@@ -19,7 +21,9 @@ class Concat(FusionModule):
     r"""Concatenation: ``logits = W [x_1, ..., x_M] + b``.
 
     ``logits_by`` holds the contribution of each modality, ``W_m x_m + b/M``, where W_m are its columns of W. The logits are
-    computed as the sum of these contributions.
+    computed as the sum of these contributions. For a head f that is not plainly an `nn.Linear`, such as one with an adapter
+    or a hook, the logits are its own output, and a contribution is ``f(x_m, zeros elsewhere) - (1 - 1/M) f(zeros)``, which
+    is the same number if f is affine, computed in evaluation mode and without gradient.
     """
 
     def __init__(self, feature_dim: int | Mapping[str, int], num_classes: int, modalities: Sequence[str] = ("x", "y")) -> None:
@@ -28,10 +32,29 @@ class Concat(FusionModule):
 
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         features, target = self._checked(features, target)
-        columns = self.head.weight.split(list(self.widths.values()), dim=1)  # (C, D_m) each
-        bias = self.head.bias / len(features)
+        linear = plain_parameters([self.head], sum(self.widths.values()), self.num_classes)
+        if linear is None:
+            logits = logits_of("head", self.head, torch.cat(list(features.values()), dim=1), self.num_classes)
+            return self._with_losses(logits, self._contributions(features), target, ["fused"])
+        ((weight, bias),) = linear
+        columns = weight.split(list(self.widths.values()), dim=1)  # (C, D_m) each
+        bias = None if bias is None else bias / len(features)
         logits_by = {name: F.linear(x, w, bias) for (name, x), w in zip(features.items(), columns, strict=True)}
         return self._with_losses(sum_logits(logits_by), logits_by, target, ["fused"])
+
+    @torch.no_grad()
+    def _contributions(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each modality contributes to the logits of any head.  (B, D_m) each -> (B, C) each"""
+        zeros = {name: torch.zeros_like(x) for name, x in features.items()}
+        training = [module for module in self.head.modules() if module.training]
+        self.head.eval()
+        try:
+            nothing = self.head(torch.cat(list(zeros.values()), dim=1)) * (1 - 1 / len(features))
+            alone = {name: torch.cat(list((zeros | {name: x}).values()), dim=1) for name, x in features.items()}
+            return {name: self.head(x) - nothing for name, x in alone.items()}
+        finally:
+            for module in training:
+                module.training = True
 
 
 class DGL(Concat):
@@ -57,22 +80,24 @@ class DGL(Concat):
         alpha: float = 1.0,
     ) -> None:
         super().__init__(feature_dim, num_classes, modalities)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        number = plain_number(alpha)
+        if number is None:
             raise TypeError(f"alpha: expected a number above 0, got {alpha!r}")
-        if not 0 < alpha < math.inf:
+        if not 0 < number < math.inf:
             raise ValueError(f"alpha: expected a number above 0, got {alpha}")
-        self.alpha = float(alpha)
+        self.alpha = float(number)
         self.heads = NamedModules({name: nn.Linear(width, self.num_classes) for name, width in self.widths.items()})
 
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         features, target = self._checked(features, target)
-        logits = self.head(torch.cat([x.detach() for x in features.values()], dim=1))
-        logits_by = {name: self.heads[name](x) for name, x in features.items()} | {"fused": logits}
+        logits = logits_of("head", self.head, torch.cat([x.detach() for x in features.values()], dim=1), self.num_classes)
+        own = {name: logits_of(f"heads[{name!r}]", self.heads[name], x, self.num_classes) for name, x in features.items()}
+        logits_by = own | {"fused": logits}
         output = self._with_losses(logits, logits_by, target, logits_by)
         if output.loss is None:
             return output
-        own = torch.stack([output.losses_by[name] for name in features]).sum()
-        return output._replace(loss=output.losses_by["fused"] + self.alpha * own)
+        unimodal = torch.stack([output.losses_by[name] for name in features]).sum()
+        return output._replace(loss=output.losses_by["fused"] + self.alpha * unimodal)
 
 
 class Weight(FusionModule):
@@ -94,6 +119,10 @@ class Weight(FusionModule):
         x = torch.stack(list(features.values()))  # (M, B, D)
         # the quotient of softmaxes is the softmax of their logarithms, which has no 0/0 where all of them underflow
         weighted = x.log_softmax(dim=2).softmax(dim=0).to(x.dtype) * x
-        logits = self.head(weighted.sum(0))
-        logits_by = dict(zip(features, self.head(weighted).unbind(), strict=True))
+        logits = logits_of("head", self.head, weighted.sum(0), self.num_classes)
+        if plain_parameters([self.head], weighted.shape[2], self.num_classes) is None:  # which may take only (B, D)
+            parts = [logits_of("head", self.head, own, self.num_classes) for own in weighted.unbind()]
+        else:
+            parts = list(self.head(weighted).unbind())
+        logits_by = dict(zip(features, parts, strict=True))
         return self._with_losses(logits, logits_by, target, ["fused"])

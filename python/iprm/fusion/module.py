@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +40,12 @@ class FusionModule(nn.Module, ABC):
         super().__init__()
         self.modalities = checked_modalities(modalities, self.minimum_modalities)
         self.widths = _checked_widths(feature_dim, self.modalities)
-        if not _is_integer(num_classes):
+        classes = _integer(num_classes)
+        if classes is None:
             raise TypeError(f"num_classes: expected an integer, got {num_classes!r}")
-        if num_classes < 2:
+        if classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        self.num_classes = int(num_classes)
+        self.num_classes = classes
 
     @abstractmethod
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
@@ -76,6 +79,8 @@ class FusionModule(nn.Module, ABC):
 
     def _projected(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The features projected to the narrowest width.  (B, D_modality) each -> (B, D) each"""
+        if not self.projections:
+            return dict(features)
         return {name: self.projections[name](x) if name in self.projections else x for name, x in features.items()}
 
     def _with_losses(
@@ -105,7 +110,8 @@ class FusionModule(nn.Module, ABC):
         if set(features) != set(self.modalities):
             got = ", ".join(map(str, features)) or "none"
             raise ValueError(f"features: expected the modalities {', '.join(self.modalities)}, got {got}")
-        parameter = next(self.parameters())
+        # None if all heads were replaced by modules without such parameters
+        parameter = next((own for own in self.parameters() if own.is_floating_point()), None)
         for name, width in self.widths.items():
             _check_features(f"features[{name!r}]", features[name], width, parameter)
         ordered = {name: features[name] for name in self.modalities}
@@ -160,9 +166,11 @@ def sum_logits(logits_by: Mapping[str, Tensor]) -> Tensor:
     return first
 
 
-def _is_integer(value: object) -> bool:
-    """True for integers of Python and numpy, such as ``y.max() + 1`` of an array."""
-    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
+def _integer(value: Any) -> int | None:
+    """An integer of Python, numpy or torch, such as ``y.max() + 1`` of an array, as an int; None for anything else."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
 def checked_modalities(modalities: Sequence[str], minimum: int) -> tuple[str, ...]:
@@ -185,25 +193,29 @@ def _checked_widths(feature_dim: int | Mapping[str, int], modalities: tuple[str,
         widths = {name: feature_dim[name] for name in modalities}
     else:
         widths = dict.fromkeys(modalities, feature_dim)
-    for name, width in widths.items():
-        if not _is_integer(width):
-            raise TypeError(f"feature_dim: expected an integer width for {name!r}, got {width!r}")
+    checked = {}
+    for name, given in widths.items():
+        width = _integer(given)
+        if width is None:
+            raise TypeError(f"feature_dim: expected an integer width for {name!r}, got {given!r}")
         if width < 1:
-            raise ValueError(f"feature_dim: expected a width of at least 1 for {name!r}, got {width}")
-    return {name: int(width) for name, width in widths.items()}
+            raise ValueError(f"feature_dim: expected a width of at least 1 for {name!r}, got {given}")
+        checked[name] = width
+    return checked
 
 
 def _out_of_range(target: Tensor, classes: int) -> Tensor:
     return (target != IGNORE_INDEX) & ((target < 0) | (target >= classes))
 
 
-def _check_features(name: str, x: Tensor, width: int, parameter: Tensor) -> None:
+def _check_features(name: str, x: Tensor, width: int, parameter: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor (B, {width}), got {type(x).__name__}")
     dense(name, x)
     if x.dim() != 2 or x.shape[1] != width:
         raise ValueError(f"{name}: expected shape (B, {width}), got {tuple(x.shape)}")
-    if x.device != parameter.device:
+    if parameter is not None and x.device != parameter.device:
         raise ValueError(f"{name}: expected the device of the parameters, {parameter.device}, got {x.device}")
-    if not x.is_floating_point() or (x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type)):
-        raise TypeError(f"{name}: expected the dtype of the parameters, {parameter.dtype}, got {x.dtype}")
+    dtype = x.dtype if parameter is None else parameter.dtype
+    if not x.is_floating_point() or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"{name}: expected the dtype of the parameters, {dtype}, got {x.dtype}")

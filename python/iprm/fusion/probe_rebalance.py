@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,18 @@ from torch import Tensor, nn
 import iprm_kernels as ik
 from iprm.distributed import process_group
 from iprm.encoders.named_modules import NamedModules
-from iprm.errors import check_choice, check_number
+from iprm.errors import check_choice
 from iprm.names import pair_names
 from iprm_kernels import autocast
 from iprm_kernels.collectives import all_reduce_sum, joint_sums
 
-from .module import IGNORE_INDEX, FusionModule, cross_entropy, sum_logits
+from .heads import logits_of, plain_parameters
+from .module import IGNORE_INDEX, cross_entropy, sum_logits
 from .output import FusionOutput
+from .pair_state import PairState
 
 
-class ProbeRebalance(FusionModule):
+class ProbeRebalance(PairState):
     r"""Classifies the features of several modalities, and rebalances their mixture so that no modality dominates training.
 
     Each training step probes a pair of modalities (x, y) with its weight λ, measures strengths ω, and mixes again with ω::
@@ -38,6 +39,12 @@ class ProbeRebalance(FusionModule):
     state. With more than two modalities, losses and logits of the pairs' mixtures are averaged. If torch.distributed is
     initialised, KL sums and row counts are summed over all processes, in one all-reduce of 2P + 1 numbers per step. On every
     process, ω and λ are then those of the joint batch, and so are loss and gradients once they are averaged over processes.
+
+    A pass that is run again, by activation checkpointing or by a second call on the same tensors, has the gradients of the
+    first pass and updates no state: see `iprm.fusion.repetition`.
+
+    Any head may be replaced by a module (B, D) -> (B, C), or changed by hooks or parametrisations. It is then called, the head
+    of a mixture twice per step, as `iprm_kernels.probe_rebalance` describes. Plain `nn.Linear` heads are fused.
 
     Example, on top of any encoders::
 
@@ -76,14 +83,10 @@ class ProbeRebalance(FusionModule):
 
     Raises:
         TypeError, ValueError: an argument out of the ranges above.
+        InputError: in ``forward``, a replaced head does not give (B, C) logits; the message names it.
 
     Source: Yang, Wu, Jiang, "Instantaneous Probe-and-Rebalance Multimodal Learning", IJCAI 2025.
     """
-
-    weight: Tensor
-    eval_weight: Tensor
-    strength: Tensor
-    steps: Tensor
 
     def __init__(
         self,
@@ -98,32 +101,16 @@ class ProbeRebalance(FusionModule):
         passes: int = 2,
         ema_start: str = "paper",
     ) -> None:
-        super().__init__(feature_dim, num_classes, modalities)
-        check_number("alpha", alpha, 1)
-        self.alpha = float(alpha)
-        self.sampling = check_choice("pairs", pairs, ("all", "random"))
+        super().__init__(feature_dim, num_classes, modalities, alpha=alpha, pairs=pairs, ema_start=ema_start)
         self.mixup = check_choice("mixup", mixup, ("geodesic", "linear"))
         self.passes = check_choice("passes", passes, (1, 2))
-        self.ema_start = check_choice("ema_start", ema_start, ("paper", "released"))
         self._names = frozenset(self.modalities)
-        self.pairs = tuple(itertools.combinations(self.modalities, 2))
-        names = pair_names(self.modalities)
-        self.mix_head_names = tuple("shared" if shared_mix_head else name for name in names)
-        self._suffixes = [""] if len(self.pairs) == 1 else [f"_{name}" for name in names]
-        self._strength_names = [f"strength{of}_{m}" for of, pair in zip(self._suffixes, self.pairs, strict=True) for m in pair]
+        self.mix_head_names = tuple("shared" if shared_mix_head else name for name in pair_names(self.modalities))
 
-        width = self._project_to_smallest()
+        self._width = width = self._project_to_smallest()
+        self._mix_places = {name: place for place, name in enumerate(dict.fromkeys(self.mix_head_names))}
         self.heads = NamedModules({name: nn.Linear(width, self.num_classes) for name in self.modalities})
-        self.mix_heads = NamedModules({name: nn.Linear(width, self.num_classes) for name in dict.fromkeys(self.mix_head_names)})
-
-        shape = (len(self.pairs),) if len(self.pairs) > 1 else ()
-        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.register_buffer("weight", torch.full(shape, 0.5, dtype=dtype))
-        self.register_buffer("eval_weight", torch.full(shape, 0.5, dtype=dtype))
-        self.register_buffer("strength", torch.full((*shape, 2), 0.5, dtype=dtype))
-        self.register_buffer("steps", torch.zeros(shape, dtype=torch.int64))
-        self._draws = 0  # host copy of the step count: drawing a pair must not synchronise with the device
-        self.register_load_state_dict_post_hook(_recount)
+        self.mix_heads = NamedModules({name: nn.Linear(width, self.num_classes) for name in self._mix_places})
 
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         fused = self.training and self.passes == 2 and self.mixup == "geodesic"
@@ -136,9 +123,8 @@ class ProbeRebalance(FusionModule):
             self._checked(features, target)  # raises an error in terms of the caller's arguments, if one is wrong
             raise refused
         features, target = self._checked(features, target)
-        features = self._projected(features)
         if not self.training:
-            return self._evaluate(features, target)
+            return self._evaluate(self._projected(features), target)
         if fused and target is not None:
             return self._fused_step(features, target)
         return self._step(features, target)
@@ -153,16 +139,23 @@ class ProbeRebalance(FusionModule):
 
     def _fused_step(self, features: dict[str, Tensor], target: Tensor) -> FusionOutput:
         """The training step with labels: one operator for heads, probe, rebalanced mixture, loss and gradients."""
-        weight = self.weight.clone()  # a copy: the buffer is updated before the backward pass reads this
-        drawn = self._draw()
-        own = [_parameters(self.heads[name]) for name in features]
-        mixing = [_parameters(self.mix_heads[self.mix_head_names[pair]]) for pair in drawn]
+        heads = [*(self.heads[name] for name in self.modalities), *(self.mix_heads[name] for name in self._mix_places)]
+        linear = plain_parameters(heads, self._width, self.num_classes)
+        if linear is None:
+            return self._step(*self._checked(features, target))
+        parameters = [tensor for head in linear for tensor in head if tensor is not None]
+        if self.projections:
+            parameters += self.projections.parameters()
+        weight, drawn, begun = self._begin(features, target, parameters)
+        own, given = linear[: len(features)], features
+        mixing = [linear[len(features) + self._mix_places[self.mix_head_names[pair]]] for pair in drawn]
+        features = self._projected(features)
         logits_by: dict[str, Tensor]
         if len(features) == 2:
             (x, y), (head_x, head_y), (head_mix,) = features.values(), own, mixing
             step = ik.linear_probe_rebalance(x, y, head_x, head_y, head_mix, target, weight, group=process_group())
             logits_by = dict(zip(self.modalities, (step.logits_x, step.logits_y), strict=True)) | {"mix": step.logits_mix}
-            loss, strength = step.loss, step.strength
+            loss, strength, kl = step.loss, step.strength, step.kl
             losses_by = dict(zip(("mix", *self.modalities), step.losses.unbind(), strict=True))
         else:
             places = [(self.modalities.index(a), self.modalities.index(b)) for a, b in (self.pairs[pair] for pair in drawn)]
@@ -172,19 +165,22 @@ class ProbeRebalance(FusionModule):
             )
             mixed = torch.stack(steps.mix_logits).mean(0) if len(drawn) > 1 else steps.mix_logits[0]
             logits_by = dict(zip(self.modalities, steps.logits, strict=True)) | {"mix": mixed}
-            loss, strength = steps.loss, steps.strength
+            loss, strength, kl = steps.loss, steps.strength, steps.kl
             losses_by = dict(zip(self.modalities, steps.losses.unbind(), strict=True)) | {"mix": steps.mix_losses.mean()}
-        self._advance(drawn, strength, len(target))
+        if not self._end(begun, drawn, strength, kl, given, parameters):
+            return self._fused_step(given, target)
         return self._measured(FusionOutput(loss, sum_logits(logits_by), logits_by, None, weight, losses_by))
 
     def _step(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
-        """The training step without labels, or with options that the fused operator does not support."""
-        weight = self.weight.clone()
-        unimodal = {name: self.heads[name](x) for name, x in features.items()}
-        drawn = self._draw()
+        """The training step without labels, with other heads, or with options that the fused operator does not support."""
+        given, parameters = features, list(self.parameters())
+        weight, drawn, begun = self._begin(features, target, parameters)
+        features = self._projected(features)
+        unimodal = self._unimodal(features)
         share = None
         if self.mixup == "geodesic" and self.passes == 2:
-            mixed, strength = self._probe_and_rebalance(drawn, features, unimodal, weight)
+            mixed, strength, kl = self._probe_and_rebalance(drawn, features, unimodal, weight)
+            share = None if target is None else self._share(target)
         else:
             with torch.set_grad_enabled(self.passes == 1 and torch.is_grad_enabled()), autocast.uncached(weight):
                 probes = [self._mixed(pair, features, weight.reshape(-1)[pair]) for pair in drawn]
@@ -193,21 +189,31 @@ class ProbeRebalance(FusionModule):
                 strength = torch.stack([ik.strength_weights(own) for own in kl.view(-1, 2)])
             rebalanced = (self._mixed(pair, features, own[0]) for pair, own in zip(drawn, strength, strict=True))
             mixed = probes if self.passes == 1 else list(rebalanced)
-        self._advance(drawn, strength, len(next(iter(features.values()))))
+        if not self._end(begun, drawn, strength, kl, given, parameters):
+            return self._step(given, target)
         return self._output(unimodal, mixed, target, weight, share)
+
+    def _unimodal(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The logits of each modality by its own head.  (B, D) each -> (B, C) each"""
+        return {name: logits_of(f"heads[{name!r}]", self.heads[name], x, self.num_classes) for name, x in features.items()}
+
+    def _mix_head(self, pair: int) -> Callable[[Tensor], Tensor]:
+        name = self.mix_head_names[pair]
+        return functools.partial(logits_of, f"mix_heads[{name!r}]", self.mix_heads[name], classes=self.num_classes)
 
     def _probe_and_rebalance(
         self, drawn: list[int], features: dict[str, Tensor], unimodal: dict[str, Tensor], weight: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """The rebalanced mixture logits (B, C) of each of K drawn pairs, and the measured ω (K, 2)."""
-        mixed, strengths = [], []
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The rebalanced mixture logits (B, C) of each of K drawn pairs, and the measured ω and KL (K, 2)."""
+        steps = []
         for pair in drawn:
             a, b = self.pairs[pair]
-            head, probing = self.mix_heads[self.mix_head_names[pair]], weight.reshape(-1)[pair]
-            step = ik.probe_rebalance(features[a], features[b], unimodal[a], unimodal[b], head, probing, group=process_group())
-            mixed.append(step.logits)
-            strengths.append(step.strength)
-        return mixed, torch.stack(strengths)
+            head, probing = self._mix_head(pair), weight.reshape(-1)[pair]
+            steps.append(
+                ik.probe_rebalance(features[a], features[b], unimodal[a], unimodal[b], head, probing, group=process_group())
+            )
+        strength, kl = (torch.stack(values) for values in zip(*((step.strength, step.kl) for step in steps), strict=True))
+        return [step.logits for step in steps], strength, kl
 
     def _divergences(self, drawn: list[int], unimodal: dict[str, Tensor], probes: list[Tensor]) -> Tensor:
         """Batch KL of both modalities of each drawn pair from its probe.  -> (2K,)"""
@@ -221,25 +227,9 @@ class ProbeRebalance(FusionModule):
             return all_reduce_sum(kl, group), None
         return joint_sums(kl, target, IGNORE_INDEX, group)
 
-    def _advance(self, drawn: list[int], strength: Tensor, rows: int) -> None:
-        """Updates λ of the drawn pairs by the measured ω (K, 2), in place: DistributedDataParallel refers to the buffers.
-
-        An empty batch and a non-finite ω leave λ unchanged, so that one bad batch does not affect later ones.
-        """
-        if rows == 0 and process_group() is None:
-            return
-        state = (self.weight, self.eval_weight, self.strength, self.steps)
-        if len(drawn) < len(self.pairs):
-            weight, eval_weight, last, steps = (tensor[drawn[0]] for tensor in state)
-        else:
-            weight, eval_weight, last, steps = state
-        strength = strength.to(last.dtype)
-        ik.average_strength(strength, self.alpha, self.ema_start == "released", weight, eval_weight, last, steps)
-
     def _evaluate(self, features: dict[str, Tensor], target: Tensor | None) -> FusionOutput:
         weight = self.eval_weight.clone()
-        unimodal = {name: self.heads[name](x) for name, x in features.items()}
-        return self._output(unimodal, self._mixtures(features, weight), target, weight)
+        return self._output(self._unimodal(features), self._mixtures(features, weight), target, weight)
 
     def mixtures(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """The mixture logits of each pair with the newest λ, as in evaluation, in the order of ``pairs``.
@@ -256,7 +246,7 @@ class ProbeRebalance(FusionModule):
         """The mixture logits of a pair, given the weight of its first modality.  weight () -> (B, C)"""
         x, y = (features[name] for name in self.pairs[pair])
         z = ik.geodesic_mixup(x, y, weight) if self.mixup == "geodesic" else weight * x + (1 - weight) * y
-        return self.mix_heads[self.mix_head_names[pair]](z)
+        return self._mix_head(pair)(z)
 
     def _output(
         self,
@@ -274,55 +264,8 @@ class ProbeRebalance(FusionModule):
         loss = losses_by["mix"] + torch.stack([losses_by[name] for name in unimodal]).sum()
         return self._measured(FusionOutput(loss, sum_logits(logits_by), logits_by, None, weight, losses_by))
 
-    def _measured(self, output: FusionOutput) -> FusionOutput:
-        """Adds the ω last measured to the output, as a tensor and as named measures."""
-        strength = self.strength.clone()
-        measures = dict(zip(self._strength_names, strength.flatten().unbind(), strict=True))
-        return output._replace(strength=strength, measures=measures)
-
-    def state_measures(self) -> dict[str, Tensor]:
-        """λ of each pair: "weight" for two modalities, "weight_<a>_<b>" for more."""
-        return {f"weight{of}": x for of, x in zip(self._suffixes, self.weight.flatten().unbind(), strict=True)}
-
-    def _draw(self) -> list[int]:
-        """Indices of the pairs of this step."""
-        if self.sampling == "all" or len(self.pairs) == 1:
-            return list(range(len(self.pairs)))
-        self._draws += 1
-        return [_hash(self._draws) % len(self.pairs)]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProbeRebalance:
-        # bfloat16 is too coarse for the average: its spacing near 1/2 is 2⁻⁸, and a smaller (1-α)(ω-λ) would not change λ
-        exact = {name: getattr(self, name) for name in ("weight", "eval_weight", "strength")}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            moved = getattr(self, name)
-            if moved.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, value.to(moved.device))
-        return self
-
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, alpha={self.alpha}, pairs={self.sampling!r}, mixup={self.mixup!r}, "
             f"passes={self.passes}, ema_start={self.ema_start!r}"
         )
-
-
-def _parameters(head: nn.Module) -> tuple[Tensor, Tensor]:
-    assert isinstance(head, nn.Linear)
-    return head.weight, head.bias
-
-
-def _hash(count: int) -> int:
-    """SplitMix64's output function: 64 well-mixed bits, a function of the count alone on every platform."""
-    mask = 2**64 - 1
-    bits = count * 0x9E3779B97F4A7C15 & mask
-    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & mask
-    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & mask
-    return bits ^ bits >> 31
-
-
-def _recount(module: nn.Module, _: Any) -> None:
-    """Load hook: sets the host's step count from the restored buffer."""
-    assert isinstance(module, ProbeRebalance)
-    module._draws = int(module.steps.sum())

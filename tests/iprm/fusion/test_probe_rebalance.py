@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from iprm import ProbeRebalance
+from iprm.fusion.early import DGL
+from iprm.methods.mslr import MSLR
 from watching import Watching
 
 import iprm_kernels as ik
@@ -145,8 +149,27 @@ def test_an_empty_batch_measures_nothing(with_target):
     assert fusion.weight == 0.5
 
 
-def test_numbers_of_numpy_are_numbers():
-    assert ProbeRebalance(np.int64(D), np.int32(C)).heads["x"].weight.shape == (C, D)
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8, np.array, torch.tensor])
+@pytest.mark.parametrize(
+    "number", [np.float16, np.float32, np.float64, np.longdouble, Fraction, Decimal, np.array, torch.tensor]
+)
+def test_numbers_of_numpy_and_torch_are_numbers(integer, number):
+    fusion = ProbeRebalance(integer(D), integer(C), alpha=number(0.5), passes=integer(2))
+    assert fusion.heads["x"].weight.shape == (C, D)
+    assert fusion.alpha == 0.5
+    assert type(fusion.alpha) is float
+    assert type(fusion.passes) is type(fusion.num_classes) is int
+    assert DGL(D, C, alpha=number(0.5)).alpha == 0.5
+    assert MSLR(["x"], initial={"x": number(0.5)}).rates() == {"x": 0.5}
+
+
+@pytest.mark.parametrize("value", [True, np.True_, np.array(True), torch.tensor(True)], ids=repr)
+def test_no_bool_is_a_number(value):
+    for arguments in ({"alpha": value}, {"passes": value}, {"num_classes": value}, {"feature_dim": value}):
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(arguments))}: expected"):
+            ProbeRebalance(**{"feature_dim": D, "num_classes": C, **arguments})
+    with pytest.raises(TypeError, match="alpha: expected a number above 0"):
+        DGL(D, C, alpha=value)
 
 
 def test_state_survives_saving_copying_and_narrow_types():

@@ -1,0 +1,64 @@
+"""Heads of fusion modules: the plain ones, whose parameters an operator may read instead of calling them, and the calls of all
+others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from iprm.errors import InputError
+
+LinearParameters = tuple[Tensor, Tensor | None]
+
+PLAIN_TENSORS = (nn.Parameter, Tensor)
+_LINEAR_FORWARD = nn.Linear.forward
+
+
+def plain_parameters(heads: Iterable[nn.Module], width: int, classes: int) -> list[LinearParameters] | None:
+    """(weight (C, D), bias (C,) or None) of each head if calling it does no more than ``F.linear``; None if any does more.
+
+    Subclasses of `nn.Linear`, parametrisations, hooks, a replaced ``forward``, weights that a hook computes (pruning, the older
+    weight and spectral normalisation) and weights of a tensor subclass (quantised ones) all change what a call does.
+    """
+    if _has_any_global_hook() or nn.Linear.forward is not _LINEAR_FORWARD:
+        return None
+    found = []
+    for head in heads:
+        if type(head) is not nn.Linear or "forward" in head.__dict__:
+            return None
+        if head._forward_pre_hooks or head._forward_hooks or head._backward_pre_hooks or head._backward_hooks:
+            return None
+        parameters = head._parameters
+        weight = parameters.get("weight")
+        if weight is None or "bias" not in parameters or weight.shape != (classes, width):
+            return None
+        if type(weight) not in PLAIN_TENSORS and not torch.compiler.is_compiling():
+            return None
+        found.append((weight, parameters["bias"]))
+    return found
+
+
+def logits_of(name: str, head: nn.Module, x: Tensor, classes: int) -> Tensor:
+    """Calls a head, hooks included.  (B, D) -> (B, C)
+
+    Raises:
+        InputError: a linear head of another width, or an output that is not (B, C) logits; the message has the `name`.
+    """
+    if isinstance(head, nn.Linear) and not isinstance(head, nn.LazyLinear) and head.in_features != x.shape[1]:
+        raise _refused(name, head, f"a head for features of width {x.shape[1]}, got one for {head.in_features}")
+    logits = head(x)
+    expected = f"an output of shape {(*x.shape[:1], classes)}"
+    if not isinstance(logits, Tensor):
+        raise _refused(name, head, f"{expected}, got {type(logits).__name__}")
+    if logits.dim() != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] != classes:
+        raise _refused(name, head, f"{expected}, got {tuple(logits.shape)}")
+    if logits.is_quantized or not logits.is_floating_point():
+        raise _refused(name, head, f"floating logits, got {logits.dtype}")
+    return logits
+
+
+def _refused(name: str, head: nn.Module, what: str) -> InputError:
+    return InputError(f"{name} ({type(head).__name__}): expected {what}")
