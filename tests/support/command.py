@@ -30,6 +30,18 @@ def iprm(folder: Path, *arguments: str) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def refused(folder: Path, *arguments: str) -> str:
+    """The message of a command that is refused, without the name of the program: one line, exit code 2, and nothing was written."""
+    before = sorted(folder.rglob("*"))
+    code, out, err = iprm(folder, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("iprm: ")
+    assert "Traceback" not in err
+    assert err.count("\n") == 1, "one line"
+    assert sorted(folder.rglob("*")) == before, "nothing was written"
+    return err.removeprefix("iprm: ").rstrip("\n")
+
+
 def table(out: str) -> dict[str, float]:
     """The metrics that `iprm test` printed."""
     return {name: float(value) for name, value in re.findall(r"│ +(test_\w+) +│ +([\d.]+) +│", out)}

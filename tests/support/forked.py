@@ -36,6 +36,12 @@ def run_commands(commands: Sequence[Command], timeout: float = 120) -> list[int]
     return [_ended([_started(_command, folder, "log.txt", arguments, {})], timeout)[0] for folder, arguments in commands]
 
 
+def run_at_once(commands: Sequence[Command], timeout: float = 120) -> list[int]:
+    """The exit codes of `iprm ARGUMENTS`, all started at the same time; the output of the first is in log0.txt, and so on."""
+    started = [_started(_command, folder, f"log{n}.txt", given, {}) for n, (folder, given) in enumerate(commands)]
+    return _ended(started, timeout)
+
+
 def run_command_on_ranks(folder: Path, processes: int, *arguments: str, timeout: float = 120) -> list[tuple[int, str]]:
     """Exit code and output of `iprm ARGUMENTS` on every rank of a group, started as torchrun starts it on one machine."""
     with socket.socket() as free:

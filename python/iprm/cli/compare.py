@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
 import iprm_kernels as ik
 from iprm.compare.run import DEFAULT_COMPARISON, Clock, Job, make_jobs, read_once
 from iprm.compare.runs import COMPARISON, TEST, read_runs, settings_of_comparison
@@ -21,12 +19,14 @@ from iprm.data import DATASETS
 from iprm.data.module import MultimodalData
 from iprm.environment import versions
 from iprm.errors import InputError
+from iprm.files import created, locked, write_atomically
 from iprm.methods import METHODS
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 from iprm.training.checkpoint import saved_states, state_to_resume
+from iprm.training.lightning import quiet_lightning
 
 from .console import table, wide_console
-from .fit import STOPPED, FitCLI, fit_settings
+from .fit import FitCLI, fit_settings
 from .fusion_cli import as_list, run
 from .parser import PATH, Parser, at_least_one, dataset_arguments, divided
 
@@ -49,6 +49,8 @@ examples:
 """
 
 METHOD_NAMES = ", ".join([*(name for name in METHODS if name != "unimodal"), "unimodal-<modality>"])
+#: Files that a comparison writes to its folder, and replaces when it is repeated.
+FILES = ("summary.md", "runs.csv", "history.csv", "plot.png", COMPARISON)
 #: Settings of `iprm fit` that differ between runs, and the option of this command that determines each.
 OWN = {"model.method": "--methods", "data.seed": "--seeds", "data.init_args.seed": "--seeds"}
 
@@ -73,19 +75,9 @@ def compare_command(arguments: Sequence[str]) -> int:
     given = parser().parse_args(own)
     config = fit_settings(_settings(given, settings))
     asked = [name.strip() for name in given.methods.split(",") if name.strip()] if given.methods is not None else None
-    folder = given.output or Path("runs") / f"compare-{Path(given.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    methods, jobs = make_jobs(config, asked, range(given.seeds), folder)
-    _write_settings(folder, {"data": given.data, "methods": methods, "seeds": list(range(given.seeds)), "settings": config})
-    pending = [job for job in jobs if not (job.folder / TEST).is_file()]
-    try:
-        with ended_by_sigterm():
-            sweep(pending, _train, given.jobs or default_jobs(len(pending)))
-    except BaseException:
-        if any((job.folder / TEST).is_file() for job in jobs):
-            done = f"{len(_report(folder).finished)} of {len(jobs)} runs are finished; their report: {folder}"
-            print(f"iprm: {done}; to continue, repeat the command with --output {folder}", file=sys.stderr)
-        raise
-    comparison = _report(folder)
+    default = Path("runs") / f"compare-{Path(given.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    with created(given.output or default, anew=given.output is None) as folder, locked(folder, "comparison"):
+        comparison = _compare(folder, config, asked, given)
     shown = table(*(name.replace(" ", "\n") for name in comparison.table.head))
     for place, row in enumerate(comparison.table.rows):
         shown.add_row(*(cell.replace(" ±", "±") for cell in row), style="bold" if place in comparison.table.bold else None)
@@ -95,6 +87,32 @@ def compare_command(arguments: Sequence[str]) -> int:
         console.print(f"failed: {failure}")
     console.print(f"report: {folder}")
     return 1 if comparison.failed else 0
+
+
+def _compare(folder: Path, config: dict[str, Any], asked: Sequence[str] | None, given: Any) -> Comparison:
+    _refuse_other_files(folder)
+    methods, jobs = make_jobs(config, asked, range(given.seeds), folder)
+    with quiet_lightning():
+        _ComparedRun(jobs[0].config, jobs[0].folder, lambda ended: None)  # builds the trainer, which checks its settings
+    _write_settings(folder, {"data": given.data, "methods": methods, "seeds": list(range(given.seeds)), "settings": config})
+    pending = [job for job in jobs if not (job.folder / TEST).is_file()]
+    try:
+        with ended_by_sigterm():
+            sweep(pending, _train, given.jobs or default_jobs(len(pending)))
+    except BaseException:
+        finished = any((job.folder / TEST).is_file() for job in jobs)
+        done = f"{len(_report(folder).finished) if finished else 0} of {len(jobs)} runs are finished"
+        report = f"; their report: {folder}" if finished else ""
+        print(f"iprm: {done}{report}; to continue, repeat the command with --output {folder}", file=sys.stderr)
+        raise
+    return _report(folder)
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Raises InputError if the folder has files that a comparison would replace, but no comparison."""
+    found = [name for name in FILES if (folder / name).exists()]
+    if found and not settings_of_comparison(folder):
+        raise InputError(f"{folder}: {found[0]} there is not of a comparison, and would be replaced; choose another --output")
 
 
 def _settings(given: Any, settings: Sequence[str]) -> list[str]:
@@ -110,13 +128,12 @@ def _settings(given: Any, settings: Sequence[str]) -> list[str]:
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Writes settings.json: the settings of this call, with its methods and seeds added to those already in the file."""
-    folder.mkdir(parents=True, exist_ok=True)
     before = settings_of_comparison(folder)
     for name in ("methods", "seeds"):
         settings[name] = list(dict.fromkeys([*before.get(name, []), *settings[name]]))
     backends = {name: str(status) for name, status in ik.backends().items()}
     record = {**settings, "versions": versions(), "platform": platform.platform(), "backends": backends}
-    (folder / COMPARISON).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(folder / COMPARISON, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _report(folder: Path) -> Comparison:
@@ -145,11 +162,11 @@ class _ComparedRun(FitCLI):
         trainer.enable_progress_bar = False  # set here, so that config.yaml equals that of `iprm fit`
         return super().instantiate_trainer(callbacks=[*as_list(trainer.callbacks), self.clock], **options)
 
+    def say_how_to_continue(self, ended: str, folder: Path) -> None:
+        """Says nothing: the command says it once for all runs."""
+
     def execute(self) -> None:
-        try:
-            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
-        except SIGTERMException as end:
-            raise SystemExit(STOPPED) from end
+        self.fit()
         best = best_checkpoint(self.trainer)
         assert self.folder is not None
         self.trainer.loggers = []  # metrics.csv holds no test metrics

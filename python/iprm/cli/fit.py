@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from iprm.errors import InputError
 from iprm.training.callbacks.best_checkpoint import BestCheckpoint, best_checkpoint
 from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.callbacks.diagnostics import Diagnostics
@@ -21,9 +23,10 @@ from iprm.training.finite import NonFiniteError
 from iprm.training.lightning import quiet_lightning
 
 from .fusion_cli import FusionCLI, as_list, run
+from .run_record import RunRecord
 
-#: Exit code of a run stopped by SIGTERM, by the convention of shells: 128 + 15.
-STOPPED = 143
+#: Exit codes of a run stopped by SIGTERM and by an interrupt, by the convention of shells: 128 + the number of the signal.
+STOPPED, INTERRUPTED = 143, 130
 
 
 def fit_command(arguments: Sequence[str]) -> int:
@@ -44,15 +47,6 @@ def fit_settings(arguments: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-class _SaveSettings(SaveConfigCallback):
-    """Writes config.yaml, without the checkpoint that the run started from: a resumed run starts from its own state."""
-
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        self.config = copy.deepcopy(self.config)
-        self.config.ckpt_path = None
-        super().setup(*args, **kwargs)
-
-
 class FitCLI(FusionCLI):
     """`iprm fit`.
 
@@ -64,53 +58,97 @@ class FitCLI(FusionCLI):
 
     def __init__(self, arguments: Sequence[str] | dict[str, Any], folder: Path | None = None) -> None:
         self.folder = folder
-        super().__init__(arguments, save_config_callback=_SaveSettings, save_config_kwargs={"overwrite": True})
+        self.record: RunRecord | None = None  # None if the run has no folder of its own
+        super().__init__(arguments)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         self.model.check_training(self.datamodule.batch_size)
+        for callback in self.trainer.callbacks:
+            if self.config.ckpt_path and isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
+                raise InputError(f"{type(callback).__name__} cannot be used in a run that starts from a checkpoint")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer = self.config_init.trainer
         records = trainer.logger is not False and not trainer.fast_dev_run
         callbacks: list[Any] = []
         if trainer.enable_checkpointing is not False:
-            callbacks.append(BestCheckpoint())
+            callbacks.append(BestCheckpoint(enable_version_counter=not records))  # or it would replace one of another run
             if records:  # otherwise the run has no folder of its own, and its states would be taken for those of another run
                 callbacks.append(self.config_init.state)
-        self.trainer_defaults["callbacks"] = [*callbacks, *([Diagnostics()] if records else [])]
-        loggers = self._loggers(trainer.default_root_dir or "runs", trainer.logger) if records else False
+        loggers: Any = False
+        if records:
+            log = self._log(trainer.default_root_dir or "runs")
+            self.record = RunRecord(log, self.parser, self.config)
+            callbacks += [self.record, Diagnostics()]
+            loggers = self._loggers(log, trainer.logger)
+        self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(logger=loggers, **kwargs)
 
-    def _loggers(self, root: str, given: Any) -> list[Logger]:
-        """The logger of metrics.csv, whose folder is the run's, and the configured loggers, by default TensorBoard."""
-        log = RunLog(root)
-        if self.folder is not None:
-            folder = self.folder.absolute()
-            log = RunLog(folder.parents[1], folder.parent.name, folder.name)
+    def _log(self, root: str) -> RunLog:
+        """The logger of metrics.csv, whose folder is the run's."""
+        if self.folder is None:
+            return RunLog(root)
+        folder = self.folder.absolute()
+        return RunLog(folder.parents[1], folder.parent.name, folder.name)
+
+    def _loggers(self, log: RunLog, given: Any) -> list[Logger]:
+        """`log` and the configured loggers, by default TensorBoard."""
         if given not in (None, True):
             return [log, *as_list(given)]
         state = self.config.ckpt_path
         purged = logged_steps(read_checkpoint(state, mmap=True)) if state and self.folder else None  # these are logged again
-        return [log, TensorBoardLogger(log.save_dir, log.name, log.version, default_hp_metric=False, purge_step=purged)]
+        return [log, _Events(log, purged)]
+
+    def fit(self) -> None:
+        """Trains. A run that is refused leaves every file as it was.
+
+        Raises:
+            SystemExit: with `STOPPED` or `INTERRUPTED`, after a line that says how to continue.
+        """
+        with self.record.kept() if self.record else contextlib.nullcontext():
+            try:
+                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
+            except SystemExit as end:  # Lightning exits with 1 after an interrupt
+                interrupted = isinstance(end.__context__, KeyboardInterrupt)
+                if not interrupted and not isinstance(end, SIGTERMException):
+                    raise
+                folder = self.record.resumable if self.record else None
+                if folder is not None:
+                    self.say_how_to_continue("interrupted" if interrupted else "stopped by SIGTERM", folder)
+                elif interrupted:
+                    raise
+                raise SystemExit(INTERRUPTED if interrupted else STOPPED) from end
+
+    def say_how_to_continue(self, ended: str, folder: Path) -> None:
+        if self.trainer.is_global_zero:
+            print(f"{ended}; to continue: iprm resume {shlex.quote(str(folder))}", file=sys.stderr)
 
     def execute(self) -> None:
-        # Trainer.log_dir cannot be used: it broadcasts, and after SIGTERM the other processes have exited
-        folder = getattr(self.trainer.logger, "log_dir", None) or self.trainer.default_root_dir
         kept = best_checkpoint(self.trainer)
         try:
-            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
-        except SIGTERMException as end:
-            if self.trainer.is_global_zero:
-                print(f"stopped by SIGTERM; to continue: iprm resume {folder}", file=sys.stderr)
-            raise SystemExit(STOPPED) from end
+            self.fit()
         except NonFiniteError as error:
             best = (kept and kept.best_model_path) or "no checkpoint was written"
             raise NonFiniteError(f"{error}\nbest on validation until then: {best}") from error
         if kept and kept.best_model_path and self.trainer.is_global_zero:
             best = kept.best_model_path
             print(f"best on validation: {best}")
-            print(f"to evaluate it on the test split: iprm test --config {folder}/config.yaml --ckpt_path {best}")
+            if self.record:
+                config = f"{self.record.folder}/config.yaml"
+                print(f"to evaluate it on the test split: iprm test --config {config} --ckpt_path {best}")
+
+
+class _Events(TensorBoardLogger):
+    """TensorBoard's file of events, in the folder that `RunLog` creates when the run begins."""
+
+    def __init__(self, log: RunLog, purge_step: int | None) -> None:
+        super().__init__(log.save_dir, log.name, default_hp_metric=False, purge_step=purge_step)
+        self._log = log
+
+    @property
+    def version(self) -> int | str:
+        return self._log.version
 
 
 class _Parsed(FitCLI):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -27,7 +28,9 @@ from iprm.training.lightning import quiet_lightning
 from iprm.training.optim import LR_SCHEDULER, OPTIMIZER
 
 from .parser import OneLineErrors
+from .refusals import refusal
 from .settings_help import help_of, set_titles
+from .trainer_settings import check_processes, check_trainer_settings
 
 
 class SettingsParser(OneLineErrors, LightningArgumentParser):
@@ -71,6 +74,7 @@ class FusionCLI(LightningCLI, ABC):
             "parser_kwargs": help_of(self.command),
         }
         args = arguments if isinstance(arguments, dict) else _resolve(arguments)
+        self._logger_asked = any(argument.startswith("--trainer.logger") for argument in arguments)
         super().__init__(FusionClassifier, MultimodalData, args=args, run=False, **(settings | options))
 
     @abstractmethod
@@ -92,6 +96,10 @@ class FusionCLI(LightningCLI, ABC):
         trained = "required: the checkpoint, a path printed by iprm fit"
         text = trained if self.needs_checkpoint else "state of an interrupted run to continue"
         parser.add_argument_group("the checkpoint").add_argument("--ckpt_path", type=str, metavar="FILE", help=text)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        check_trainer_settings(self.config)
 
     def before_instantiate_classes(self) -> None:
         if self.config.ckpt_path:
@@ -126,10 +134,16 @@ class FusionCLI(LightningCLI, ABC):
         if given["strategy"] == "fsdp2":
             kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         kwargs["plugins"] = [*as_list(given["plugins"]), AtomicCheckpointIO()]
+        if self.needs_checkpoint and not self._logger_asked:  # a logger of the configuration is that of its run
+            kwargs.setdefault("logger", False)
         try:
-            return super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError, ImportError) as error:
-            raise InputError(f"trainer: {error}") from error
+            trainer = super().instantiate_trainer(**kwargs)
+        except Exception as error:
+            if (reason := refusal(error)) is None:
+                raise
+            raise InputError(f"trainer: {reason}") from error
+        check_processes(trainer)
+        return trainer
 
 
 def _class_names(settings: Mapping[str, Any]) -> Sequence[str] | None:
@@ -168,7 +182,7 @@ def run(cli: type[FusionCLI], arguments: Sequence[str] | dict[str, Any], **optio
 def _resolve(arguments: Sequence[str]) -> list[str]:
     """The arguments, with names of shipped configurations replaced by paths, and names of datasets by import paths."""
     resolved: list[str] = []
-    names = {"--config": find_config, "-c": find_config, "--data": _class_path, "--data.help": _class_path}
+    names = {"--config": _config_file, "-c": _config_file, "--data": _class_path, "--data.help": _class_path}
     for argument in arguments:
         option, separator, value = argument.partition("=")
         if separator and option in names:
@@ -178,6 +192,15 @@ def _resolve(arguments: Sequence[str]) -> list[str]:
         else:
             resolved.append(argument)
     return resolved
+
+
+def _config_file(name: str) -> Path:
+    path = find_config(name)
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected settings in YAML, as UTF-8 text") from error
+    return path
 
 
 def _class_path(name: str) -> str:

@@ -90,17 +90,22 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Runs a command whose module has imported Lightning."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     import iprm_kernels as ik
     from iprm.environment import check_variables
     from iprm.training.finite import NonFiniteError
 
+    from .refusals import refusal
+
     check_variables()
     try:
         return command(arguments)
-    except (MisconfigurationException, ik.BackendUnavailableError) as error:
+    except ik.BackendUnavailableError as error:
         raise InputError(str(error)) from error
     except NonFiniteError as error:
         print(f"iprm: stopped at {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        raise InputError(reason) from error

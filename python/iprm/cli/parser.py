@@ -15,6 +15,8 @@ import jsonargparse
 from iprm.configs import shipped
 from iprm.errors import InputError, closest
 
+from .refusals import error_of_user
+
 #: jsonargparse's messages for an unknown option: of the parser, of a group, or of a class that another option names.
 UNKNOWN = re.compile(
     r"(?:unrecognized arguments: --|Group '(?P<group>[\w.]+)' does not accept option '"
@@ -35,6 +37,8 @@ class OneLineErrors:
     def error(self: Any, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # this parser parses a nested class; the outer parser will report the error
             super().error(message, ex)  # type: ignore[misc]
+        if ex is not None and (cause := error_of_user(ex)) is not None:  # in a module that a setting names
+            raise cause
         if match := UNKNOWN.search(message):
             raise InputError(self._unknown(**match.groupdict()))
         raise InputError(f"{one_line(message)}; try {self.prog} --help")

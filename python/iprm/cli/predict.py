@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from iprm.encoders.description import each
+from iprm.files import check_output
 from iprm.inference.inputs import Piece, Source, find_samples, gathered, joined
 from iprm.inference.model import Inference, load_inference
 from iprm.inference.predictions import cells, columns, write_predictions
@@ -46,6 +47,10 @@ examples:
 """
 
 
+#: The beginnings of both kinds of predictions, which may be replaced by new ones.
+HEADERS = ("row,target,prediction", "file,row,prediction")
+
+
 def predict_command(arguments: Sequence[str]) -> int:
     """Runs `iprm predict` and returns the exit code."""
     if any(argument.partition("=")[0] == "--input" for argument in arguments):
@@ -64,7 +69,7 @@ class PredictCLI(FusionCLI):
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
-        Path(self.config.output).parent.mkdir(parents=True, exist_ok=True)  # fail before the work rather than after it
+        check_output(Path(self.config.output), *HEADERS)  # before the work rather than after it
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         one_process = {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # so that rows are written in order
@@ -81,7 +86,7 @@ def _predict_samples(arguments: Sequence[str]) -> int:
     given = parser().parse_args(["--help"] if needs_help else arguments)
     model = load_inference(given.ckpt_path, given.encoder)
     sources = find_samples(given.input, model.inputs)
-    given.output.parent.mkdir(parents=True, exist_ok=True)  # fail before the work rather than after it
+    check_output(given.output, *HEADERS)  # before the work rather than after it
     rows = write_sample_predictions(
         given.output, model.to("cuda" if torch.cuda.is_available() else "cpu"), sources, given.batch_size
     )
@@ -106,6 +111,7 @@ def write_sample_predictions(path: Path, model: Inference, sources: Sequence[Sou
         InputError: a file is damaged, or a value is not finite.
     """
     count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".predictions-") as folder:
         unfinished = Path(folder) / path.name
         with unfinished.open("w", newline="", encoding="utf-8") as file:

@@ -14,9 +14,11 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.table import Table
 
 from iprm.environment import chosen_backends, versions
+from iprm.files import created
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Profile, StageProfiler
 from iprm.training.callbacks.run_state import RunState
@@ -64,14 +66,17 @@ class ProfileCLI(FusionCLI):
         return super().instantiate_trainer(profiler=self.profiler, callbacks=callbacks, **TRAINER, **kwargs)
 
     def execute(self) -> None:
+        if rank_zero_only.rank != 0:
+            self._profile()
+            return
         folder = Path(self.config.output or f"runs/profile-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-        if self.trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)  # fail before the work rather than after it
+        with created(folder, anew=self.config.output is None) as folder:  # before the work rather than after it
+            self._write(folder, self._profile())
+
+    def _profile(self) -> Profile:
         with self.profiler.attached(self.trainer, self.model):
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
-        profile = self.profiler.result()
-        if self.trainer.is_global_zero:
-            self._write(folder, profile)
+        return self.profiler.result()
 
     def _write(self, folder: Path, profile: Profile) -> None:
         content = {

@@ -17,10 +17,11 @@ import torch
 
 from iprm.data.module import MultimodalData
 from iprm.errors import InputError
+from iprm.files import write_atomically
 from iprm.names import file_name
 from iprm.training.classifier import FusionClassifier
 
-from .runs import CONFIG, TEST, flattened, read_settings
+from .runs import CONFIG, TEST, flattened, read_settings, settings_of_comparison
 
 #: Methods of a comparison if none are named, after one unimodal method per modality.
 DEFAULT_COMPARISON = ("concat", "sum", "weight", "joint", "iprm")
@@ -43,7 +44,8 @@ def make_jobs(
     Reads the data of the first seed and builds every model, so that errors are raised before any training.
 
     Raises:
-        InputError: the dataset, a method or an option cannot be used, or the folder has a run with other settings.
+        InputError: the dataset, a method or an option cannot be used, or the folder has a comparison with other settings or of
+            other data.
     """
     dataset = config["data"]
     data = read_once(pkgutil.resolve_name(dataset["class_path"]), **(dataset["init_args"] | {"seed": seeds[0]}))
@@ -60,18 +62,40 @@ def make_jobs(
         settings = copy.deepcopy(dict(config)) | {"seed_everything": seed}
         settings["model"]["method"], settings["data"]["init_args"]["seed"] = name, seed
         jobs.append(Job(name, seed, folder / file_name(name) / f"seed={seed}", settings))
-        _refuse_other_settings(jobs[-1])
+        if (jobs[-1].folder / CONFIG).is_file():
+            _refuse_other(jobs[-1].folder, "run", read_settings(jobs[-1].folder / CONFIG, []), jobs[-1].config)
+        if seed == seeds[0] and (jobs[-1].folder / TEST).is_file():
+            _refuse_other_data(jobs[-1].folder, data)
+    before = dict(flattened(settings_of_comparison(folder).get("settings", {})))
+    if before:  # its methods may be others than those of these runs
+        _refuse_other(
+            folder, "comparison", before, {name: value for name, value in config.items() if name != "seed_everything"}
+        )
     return names, jobs
 
 
-def _refuse_other_settings(job: Job) -> None:
-    if not (job.folder / CONFIG).is_file():
-        return
-    there, here = read_settings(job.folder / CONFIG, []), dict(flattened(job.config))
+#: Settings that differ between the runs of a comparison.
+DIFFERENT = ("model.method", "data.init_args.seed")
+
+
+def _refuse_other(folder: Path, what: str, there: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    here = dict(flattened(config))
     for name in dict.fromkeys((*here, *there)):
         was, asked = there.get(name), here.get(name)
-        if name.partition(".")[0] in job.config and was != asked:
-            raise InputError(f"{job.folder}: {name} of this run is {was!r}, not {asked!r}; choose another --output")
+        if name.partition(".")[0] in config and was != asked and (what == "run" or name not in DIFFERENT):
+            raise InputError(f"{folder}: {name} of this {what} is {was!r}, not {asked!r}; choose another --output")
+
+
+def _refuse_other_data(folder: Path, data: MultimodalData) -> None:
+    try:
+        splits = dict(json.loads((folder / TEST).read_text(encoding="utf-8"))["splits"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return  # damaged, or of an earlier version
+    for name, here in data.describe().items():
+        if splits.get(name, here) != here:
+            raise InputError(
+                f"{folder}: this run is of other data: its {name} split was {splits[name]}, not {here}; choose another --output"
+            )
 
 
 _last_read: dict[str, MultimodalData] = {}  # one entry: memory holds the data of one seed
@@ -120,6 +144,4 @@ class Clock(L.Callback):
             "seconds_per_epoch": statistics.median(self.seconds) if self.seconds else None,
             "splits": data.describe(),
         }
-        part = job_folder / f"{TEST}.part"
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(job_folder / TEST)
+        write_atomically(job_folder / TEST, json.dumps(content, indent=2) + "\n")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write
-from command import iprm
+from command import iprm, refused
 from feature_files import arrays, changed, save, without
 from iprm.cli import main as cli
 from iprm.errors import InputError
@@ -17,18 +17,6 @@ from iprm.training.classifier import FusionClassifier
 
 DIGITS = ("fit", "--config", "digits")
 FEATURES = ("fit", "--config", "features", "--data.path", "features.npz")
-
-
-def refused(folder, *arguments) -> str:
-    """The message, without the name of the program."""
-    before = sorted(folder.rglob("*"))
-    code, out, err = iprm(folder, *arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("iprm: ")
-    assert "Traceback" not in err
-    assert err.count("\n") == 1, "one line"
-    assert sorted(folder.rglob("*")) == before, "nothing was written"
-    return err.removeprefix("iprm: ").rstrip("\n")
 
 
 WORDS = {

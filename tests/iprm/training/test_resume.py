@@ -17,6 +17,7 @@ from command import iprm
 from feature_files import arrays, save
 from forked import run_commands
 from iprm.errors import InputError
+from iprm.files import locked
 from iprm.training.callbacks.run_state import RunState
 from iprm.training.checkpoint import AtomicCheckpointIO, read_checkpoint, state_to_resume
 from run_contents import RUN, difference, left
@@ -140,8 +141,12 @@ def test_sigterm_saves_the_step_it_came_in_and_the_run_resumes_bit_identically(r
 
 
 @first(*INTERRUPTED_AT)
-def test_an_interrupted_run_resumes_bit_identically(ran, step):
-    assert difference(left(ran.ended("interrupted", step)), left(ran.alone())) == []
+def test_an_interrupted_run_says_how_to_resume_and_resumes_bit_identically(ran, step):
+    folder = ran.ended("interrupted", step)
+    log = (folder / "log.txt").read_text()
+    assert f"interrupted; to continue: iprm resume {RUN}\n" in log
+    assert "Traceback" not in log
+    assert difference(left(folder), left(ran.alone())) == []
 
 
 @first(*INTERRUPTED_AT)
@@ -170,6 +175,47 @@ def test_other_data_are_refused(run, tmp_path, option, value, message):
     save(tmp_path, arrays())
     with pytest.raises(InputError, match=message):
         resumed(run, tmp_path, f"--data.{option}", value)
+
+
+REFUSED = {
+    "another method": ("--model.method", "sum"),
+    "another batch size": ("--data.batch_size", "16"),
+    "another optimiser": ("--optimizer", "AdamW"),
+    "fewer epochs": ("--trainer.max_epochs", "1"),
+    "an interval beyond the epoch": ("--trainer.max_epochs", "6", "--trainer.val_check_interval", "100"),
+    "a metric that does not exist": (
+        *("--trainer.max_epochs", "6"),
+        *("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "nothing"),
+    ),
+    "a value that cannot be": ("--trainer.accumulate_grad_batches", "0"),
+}
+
+
+def files(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED.keys())
+def test_a_refused_resume_leaves_the_run_as_it_was(run, tmp_path, options):
+    """Except that one which is refused at the end of an epoch has saved states."""
+    save(tmp_path, arrays())
+    before = files(run)
+    with pytest.raises(InputError, match="iprm: "):
+        resumed(run, tmp_path, *options)
+    after = files(run)
+    if "EarlyStopping" in options:
+        before, after = (
+            {path: text for path, text in found.items() if path.name == "config.yaml"} for found in (before, after)
+        )
+    assert after == before
+    resumed(run, tmp_path)
+
+
+def test_a_run_is_not_resumed_by_two_processes_at_once(run, tmp_path):
+    before = files(run)
+    with locked(run, "run"), pytest.raises(InputError, match=f"{run}: another process is using this run"):
+        resumed(run, tmp_path)
+    assert files(run) == before
 
 
 def test_other_values_of_as_many_rows_with_the_same_labels_are_refused(run, tmp_path):

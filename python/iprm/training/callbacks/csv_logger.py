@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,15 +12,38 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from iprm.files import new_folder
+
 
 class RunLog(CSVLogger):
     """Lightning's CSV logger with one row per logged step, which `RunState` rewinds to the point where a run was interrupted.
-    The whole file is rewritten, at most once per second and at the end of a run."""
+    The whole file is rewritten, at most once per second and at the end of a run.
+
+    Without a `version`, the run gets a folder of its own, ``<save_dir>/<name>/version_<N>``. The first process creates it when
+    the version is first read: runs that start at the same moment get different folders.
+    """
 
     def __init__(self, save_dir: str | Path, name: str = "fit", version: int | str | None = None) -> None:
         super().__init__(save_dir, name, version)
         self.rows: list[dict[str, float]] = []
         self._changed, self._last = False, -1.0  # since the file was written, and when it was
+
+    @property
+    def version(self) -> int | str:
+        """The number or name of the run. Processes other than the first get a number that no folder has, and do not use it."""
+        if self._version is None:
+            number = self._get_next_version()
+            if rank_zero_only.rank == 0:
+                root = Path(self.save_dir) / self.name
+                folder = new_folder(root / f"version_{n}" for n in itertools.count(number))
+                number = int(folder.name.removeprefix("version_"))
+            self._version = number
+        return self._version
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run; None if it is a new run that has not created it yet."""
+        return None if self._version is None else Path(self.log_dir)
 
     @property
     def experiment(self) -> Any:
@@ -41,9 +65,9 @@ class RunLog(CSVLogger):
         """Does nothing: config.yaml holds the hyperparameters."""
 
     def restore(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Replaces all rows by `rows`; logging continues after them."""
+        """Replaces all rows by `rows`; logging continues after them. The file is not written before the next row: the run may
+        be refused."""
         self.rows = [dict(row) for row in rows]
-        self._changed = True
 
     @rank_zero_only
     def save(self) -> None:

@@ -59,6 +59,7 @@ class RunState(L.Callback):
         self._restored: list[dict[str, Any]] = []  # generator states, one per process
         self._at_epoch_start = False  # whether the state being saved, or restored, is at the beginning of an epoch
         self._saved_at = 0  # batches
+        self._saved_data: dict[str, Any] = {}  # of the last state saved; `BatchSizeFinder` changes the batch and restores it
         self._unasked = 0  # batches since the last all-reduce of the SIGTERM flag
         self._signal = _Termination()
 
@@ -119,16 +120,17 @@ class RunState(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         rows = [row for log in self._logs() for row in log.rows]
+        self._saved_data = self._data()
         return {
             "generators": gathered(generators()),
             "metrics": rows,
             "at_epoch_start": self._at_epoch_start,
-            "data": self._data(),
+            "data": self._saved_data,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         there, here = state["data"], self._data()
-        for name, was in there.items():
+        for name, was in there.items() if there != self._saved_data else ():
             if name in here and was != here[name]:
                 raise InputError(f"the state is of other data: its {name} was {was}, this run's is {here[name]}")
         self._restored, self._at_epoch_start = state["generators"], state["at_epoch_start"]

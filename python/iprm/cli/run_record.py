@@ -1,0 +1,106 @@
+"""What a run of `iprm fit` keeps in its folder besides its results: its settings. A run that is refused leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from iprm.compare.runs import CONFIG
+from iprm.files import Added, locked, write_atomically
+from iprm.training.callbacks.csv_logger import RunLog
+from iprm.training.checkpoint import saved_states
+
+from .fusion_cli import as_list
+from .refusals import refusal
+
+
+class RunRecord(L.Callback):
+    """Writes config.yaml when training begins, after the state of a resumed run and every setting were accepted.
+
+    The file has no checkpoint, because a resumed run starts from its own state, and it has the batch size that a
+    `BatchSizeFinder` has found, without the finder.
+
+    Args:
+        log: its folder is the run's.
+        parser: writes the settings.
+        config: all settings.
+    """
+
+    def __init__(self, log: RunLog, parser: LightningArgumentParser, config: Any) -> None:
+        self._log, self.parser, self.config = log, parser, config
+        self._begun = False
+        self._before: str | None = None  # config.yaml of the run that is resumed
+        self._locks = contextlib.ExitStack()
+        self._locked = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self._log.log_dir)
+
+    @property
+    def resumable(self) -> Path | None:
+        """The folder of the run, if a state has been saved there."""
+        return self._log.folder if self._log.folder and saved_states(self._log.folder) else None
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Context of a run, in which no other process can resume it. If an exception leaves the context before training has
+        begun, the files that the run has added are removed; if a setting is refused later, config.yaml is as it was.
+
+        Raises:
+            InputError: another process trains in the folder.
+        """
+        if rank_zero_only.rank != 0:
+            yield
+            return
+        folder = self._log.folder
+        with contextlib.ExitStack() as self._locks:
+            if folder is not None and folder.is_dir():
+                self._lock(folder)
+            added = Added(folder or Path(self._log.save_dir) / self._log.name / "new")
+            try:
+                yield
+            except BaseException as error:
+                if not self._begun and self._log.folder is not None:
+                    added.remove(self._log.folder)
+                elif self._before is not None and refusal(error):
+                    write_atomically(self.folder / CONFIG, self._before)
+                raise
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = Path(trainer.log_dir or "")  # a collective call
+        if not trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._locked:
+            self._lock(folder)
+        config = folder / CONFIG
+        self._before = config.read_text(encoding="utf-8") if config.is_file() else None
+        write_atomically(config, self.parser.dump(self._settings(trainer), skip_unset=False))
+        self._begun = True
+
+    def _lock(self, folder: Path) -> None:
+        self._locks.enter_context(locked(folder, "run"))
+        self._locked = True
+
+    def _settings(self, trainer: L.Trainer) -> Any:
+        config = self.config.clone()
+        config.ckpt_path = None
+        if any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            config.data.init_args.batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+            config.trainer.callbacks = [
+                callback for callback in as_list(config.trainer.callbacks) if not _finds_batch_size(callback)
+            ]
+        return config
+
+
+def _finds_batch_size(callback: Any) -> bool:
+    return issubclass(pkgutil.resolve_name(callback.class_path), BatchSizeFinder)
