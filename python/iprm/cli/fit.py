@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ class FitCLI(FusionCLI):
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)
         except SIGTERMException as end:
             if self.trainer.is_global_zero:
-                print(f"stopped by SIGTERM; to continue: iprm resume {folder}", file=sys.stderr)
+                print(f"stopped by SIGTERM; to continue: {shlex.join(['iprm', 'resume', str(folder)])}", file=sys.stderr)
             raise SystemExit(STOPPED) from end
         except NonFiniteError as error:
             best = (kept and kept.best_model_path) or "no checkpoint was written"
@@ -110,7 +111,8 @@ class FitCLI(FusionCLI):
         if kept and kept.best_model_path and self.trainer.is_global_zero:
             best = kept.best_model_path
             print(f"best on validation: {best}")
-            print(f"to evaluate it on the test split: iprm test --config {folder}/config.yaml --ckpt_path {best}")
+            test = shlex.join(["iprm", "test", "--config", f"{folder}/config.yaml", "--ckpt_path", best])
+            print(f"to evaluate it on the test split: {test}")
 
 
 class _Parsed(FitCLI):

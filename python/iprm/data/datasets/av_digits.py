@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ class AvDigits(MultimodalData):
             raise InputError(f"noise: expected a number from 0 up, got {noise}")
         self.path, self.noise, self.val_fraction = Path(path), noise, val_fraction
         self.log_mel = LogMel(sample_rate)
-        self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        self.cache_dir = Path(os.path.expanduser(cache_dir)) if cache_dir is not None else default_cache_dir()
 
     def prepare_data(self) -> None:
         load_recordings(self.path, self.log_mel, self.cache_dir)
