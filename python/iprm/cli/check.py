@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from lightning.pytorch.cli import instantiate_class
-from rich.table import Table
 
+from iprm.compare.table import Table
 from iprm.data import DATASETS
 from iprm.data.quality import Report, check
 from iprm.errors import InputError
 
-from .console import table, wide_console
+from .console import plain_console, print_table
 from .fit import fit_settings
 from .parser import PATH, Parser, dataset_arguments, divided
 
@@ -57,9 +58,11 @@ def check_command(arguments: Sequence[str]) -> int:
         report = check(data.source, data.inspect(faults))
     except InputError as error:
         raise InputError("\n".join([*faults, str(error)])) from error
-    console = wide_console()
-    for shown in (class_table(report), modality_table(report)):
-        console.print(shown, "")
+    classes, modalities = class_table(report), modality_table(report)
+    print_table(classes, ruled=[len(classes.rows) - 2])
+    lasts = [place for place, (row, after) in enumerate(itertools.pairwise(modalities.rows)) if row[0] != after[0]]
+    print_table(modalities, names=2, left=4, ruled=lasts)
+    console = plain_console()
     problems = [*faults, *(finding.what for finding in report.findings if finding.problem)]
     remarks = [finding.what for finding in report.findings if not finding.problem]
     for kind, lines in (("problem", problems), ("remark", remarks)):
@@ -74,25 +77,24 @@ def _count(count: int, what: str) -> str:
 
 
 def class_table(report: Report) -> Table:
-    """Number of rows per class and split."""
-    found = table("class", *report.counts)
+    """Number of rows per class and split; the last row is their sum."""
     shown = len(report.classes) if len(report.classes) <= MOST_CLASSES else MOST_CLASSES - 1
-    for place, label in enumerate(report.classes[:shown]):
-        found.add_row(str(label), *(str(count[place]) for count in report.counts.values()))
+    rows = [
+        [str(label), *(str(count[place]) for count in report.counts.values())]
+        for place, label in enumerate(report.classes[:shown])
+    ]
     if shown < len(report.classes):
         others = (f"{count[shown:].min()} to {count[shown:].max()} each" for count in report.counts.values())
-        found.add_row(f"{len(report.classes) - shown} more", *others)
-    found.add_section()
-    found.add_row("all", *(str(count.sum()) for count in report.counts.values()))
-    return found
+        rows.append([f"{len(report.classes) - shown} more", *others])
+    rows.append(["all", *(str(count.sum()) for count in report.counts.values())])
+    return Table("", ["class", *report.counts], rows)
 
 
 def modality_table(report: Report) -> Table:
     """Shape and type of each modality, and the number of suspicious rows and features per split."""
-    shown = table("modality", "split", "shape", "type", "missing", "not finite", "constant features", left=4)
-    for modality, scans in report.scans.items():
-        for name, found in scans.items():
-            counts = (len(found.missing), len(found.non_finite), len(found.constant))
-            shown.add_row(modality, name, found.shape, found.dtype, *map(str, counts))
-        shown.add_section()
-    return shown
+    rows = [
+        [modality, split, found.shape, found.dtype, *(str(len(v)) for v in (found.missing, found.non_finite, found.constant))]
+        for modality, scans in report.scans.items()
+        for split, found in scans.items()
+    ]
+    return Table("", ["modality", "split", "shape", "type", "missing", "not\nfinite", "constant\nfeatures"], rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import iprm_kernels as ik
 from iprm.compare.run import DEFAULT_COMPARISON, Clock, Job, make_jobs, read_once
 from iprm.compare.runs import COMPARISON, TEST, read_runs, settings_of_comparison
 from iprm.compare.sweep import Advance, default_jobs, ended_by_sigterm, sweep
-from iprm.compare.table import Comparison, write
+from iprm.compare.table import Comparison, Table, write
 from iprm.data import DATASETS
 from iprm.data.module import MultimodalData
 from iprm.environment import versions
@@ -25,7 +26,7 @@ from iprm.training.callbacks.best_checkpoint import best_checkpoint
 from iprm.training.checkpoint import saved_states, state_to_resume
 from iprm.training.lightning import quiet_lightning
 
-from .console import table, wide_console
+from .console import plain_console, print_table
 from .fit import FitCLI, fit_settings
 from .fusion_cli import as_list, run
 from .parser import PATH, Parser, at_least_one, dataset_arguments, divided
@@ -78,11 +79,11 @@ def compare_command(arguments: Sequence[str]) -> int:
     default = Path("runs") / f"compare-{Path(given.data).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     with created(given.output or default, anew=given.output is None) as folder, locked(folder, "comparison"):
         comparison = _compare(folder, config, asked, given)
-    shown = table(*(name.replace(" ", "\n") for name in comparison.table.head))
-    for place, row in enumerate(comparison.table.rows):
-        shown.add_row(*(cell.replace(" ±", "±") for cell in row), style="bold" if place in comparison.table.bold else None)
-    console = wide_console()
-    console.print(f"{comparison.title}\n", shown, "", sep="\n")
+    for table in comparison.tables:
+        print_table(_dense(table))
+    console = plain_console()
+    for note in comparison.notes:
+        console.print(f"note: {note}")
     for failure in comparison.failed:
         console.print(f"failed: {failure}")
     console.print(f"report: {folder}")
@@ -103,7 +104,8 @@ def _compare(folder: Path, config: dict[str, Any], asked: Sequence[str] | None, 
         finished = any((job.folder / TEST).is_file() for job in jobs)
         done = f"{len(_report(folder).finished) if finished else 0} of {len(jobs)} runs are finished"
         report = f"; their report: {folder}" if finished else ""
-        print(f"iprm: {done}{report}; to continue, repeat the command with --output {folder}", file=sys.stderr)
+        again = f"to continue, repeat the command with --output {shlex.quote(str(folder))}"
+        print(f"iprm: {done}{report}; {again}", file=sys.stderr)
         raise
     return _report(folder)
 
@@ -113,6 +115,12 @@ def _refuse_other_files(folder: Path) -> None:
     found = [name for name in FILES if (folder / name).exists()]
     if found and not settings_of_comparison(folder):
         raise InputError(f"{folder}: {found[0]} there is not of a comparison, and would be replaced; choose another --output")
+
+
+def _dense(table: Table) -> Table:
+    """The table with narrower columns: heads on several lines, no blank before ±."""
+    rows = [[cell.replace(" ±", "±") for cell in row] for row in table.rows]
+    return table._replace(head=[name.replace(" ", "\n") for name in table.head], rows=rows)
 
 
 def _settings(given: Any, settings: Sequence[str]) -> list[str]:

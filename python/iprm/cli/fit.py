@@ -135,8 +135,8 @@ class FitCLI(FusionCLI):
             best = kept.best_model_path
             print(f"best on validation: {best}")
             if self.record:
-                config = f"{self.record.folder}/config.yaml"
-                print(f"to evaluate it on the test split: iprm test --config {config} --ckpt_path {best}")
+                test = shlex.join(["iprm", "test", "--config", f"{self.record.folder}/config.yaml", "--ckpt_path", best])
+                print(f"to evaluate it on the test split: {test}")
 
 
 class _Events(TensorBoardLogger):

@@ -6,7 +6,10 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from iprm import streams
 from iprm.errors import InputError, unknown
+
+from .caches import provide_caches
 
 #: name -> its line in `iprm --help`. `iprm NAME` calls ``NAME_command(arguments) -> exit code`` of the module NAME here.
 COMMANDS = {
@@ -43,13 +46,31 @@ iprm COMMAND --help explains a command.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0; 1 if training stopped at a non-finite number or a dataset has
-    problems; 2 if the input cannot be used (one line on stderr gives the reason); 130 after an interrupt."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    problems; 2 if the input cannot be used (one line on stderr gives the reason); 130 after an interrupt; 141 if the reader of
+    the output has ended, as after `iprm info | head -1`."""
+    streams.write_any_text()
+    try:
+        code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:  # of writing; Python would write again at exit what could not be written
+        streams.drop(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            streams.drop(sys.stderr)
+            return streams.UNREAD
+        print(f"iprm: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _exit_code(arguments: list[str]) -> int:
     if "" not in sys.path:  # the current folder, for a user's own datasets; last, so that it shadows no other module
         sys.path.append("")
     try:
         return _dispatch(arguments)
     except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and not streams.has_readers():
+            raise
         print(f"iprm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -57,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with 1
             return _interrupted()
+        if isinstance(end.__context__, BrokenPipeError):  # Rich exits with 1
+            return streams.UNREAD
         return end.code if isinstance(end.code, int) else 0  # --help and --print_config exit
 
 
@@ -77,6 +100,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise InputError(unknown("command", name, COMMANDS))
+    if name != "info" and not {"-h", "--help"} & set(arguments):
+        provide_caches()
     try:
         command = getattr(importlib.import_module(f".{name}", __package__), f"{name}_command")
         if name in LIGHT:

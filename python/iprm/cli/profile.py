@@ -15,15 +15,15 @@ import yaml
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.table import Table
 
+from iprm.compare.table import Table
 from iprm.environment import chosen_backends, versions
 from iprm.files import created
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Profile, StageProfiler
 from iprm.training.callbacks.run_state import RunState
 
-from .console import table, wide_console
+from .console import plain_console, print_table
 from .fusion_cli import FusionCLI, as_list, run
 from .parser import at_least_one
 
@@ -93,25 +93,22 @@ class ProfileCLI(FusionCLI):
         (folder / "profile.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         title = f"{type(self.datamodule).__name__}, {self.model.hparams['method']}: {profile.rows} rows per batch"
         plot(folder / "profile.png", profile, title)
-        console = wide_console()
-        console.print(f"{title}\n", stage_table(profile), "", sep="\n")
+        print_table(stage_table(profile, title), ruled=[len(profile.stages) - 1])
+        console = plain_console()
         console.print(f"an epoch takes {_seconds(profile.epoch)} s, of which validation {_seconds(profile.validation)} s")
         if profile.synchronised:
             console.print("stages do not overlap here, because each waits for the GPU; in an ordinary run, stages overlap")
         console.print(f"profile: {folder}")
 
 
-def stage_table(profile: Profile) -> Table:
+def stage_table(profile: Profile, title: str) -> Table:
     """One row per stage, then the whole batch."""
-    found = table("stage", "ms per batch", "share", "s per epoch")
     count = profile.epoch_batches
-    for name, seconds in profile.stages.items():
-        share = f"{seconds / profile.seconds:.1%}"
-        found.add_row(name, f"{1000 * seconds:.3f}", share, _seconds(count and count * seconds))
-    found.add_section()
-    whole = _seconds(count and count * profile.seconds)
-    found.add_row("batch", f"{1000 * profile.seconds:.3f}", "100.0%", whole, style="bold")
-    return found
+    rows = [
+        [name, f"{1000 * seconds:.3f}", f"{seconds / profile.seconds:.1%}", _seconds(count and count * seconds)]
+        for name, seconds in {**profile.stages, "batch": profile.seconds}.items()
+    ]
+    return Table(title, ["stage", "ms per batch", "share", "s per epoch"], rows, frozenset({len(rows) - 1}))
 
 
 def _seconds(value: float | None) -> str:

@@ -17,7 +17,7 @@ import yaml
 from iprm.errors import InputError
 from iprm.names import file_name
 
-from .record import Record, read_record
+from .record import Pair, Record, read_record
 
 CONFIG, METRICS, DIAGNOSTICS = "config.yaml", "metrics.csv", "diagnostics.json"
 TEST, FAILED = "test.json", "failed.txt"  # of a run of a comparison
@@ -33,6 +33,8 @@ SYMBOLS = {"weight": "λ", "strength": "ω"}
 NO_MEASURE = ("train_", "val_", "test_", "lr-")
 
 LARGEST = 1e30
+#: Distance from 0 or 1 at which a table shows λ as 0.00 or 1.00.
+ONE_SIDED = 0.005
 
 Course = dict[int, float]  # epoch -> value
 
@@ -99,21 +101,42 @@ class Run:
         """The measures of the method, such as λ and ω, by the names of their columns in metrics.csv."""
         return {name: course for name, course in self.courses.items() if not name.startswith(NO_MEASURE)}
 
+    @property
+    def weights(self) -> dict[str, Pair]:
+        """The column of λ of each pair -> the pair, in the order of the modalities: λ weighs the first of a pair."""
+        heads = [head for head in self.heads if head != "mix"]
+        if len(heads) == 2 and "weight" in self.courses:
+            return {"weight": (heads[0], heads[1])}
+        pairs = (pair for both in itertools.combinations(heads, 2) for pair in (both, both[::-1]))
+        return {name: pair for pair in pairs if (name := f"weight_{'_'.join(pair)}") in self.courses}
+
+    @property
+    def one_sided(self) -> dict[Pair, str]:
+        """Each pair whose last λ is within `ONE_SIDED` of 0 or 1 -> the modality that its mixture then consists of."""
+        found = {}
+        for name, pair in self.weights.items():
+            last = self.last(name)
+            if last is not None and abs(last - round(last)) < ONE_SIDED:
+                found[pair] = pair[1 - round(last)]
+        return found
+
     def last(self, metric: str) -> float | None:
         course = self.courses.get(metric, {})
         return course[max(course)] if course else None
 
 
-def label(measure: str, modalities: Sequence[str]) -> str:
-    """Display name of a measure: "λ", "ω audio", "λ audio × text", "ω text (audio × text)"; other measures keep their names."""
+def label(measure: str, modalities: Sequence[str], shown: Callable[[str], str] = str) -> str:
+    """Display name of a measure: "λ", "ω audio", "λ audio × text", "ω text (audio × text)", with modalities as `shown` returns
+    them; other measures keep their names."""
     kind, _, rest = measure.partition("_")
     if kind not in SYMBOLS:
         return measure
     for first, second in itertools.permutations(modalities, 2):
         for of in ("", first, second):
             if rest == "_".join(filter(None, (first, second, of))):
-                return f"{SYMBOLS[kind]} {of} ({first} × {second})" if of else f"{SYMBOLS[kind]} {first} × {second}"
-    return f"{SYMBOLS[kind]} {rest}".rstrip()
+                pair = f"{shown(first)} × {shown(second)}"
+                return f"{SYMBOLS[kind]} {shown(of)} ({pair})" if of else f"{SYMBOLS[kind]} {pair}"
+    return f"{SYMBOLS[kind]} {shown(rest)}".rstrip()
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

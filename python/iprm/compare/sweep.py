@@ -18,6 +18,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from iprm.data.loading import available_cores
+from iprm.streams import write_any_text
 
 from .run import Job
 from .runs import CONFIG, FAILED
@@ -119,6 +120,7 @@ _epochs: Any = None  # in a worker: the queue that reports each epoch to the par
 def _start_worker(epochs: Any, start_method: str) -> None:
     global _epochs
     _epochs = epochs
+    write_any_text()
     # workers of a DataLoader start as in a process of iprm fit: forked here, they notice if this process is killed
     multiprocessing.set_start_method(start_method, force=True)
     signal.signal(signal.SIGTERM, _end)

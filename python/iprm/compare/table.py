@@ -1,17 +1,22 @@
-"""The table of a comparison, computed from the folders of its runs; as Markdown and CSV."""
+"""The tables of a comparison, computed from the folders of its runs; as Markdown and CSV."""
 
 from __future__ import annotations
 
 import csv
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .record import Pair
 from .runs import Run, settings_of_comparison
 
 ABSENT = "–"
 SECONDS = "s/epoch"
+#: Most pairs that a note names.
+MOST_NAMED = 6
+ADVICE = "TODO alpha"
 
 
 class Table(NamedTuple):
@@ -26,8 +31,8 @@ class Table(NamedTuple):
 class Comparison:
     """Runs of several methods and seeds.
 
-    by_method: method -> its runs; finished: the runs with test metrics; table: test metrics by method, as mean and standard
-    deviation over seeds, accuracies in percent.
+    by_method: method -> its runs; finished: the runs with test metrics; tables: test metrics by method, as mean and standard
+    deviation over seeds, accuracies in percent; then, with more than two modalities, λ by pair; notes: what to know about them.
     """
 
     def __init__(self, folder: Path, runs: Sequence[Run]) -> None:
@@ -43,7 +48,8 @@ class Comparison:
         if len(self.finished) < expected:
             self.title += f"; {len(self.finished)} of {expected} runs"
         self.modalities = max((_modalities(run) for run in runs), key=len, default=[])
-        self.table = self._accuracies()
+        self.tables = [self._accuracies(), *self._weights()]
+        self.notes = list(one_sided_notes(self.finished))
 
     def values(self, method: str, value: Callable[[Run], float | None]) -> list[float]:
         """`value` of each finished run of the method, without None."""
@@ -66,6 +72,29 @@ class Comparison:
         means = [statistics.fmean(values) if (values := self.accuracies(method)) else -1.0 for method in self.by_method]
         best = frozenset(place for place, mean in enumerate(means) if mean == max(means) >= 0 and len(means) > 1)
         return Table(self.title, ["method", *names, *(["λ"] if weighs else []), SECONDS], rows, best)
+
+    def _weights(self) -> list[Table]:
+        pairs = dict.fromkeys(pair for run in self.finished for name, pair in run.weights.items() if name != "weight")
+        methods = [method for method, runs in self.by_method.items() if any(run.test and run.weights for run in runs)]
+
+        def of(method: str, pair: Pair) -> str:
+            return _cell(
+                self.values(method, lambda run: run.last({p: name for name, p in run.weights.items()}.get(pair, ""))), 2
+            )
+
+        rows = [[" × ".join(pair), *(of(method, pair) for method in methods)] for pair in pairs]
+        return [Table("λ, the weight of the first of a pair, after the last epoch", ["pair", *methods], rows)] if rows else []
+
+
+def one_sided_notes(runs: Sequence[Run]) -> Iterator[str]:
+    """For each method, the pairs whose λ ended at 0 or 1 in some of the runs, and what to try."""
+    for method in dict.fromkeys(run.method for run in runs):
+        trained = [run for run in runs if run.method == method]
+        ends = Counter(end for run in trained for end in run.one_sided.items())
+        named = [f"{' × '.join(pair)} ({alone} alone, {n} of {len(trained)} runs)" for (pair, alone), n in ends.items()]
+        more = [f"{len(named) - MOST_NAMED} more"] if len(named) > MOST_NAMED else []
+        if named:
+            yield f"{method}: λ ended at 0 or 1 for {', '.join(named[:MOST_NAMED] + more)}. {ADVICE}"
 
 
 def _modalities(run: Run) -> list[str]:
@@ -97,7 +126,9 @@ def markdown(table: Table) -> str:
 
 def write(comparison: Comparison) -> None:
     """Writes summary.md, runs.csv and history.csv into the folder of the comparison; replaces existing files."""
-    parts = [f"# {comparison.title}\n\n{markdown(comparison.table)}"]
+    first, *others = comparison.tables
+    parts = [f"# {comparison.title}\n\n{markdown(first)}", *(f"## {table.title}\n\n{markdown(table)}" for table in others)]
+    parts += ["".join(f"Note: {note}\n" for note in comparison.notes)] if comparison.notes else []
     parts += ["## Failed\n\n" + "".join(f"- {run}\n" for run in comparison.failed)] if comparison.failed else []
     (comparison.folder / "summary.md").write_text("\n".join(parts), encoding="utf-8")
     _write_csv(comparison.folder / "runs.csv", [_run_row(run) for run in comparison.finished])

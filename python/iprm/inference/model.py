@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def load_inference(path: str | Path, encoders: Collection[str] = ()) -> Inferenc
             if cls not in encoders:
                 raise InputError(
                     f"the encoder of modality {modality!r} is the class {cls}, which would be imported and run; "
-                    f"if you trust it, add --encoder {cls}"
+                    f"if you trust it, add {shlex.join(['--encoder', cls])}"
                 )
         with torch.device("meta"):  # allocates nothing: the weights are replaced below, and a damaged size may be huge
             model = FusionClassifier(**settings)

@@ -8,6 +8,7 @@ import re
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -24,9 +25,10 @@ from iprm.compare.table import Comparison
 #: The colours of style.css. In a page, its variables replace them, so that they follow the reader's colour scheme.
 PALETTE = ("#0072b2", "#d55e00", "#05a960", "#3a16b8", "#7b828a", "#1b1f24")
 SOFT, GRID, ON = "#57606a", "#e6e9ed", "#ffffff"
+FAINT = PALETTE[4]
 VARIABLES = {colour: f"var(--c{place})" for place, colour in enumerate(PALETTE)} | {SOFT: "var(--soft)", GRID: "var(--grid)"}
 DASHES = ("-", (0, (4, 2)), (0, (1, 2)))
-#: Most lines in a figure of one run, or of a comparison; if there are more, the first are shown.
+#: Most lines with a name in a figure of one run, or of a comparison; if there are more, the others are thin and grey.
 MOST_LINES = 12
 MOST_CELLS = 60  # classes; with more, a cell of the matrix would be smaller than 5 units
 MOST_NUMBERED = 12  # classes; with more, a cell has no room for its count
@@ -91,9 +93,14 @@ def svg(draw: Callable[[Axes], None], title: str, description: str = "", height:
     return head.format(WIDTH, height, title, description) + Markup(body)
 
 
-def lines(axes: Axes, series: Sequence[Line], *, percents: bool = False, weights: bool = False) -> None:
-    """Draws metrics over the epochs, the first on top. With `percents`, the axis is in percent and ends at 100 % or below; with
-    `weights`, it is [0, 1] with a thin line at 0.5."""
+def lines(
+    axes: Axes, series: Sequence[Line], *, others: Sequence[Line] = (), percents: bool = False, weights: bool = False
+) -> None:
+    """Draws metrics over the epochs, the first on top, and `others` behind them, thin and grey. With `percents`, the axis is in
+    percent and ends at 100 % or below; with `weights`, it is [0, 1] with a thin line at 0.5."""
+    for line in others:
+        epochs = sorted(line.course)
+        axes.plot(epochs, [line.course[epoch] for epoch in epochs], color=FAINT, linewidth=0.6, alpha=0.5)
     for place, line in enumerate(reversed(series)):
         for course, options in ((line.training, {"linewidth": 1.1, "alpha": 0.55}), (line.course, {"linewidth": 2})):
             epochs = sorted(course)
@@ -162,7 +169,7 @@ def strength_by_class(axes: Axes, strength: Strength, name: Callable[[int], str]
     colours = [PALETTE[0] if omega >= 0.5 else PALETTE[1] for _, omega in known]
     axes.bar(range(len(known)), [omega - 0.5 for _, omega in known], bottom=0.5, color=colours, width=0.8)
     axes.axhline(0.5, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
-    labels = [shortened(name(k), LONGEST_CLASS) for k, _ in known]
+    labels = [short(name(k), LONGEST_CLASS) for k, _ in known]
     width = max(map(len, labels), default=1) * 7.5 + 6
     every = max(1, math.ceil(width * len(known) / (WIDTH - 60)))
     axes.set(xlabel="class", ylim=(0, 1), xlim=(-0.6, len(known) - 0.4), yticks=(0, 0.25, 0.5, 0.75, 1))
@@ -184,7 +191,7 @@ def confusion(axes: Axes, record: Record) -> None:
                 axes.text(prediction, target, str(count), ha="center", va="center", color=colour)
     axes.imshow(cells, interpolation="none", aspect="equal")
     every = max(1, math.ceil(n / 16))
-    labels = [shortened(record.name(k), LONGEST_CLASS) for k in range(0, n, every)]
+    labels = [short(record.name(k), LONGEST_CLASS) for k in range(0, n, every)]
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_xticks(range(0, n, every), labels, rotation=90 if max(map(len, labels), default=0) > 2 else 0)
     axes.set_yticks(range(0, n, every), labels)
@@ -204,26 +211,35 @@ def accuracies(axes: Axes, comparison: Comparison) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def short(name: str) -> str:
-    return shortened(name, 24)
+def short(name: str, most: int = 24) -> str:
+    """The name with at most `most` letters: the middle of a longer one is left out, as many names differ at their end."""
+    end = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - end]}…{name[-end:]}"
 
 
-def shortened(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def divided(series: Sequence[Line]) -> tuple[list[Line], list[Line], str]:
+    """The lines that a figure names, at most `MOST_LINES`; the others; and a note if there are any. The lines named are those
+    that end farthest from 0.5, in their order: of many λ, those that prefer one modality."""
+    if len(series) <= MOST_LINES:
+        return list(series), [], ""
+    distance = [abs(line.course[max(line.course)] - 0.5) if line.course else 0.0 for line in series]
+    chosen = sorted(sorted(range(len(series)), key=lambda k: -distance[k])[:MOST_LINES])
+    named = [series[k]._replace(colour=place) for place, k in enumerate(chosen)]
+    others = [line for k, line in enumerate(series) if k not in chosen]
+    return named, others, f"Named: the {MOST_LINES} of {len(series)} that end farthest from 0.5."
 
 
 def measured(comparison: Comparison) -> list[Line]:
-    """λ, ω and the other measures of every method, as means over the seeds with their range. If there are more than
-    `MOST_LINES`, ω is left out, and the first of the others are shown."""
+    """λ, ω and the other measures of every method, as means over the seeds with their range; without ω, if these are more than
+    `MOST_LINES`."""
     found: dict[tuple[str, str], list[Course]] = {}
     for run in comparison.finished:
         for name, course in run.measures.items():
             found.setdefault((run.method, name), []).append(course)
     if len(found) > MOST_LINES:
         found = {key: courses for key, courses in found.items() if not key[1].startswith("strength")}
-    names = [f"{method}: {label(name, comparison.modalities)}" for method, name in found]
-    series = [mean(courses, name, place) for place, (name, courses) in enumerate(zip(names, found.values(), strict=True))]
-    return series[:MOST_LINES]
+    names = [f"{short(method)}: {label(name, comparison.modalities, partial(short, most=12))}" for method, name in found]
+    return [mean(courses, name, place) for place, (name, courses) in enumerate(zip(names, found.values(), strict=True))]
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
@@ -233,9 +249,11 @@ def comparison_figure(comparison: Comparison) -> Figure:
         figure.suptitle(comparison.title)
         left, right = figure.subplots(1, 2)
         accuracies(left, comparison)
-        series = measured(comparison)
-        lines(right, series, weights=all(0 <= value <= 1 for line in series for value in line.course.values()))
+        every = measured(comparison)
+        series, others, note = divided(every)
+        lines(right, series, others=others, weights=all(0 <= value <= 1 for line in every for value in line.course.values()))
         right.set_ylabel("λ at the end of an epoch, mean ω of an epoch")
+        right.set_title(note, fontsize=8)
         if series:
             handles, names = right.get_legend_handles_labels()
             right.legend(handles[::-1], names[::-1], fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from iprm.compare.record import Record
 from iprm.compare.runs import SYMBOLS, Run, label
-from iprm.compare.table import Comparison, Table, comparisons
+from iprm.compare.table import Comparison, Table, comparisons, one_sided_notes
 
 from . import figures, tables
 from .figures import Line, percent
@@ -67,6 +67,7 @@ def render(runs: Sequence[Run], version: str) -> str:
         places=[place for run in runs for place, group in enumerate(groups) if run in group.runs],
         keys=[Key(group.label, place) for place, group in enumerate(groups)],
         comparisons=[(comparison, _compared(comparison)) for comparison in compared],
+        notes=list(one_sided_notes([run for run in runs if run.folder.parent.parent not in [it.folder for it in compared]])),
         summary=tables.summary(runs),
         courses=_courses_of_one(runs[0]) if len(runs) == 1 else _courses_of_several(groups),
         shown=[(group.runs[0], _measured(group.runs[0])) for group in groups],
@@ -95,7 +96,7 @@ def _compared(comparison: Comparison) -> list[Card]:
     if not comparison.finished:
         return []
     title, rows = "Test accuracy by method", len(comparison.by_method)
-    said = "; ".join(f"{row[0]}: {row[1]} %" for row in comparison.table.rows)
+    said = "; ".join(f"{row[0]}: {row[1]} %" for row in comparison.tables[0].rows)
     chart = figures.svg(partial(figures.accuracies, comparison=comparison), title, said, 50 + 22 * max(4, rows))
     return [Card(title, chart, note="Dot: mean. Bar: standard deviation. Tick: one seed.")]
 
@@ -123,8 +124,9 @@ def _courses_of_one(run: Run) -> list[Card]:
     for kind, measures in kinds.items():
         series = [Line(label(name, run.heads), run.measures[name], place) for place, name in enumerate(measures)]
         note = "λ weighs the first modality in the probe, and follows its strength ω. " if kind in ("λ and ω", "weight") else ""
-        shown, more = _first(series, figures.MOST_LINES)
-        cards.append(_lines(SYMBOLS.get(kind, kind), shown, note + more, weights=kind == "λ and ω" or kind in SYMBOLS))
+        named, others, more = figures.divided(series)
+        weights = kind == "λ and ω" or kind in SYMBOLS
+        cards.append(_lines(SYMBOLS.get(kind, kind), named, note + more, others=others, weights=weights))
     return cards
 
 
@@ -139,7 +141,10 @@ def _courses_of_several(groups: Sequence[Group]) -> list[Card]:
         series = [_split(group, place, metric) for place, group in enumerate(groups)]
         note = BOTH if len(groups) == len(runs) else f"{BOTH} Mean and range over the seeds."
         cards.append(_lines(title, series, note, legend=False, percents=metric != "loss"))
-    names, note = _first(list(dict.fromkeys(name for run in runs for name in run.measures)), MOST_MEASURES)
+    every = list(dict.fromkeys(name for run in runs for name in run.measures))
+    if len(every) > MOST_MEASURES:
+        every.sort(key=lambda name: not name.startswith("weight"))  # λ first
+    names, note = _first(every, MOST_MEASURES)
     for name in names:
         series = [_of(group, place, name) for place, group in enumerate(groups)]
         cards.append(_lines(label(name, heads), series, note, legend=False, weights=name.partition("_")[0] in SYMBOLS))

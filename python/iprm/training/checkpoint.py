@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import tempfile
 import time
 import zipfile
@@ -125,6 +126,7 @@ def state_to_resume(run: Path, previous: bool = False) -> Path:
     try:
         read_checkpoint(state)
     except InputError as error:
-        other = f"; to resume from the state before it: iprm resume {run} --previous" if not previous and states[1:] else ""
+        command = shlex.join(["iprm", "resume", str(run), "--previous"])
+        other = f"; to resume from the state before it: {command}" if not previous and states[1:] else ""
         raise InputError(f"{error}{other}") from error
     return state

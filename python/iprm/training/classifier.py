@@ -230,10 +230,6 @@ class FusionClassifier(L.LightningModule):
         output = self.model(inputs, target)
         return output if self.training else self.driver.predicted(output)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As in Lightning, except that a CPU batch is returned unchanged: Lightning would traverse it for nothing."""
-        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     # training
 
     def on_train_start(self) -> None:

@@ -91,7 +91,6 @@ def quiet_lightning() -> Iterator[None]:
                 "Checkpoint directory .* exists and is not empty",
                 "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
                 "LightningCLI's args parameter",
-                "You have overridden `transfer_batch_to_device`",
                 "\\s*Dump of a value that does not round-trip: a tuple",
             ):
                 warnings.filterwarnings("ignore", message=message)

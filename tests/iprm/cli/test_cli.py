@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,7 +106,7 @@ def fitted(folder) -> Outcome:
 @pytest.fixture(scope="module")
 def trained(fitted) -> tuple[str, ...]:
     """The arguments of `iprm test` that `iprm fit` printed: configuration and checkpoint."""
-    return tuple(re.search(r"iprm test (.+)", fitted.out)[1].split())
+    return tuple(shlex.split(re.search(r"iprm test (.+)", fitted.out)[1]))
 
 
 def test_fit_keeps_the_checkpoint_best_on_validation_and_the_course_of_the_run(folder, fitted):
@@ -166,6 +167,21 @@ def test_a_run_that_meets_nan_leaves_with_1_naming_step_modality_and_the_checkpo
     assert err.startswith("iprm: stopped at training batch 5: modality 'text': its input is not finite\n")
     assert "Traceback" not in err
     assert (tmp_path / CHECKPOINT.search(err)["path"]).is_file()
+
+
+def test_the_command_that_fit_suggests_can_be_pasted_whatever_the_folder_is_called(tmp_path, features):
+    folder = tmp_path / "my $runs; (2)"
+    fit = ("fit", "--config", "features", "--data.path", features, "--trainer.max_epochs", "1")
+    out = iprm(tmp_path, *fit, "--trainer.default_root_dir", str(folder)).out
+    suggested = shlex.split(out.partition("on the test split: ")[2].splitlines()[0])
+    assert suggested[:4] == ["iprm", "test", "--config", str(folder / "fit/version_0/config.yaml")]
+    assert iprm(tmp_path, *suggested[1:]).code == 0
+
+
+def test_a_run_prints_no_warning(tmp_path, features, recwarn):
+    data = ("--config", "features", "--data.path", features)
+    assert iprm(tmp_path, "fit", *data, "--trainer.max_epochs", "1").err == ""
+    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, UserWarning)] == []
 
 
 def test_checkpoints_and_loggers_of_a_users_own_stand_beside_those_of_the_run(tmp_path, features):

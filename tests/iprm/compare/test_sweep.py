@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import itertools
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ from command import Outcome, iprm, table
 from feature_files import arrays, save, without
 from forked import write_start_method
 from iprm.cli import compare as command
+from iprm.cli.main import main
 from iprm.compare import run as compared
 from iprm.compare import sweep
 from iprm.data.datasets.digits import Digits
@@ -176,6 +178,20 @@ def test_the_report_of_a_comparison_shows_its_table_and_every_run(report):
     assert "<h1>features: 2 seeds, 2 epochs</h1>" in page
     assert "Test accuracy by method" in page
     assert all(run in page for run in RUNS)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_comparison_is_shown_in_any_encoding(report, monkeypatch, encoding):
+    raw = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+        patch.chdir(report.parent)
+        size = ("--methods", "sum,iprm", "--seeds", "2", "--epochs", "2", "--jobs", "1", "--output", "report")
+        assert main((*ARGUMENTS, *size)) == 0
+        sys.stdout.flush()
+        shown = raw.getvalue().decode(encoding)
+    assert "lambda" in shown
+    assert re.search(r"^iprm +\d+\.\d(\+-|±)\d+\.\d", shown, re.MULTILINE)
 
 
 # data and selection

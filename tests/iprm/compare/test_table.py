@@ -1,4 +1,4 @@
-"""The table of a comparison, from folders made by hand."""
+"""The tables of a comparison, from folders made by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from iprm.compare.runs import read_runs
 from iprm.compare.table import ABSENT, Comparison, Table, comparisons, markdown, write
-from run_folders import course, write_comparison, write_run, write_test
+from run_folders import course, write_comparison, write_metrics, write_run, write_test
 
 
 def comparison(folder: Path) -> Comparison:
@@ -16,7 +16,7 @@ def comparison(folder: Path) -> Comparison:
 
 
 def cells(folder: Path, method: str) -> dict[str, str]:
-    table = comparison(folder).table
+    table = comparison(folder).tables[0]
     (row,) = [row for row in table.rows if row[0] == method]
     return dict(zip(table.head, row, strict=True))
 
@@ -52,14 +52,74 @@ def test_a_single_seed_has_no_deviation(tmp_path):
 
 
 def test_methods_keep_the_order_of_the_comparison_and_the_best_is_bold(tmp_path):
-    table = comparison(write_comparison(tmp_path / "c", ("sum", "iprm", "concat"))).table
+    table = comparison(write_comparison(tmp_path / "c", ("sum", "iprm", "concat"))).tables[0]
     assert [row[0] for row in table.rows] == ["sum", "iprm", "concat"]
     assert table.bold == {2}
 
 
 def test_without_a_method_that_weighs_there_is_no_lambda(tmp_path):
-    table = comparison(write_comparison(tmp_path / "c", ("concat", "sum"))).table
+    (table,) = comparison(write_comparison(tmp_path / "c", ("concat", "sum"))).tables
     assert "λ" not in table.head
+
+
+def test_lambda_of_several_pairs_has_a_table_of_its_own_by_the_names_of_the_pairs(tmp_path):
+    modalities = ("video", "audio", "text_a")  # a name that contains the separator of column names
+    accuracies, weights = comparison(write_comparison(tmp_path / "c", ("sum", "iprm"), modalities=modalities)).tables
+    assert "λ" not in accuracies.head
+    assert weights.head == ["pair", "iprm"]
+    assert [row[0] for row in weights.rows] == ["video × audio", "video × text_a", "audio × text_a"], "in their order"
+    last = course(modalities, 5, mixes=True)[-1]
+    assert weights.rows[1][1] == f"{last['weight_video_text_a']:.2f} ±0.00"
+
+
+def test_of_twelve_modalities_every_pair_has_its_lambda(tmp_path):
+    modalities = [f"m{k}" for k in range(12)]
+    folder = write_comparison(tmp_path / "c", ("iprm", "iprm-linear"), modalities=modalities)
+    _, weights = comparison(folder).tables
+    pairs = [f"{a} × {b}" for a, b in itertools.combinations(modalities, 2)]
+    assert [row[0] for row in weights.rows] == pairs
+    assert weights.head == ["pair", "iprm", "iprm-linear"]
+    assert ABSENT not in {cell for row in weights.rows for cell in row}
+    write(comparison(folder))
+    assert all(pair in (folder / "summary.md").read_text() for pair in pairs)
+
+
+# λ at 0 or 1
+
+
+def one_sided(folder: Path, modalities, **last: float) -> Path:
+    """A comparison in which λ of some pairs ends at another value, in the run of seed 0."""
+    write_comparison(folder, ("concat", "iprm"), modalities=modalities)
+    rows = course(modalities, 5, mixes=True)
+    rows[-1] |= last
+    write_metrics(folder / "iprm/seed=0/metrics.csv", rows)
+    return folder
+
+
+def test_a_lambda_at_0_or_1_is_said_with_the_modality_that_is_left(tmp_path):
+    last = {"weight_video_audio": 0.9951, "weight_video_text": 0.994, "weight_audio_text": 0.0}
+    found = comparison(one_sided(tmp_path / "c", ("video", "audio", "text"), **last))
+    (note,) = found.notes
+    assert note.startswith(
+        "iprm: λ ended at 0 or 1 for video × audio (video alone, 1 of 2 runs), audio × text (text alone, 1 of 2 runs)."
+    )
+    assert "alpha" in note
+    write(found)
+    assert f"Note: {note}\n" in (tmp_path / "c/summary.md").read_text()
+
+
+def test_a_lambda_of_two_modalities_is_said_as_well_and_none_is_said_of_others(tmp_path):
+    (note,) = comparison(one_sided(tmp_path / "c", ("video", "audio"), weight=0.001)).notes
+    assert "video × audio (audio alone, 1 of 2 runs)" in note
+    assert comparison(write_comparison(tmp_path / "d")).notes == []
+
+
+def test_a_note_names_a_few_pairs_and_counts_the_others(tmp_path):
+    modalities = [f"m{k}" for k in range(5)]
+    last = {f"weight_{a}_{b}": 1.0 for a, b in itertools.combinations(modalities, 2)}
+    (note,) = comparison(one_sided(tmp_path / "c", modalities, **last)).notes
+    assert note.count("alone") == 6
+    assert "4 more" in note
 
 
 def test_runs_that_are_not_finished_or_failed_are_no_part_of_a_mean_and_are_counted(tmp_path):
@@ -70,7 +130,7 @@ def test_runs_that_are_not_finished_or_failed_are_no_part_of_a_mean_and_are_coun
     (folder / "iprm/seed=1/failed.txt").write_text("NonFiniteError: training step 3\n\nTraceback ...")
     found = comparison(folder)
     assert found.title == "features: 2 seeds, 5 epochs; 3 of 6 runs"
-    assert [row[:2] for row in found.table.rows] == [["sum", "50.0"], ["concat", "60.5 ±0.7"], ["iprm", ABSENT]]
+    assert [row[:2] for row in found.tables[0].rows] == [["sum", "50.0"], ["concat", "60.5 ±0.7"], ["iprm", ABSENT]]
     assert found.failed == ["iprm, seed 1: NonFiniteError: training step 3"]
     write(found)
     assert "## Failed\n\n- iprm, seed 1: NonFiniteError: training step 3\n" in (folder / "summary.md").read_text()
@@ -80,7 +140,7 @@ def test_a_comparison_of_which_no_run_has_ended_has_a_table_of_dashes(tmp_path):
     folder = write_comparison(tmp_path / "c")
     for path in folder.glob("*/*/test.json"):
         path.unlink()
-    assert comparison(folder).table.rows == [[m, *[ABSENT] * 6] for m in ("concat", "iprm")]
+    assert comparison(folder).tables[0].rows == [[m, *[ABSENT] * 6] for m in ("concat", "iprm")]
 
 
 def test_comparisons_and_single_runs_are_told_apart(tmp_path):

@@ -15,7 +15,7 @@ from iprm.compare.table import Comparison
 from iprm.report import figures
 from iprm.report.figures import MOST_LINES, PALETTE, Line
 from matplotlib.figure import Figure
-from run_folders import course, write_comparison
+from run_folders import course, write_comparison, write_metrics
 
 # colours
 
@@ -153,12 +153,34 @@ def test_without_a_method_that_measures_anything_the_plot_says_so(tmp_path):
     assert [text.get_text() for text in measured.texts] == ["none of these methods measures weights"]
 
 
-def test_the_plot_of_twelve_modalities_has_a_short_legend(tmp_path):
+def test_the_plot_of_twelve_modalities_names_the_pairs_farthest_from_the_middle_and_draws_all(tmp_path):
     modalities = [f"m{k}" for k in range(12)]
-    _, measured = figures.comparison_figure(comparison(tmp_path / "c", "iprm", modalities=modalities, seeds=[0])).axes
+    folder = write_comparison(tmp_path / "c", ("iprm",), modalities=modalities, seeds=[0])
+    rows = course(modalities, 5, mixes=True)
+    rows[-1]["weight_m10_m11"] = 0.999
+    write_metrics(folder / "iprm/seed=0/metrics.csv", rows)
+    _, measured = figures.comparison_figure(Comparison(folder, read_runs([folder]))).axes
     names = [text.get_text() for text in measured.get_legend().get_texts()]
     assert len(names) == MOST_LINES
-    assert all(name.startswith("iprm: λ m") for name in names)
+    assert {"iprm: λ m0 × m1", "iprm: λ m10 × m11"} <= set(names), "at 0.3 and at 0.999"
+    assert measured.get_title() == "Named: the 12 of 66 that end farthest from 0.5."
+    assert len([line for line in measured.lines if len(line.get_xdata()) == 5]) == 66
+
+
+@pytest.mark.parametrize("views", [2, 3, 6, 12])
+def test_axes_keep_their_size_beside_long_names(tmp_path, views, recwarn):
+    """matplotlib gives up the layout, with a warning, if the names need more room than there is."""
+    modalities = [f"{'front' if k % 2 else 'rear'}_camera_embedding_of_the_video_{k}" for k in range(views)]
+    methods = ("iprm", "iprm-one-pass", *(f"unimodal-{modality}" for modality in modalities))
+    figure = figures.comparison_figure(comparison(tmp_path / "c", *methods, modalities=modalities, seeds=[0]))
+    widths = [axes.get_position().width for axes in figure.axes]
+    assert min(widths) > 0.2
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_name_is_shortened_in_its_middle():
+    assert figures.short("front_camera_left", 12) == "front_…_left"
+    assert figures.short("front_camera", 12) == "front_camera"
 
 
 def test_the_plot_of_many_methods_leaves_out_omega(tmp_path):

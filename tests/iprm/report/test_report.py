@@ -11,7 +11,7 @@ from command import iprm
 from html_page import Tags, card, figures, pictures, report, rows, said, titles
 from iprm.compare.runs import read_runs
 from iprm.report.figures import PALETTE, percent
-from run_folders import course, write_comparison, write_run
+from run_folders import course, write_comparison, write_metrics, write_run
 
 # one run
 
@@ -82,13 +82,27 @@ def test_twelve_modalities_make_a_page_that_can_be_read(tmp_path):
     runs = [write_run(tmp_path / f"version_{k}", modalities=modalities, seed=k) for k in range(2)]
     one, two = report(tmp_path, runs[0]), report(tmp_path, *runs)
     assert titles(one)[2:4] == ["ω", "λ"]
-    assert "Shown: the first 12 of 66." in card(one, "λ")
+    assert "Named: the 12 of 66 that end farthest from 0.5." in card(one, "λ")
     assert len(re.findall("<li>", card(one, "λ"))) == 12
     assert len([title for title in titles(one) if title.startswith("ω by class")]) == 6
     assert "Shown: the first 6 of 66." in card(one, "Angle between the modalities")
     assert len([title for title in titles(two) if title[:1] in "λω" and "class" not in title]) == 12
     assert "Shown: the first 12 of 198." in two
     assert max(len(one), len(two)) < 6e5
+
+
+def test_a_comparison_has_a_table_of_lambda_by_pair_and_says_where_it_is_0_or_1(tmp_path):
+    modalities = ("video", "audio", "text")
+    folder = write_comparison(tmp_path / "c", modalities=modalities)
+    runs = course(modalities, 5, mixes=True)
+    runs[-1]["weight_audio_text"] = 1.0
+    for seed in (0, 1):
+        write_metrics(folder / f"iprm/seed={seed}/metrics.csv", runs)
+    page = report(tmp_path, folder)
+    assert ["audio × text", "1.00 ±0.00"] in rows(page)
+    assert page.count("iprm: λ ended at 0 or 1 for audio × text (audio alone, 2 of 2 runs).") == 1
+    one = report(tmp_path, folder / "iprm/seed=0")
+    assert one.count("iprm: λ ended at 0 or 1 for audio × text (audio alone, 1 of 1 runs).") == 1
 
 
 @pytest.mark.parametrize("method", ["concat", "unimodal-audio"])

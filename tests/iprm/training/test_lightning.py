@@ -18,6 +18,7 @@ from iprm.data.datasets.features import Features
 from iprm.training import lightning
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from training import classifier, fit, trainer
 
 
@@ -267,3 +268,10 @@ def test_no_class_overrides_a_private_method_of_lightning_or_jsonargparse():
 
 def subclasses(cls: type) -> set[type]:
     return {cls}.union(*(subclasses(child) for child in cls.__subclasses__()))
+
+
+def test_a_fit_warns_of_none_of_our_own_hooks(tmp_path, data, monkeypatch, recwarn):
+    connector = "lightning.pytorch.trainer.connectors.data_connector.warning_cache"
+    monkeypatch.setattr(connector, WarningCache())  # Lightning warns once per process
+    trainer(tmp_path, epochs=1).fit(classifier(data), datamodule=data)
+    assert [str(warning.message) for warning in recwarn if "overridden" in str(warning.message)] == []

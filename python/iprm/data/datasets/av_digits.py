@@ -54,7 +54,7 @@ class AvDigits(MultimodalData):
         self.val_fraction, _ = check_fractions(val_fraction, 0.25)
         self.path, self.noise = Path(path), check_number("noise", noise)
         self.log_mel = LogMel(check_whole("sample_rate", sample_rate, 1))
-        self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
 
     def prepare_data(self) -> None:
         load_recordings(self.path, self.log_mel, self.cache_dir)

@@ -38,8 +38,8 @@ class Recordings:
 
 
 def default_cache_dir() -> Path:
-    """``iprm`` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iprm"
+    """``iprm`` in the user's cache folder: $XDG_CACHE_HOME, or ~/.cache; a path that begins with ~ if there is no home."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "iprm")
 
 
 def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path, faults: list[str] | None = None) -> Recordings:
@@ -117,9 +117,9 @@ def _is_readable(file: Path, log_mel: LogMel, faults: list[str]) -> bool:
 
 
 def _cached(cache: Path, key: str) -> np.ndarray | None:
-    if not cache.is_file():
-        return None
     try:
+        if not cache.is_file():
+            return None
         with np.load(cache, allow_pickle=False) as file:
             return file["spectrograms"] if file["key"].item() == key else None
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -131,6 +131,8 @@ def _store(cache: Path, key: str, spectrograms: np.ndarray) -> None:
     """Writes a temporary file and renames it, so that a reader sees the old file or the new one, never a partial one."""
     part = cache.with_suffix(f".{os.getpid()}.part")
     try:
+        if cache.parts[0] == "~":
+            raise FileNotFoundError("there is no home folder")
         cache.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             np.savez(file, key=np.array(key), spectrograms=spectrograms)
