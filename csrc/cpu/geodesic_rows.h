@@ -93,7 +93,7 @@ void normalize_backward_rows(const NormalizeBackwardArgs& args, int64_t begin, i
 // cache until their second read, 16 KiB of both sides.
 template <class T>
 int64_t rows_at_once(int64_t columns) {
-  return std::clamp<int64_t>(16384 / (2 * columns * int64_t(sizeof(T))), 1, Lanes<T>::kCount);
+  return std::clamp<int64_t>(8192 / std::max<int64_t>(1, columns * sizeof(T)), 1, Lanes<T>::kCount);
 }
 
 template <class T>

@@ -117,7 +117,7 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
       project_tile<S>(rows[m].data(), count, w[m].data(), width, columns, tile.data(), width);
       for (int r = 0; r < count; ++r) {
         const int64_t row = (first + r) * classes;
-        const S* from = &tile[r * width];
+        const S* from = tile.data() + r * width;
         for (size_t k = 0; k + 1 < to[m].size(); ++k) std::copy_n(from + k * classes, classes, to[m][k] + row);
         S* own = to[m].back() + row;
         biased(own, from + width - classes, static_cast<const S*>(step.biases[mixtures + m]), tail);

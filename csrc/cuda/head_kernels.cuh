@@ -443,12 +443,15 @@ __global__ void __launch_bounds__(kThreads) head_backward_features_kernel(const 
   }
 }
 
+// Panels of 32 columns; one without columns computes the gradients of the biases.
+IPRM_INLINE int64_t panels_of(int64_t columns) { return columns == 0 ? 1 : (columns + kWarp - 1) / kWarp; }
+
 // Gradients of the heads: a block handles 32 columns and kHeadClasses classes of one head, and each of its warps every eighth row.
 template <class T>
 __global__ void __launch_bounds__(kThreads) head_backward_heads_kernel(const __grid_constant__ Backward<T> args) {
   using S = typename Arithmetic<T>::Type;
   const Head<T>& head = args.head;
-  const int64_t classes = head.classes, panels = (head.columns + kWarp - 1) / kWarp;
+  const int64_t classes = head.classes, panels = panels_of(head.columns);
   const int64_t groups = (classes + kHeadClasses - 1) / kHeadClasses;
   const int64_t panel = blockIdx.x % panels, group = blockIdx.x / panels % groups;
   const int which = int(blockIdx.x / panels / groups);
@@ -501,7 +504,7 @@ int64_t heads_shared() {
 }
 inline int64_t tiles_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 inline int64_t head_blocks(int64_t columns, int64_t classes) {
-  return 3 * ((columns + kWarp - 1) / kWarp) * ((classes + kHeadClasses - 1) / kHeadClasses);
+  return 3 * panels_of(columns) * ((classes + kHeadClasses - 1) / kHeadClasses);
 }
 
 }  // namespace iprm::device

@@ -134,8 +134,9 @@ class _Labels(NamedTuple):
 def _cross_entropy(logits: Tensor, labels: _Labels, label_smoothing: float) -> Tensor:
     """Mean over the counted rows of -(1-ε) log P_t - ε/C Σ_k log P_k.  (B, C) -> ()"""
     log_p = logits.log_softmax(1)
-    rows = -log_p.gather(1, labels.place[:, None])[:, 0]
-    if label_smoothing:
+    has_classes = logits.shape[1] > 0
+    rows = -log_p.gather(1, labels.place[:, None])[:, 0] if has_classes else logits.new_zeros(len(logits))
+    if label_smoothing and has_classes:
         rows = (1 - label_smoothing) * rows - label_smoothing * log_p.mean(1)
     return torch.where(labels.counted, rows * labels.poison.to(rows.dtype), 0).sum() / labels.counted.sum()
 
@@ -144,6 +145,8 @@ def _cross_entropy_backward(
     logits: Tensor, labels: _Labels, label_smoothing: float, scale: Tensor, upstream: Tensor | None
 ) -> Tensor:
     """scale (P - (1-ε) onehot - ε/C), plus the upstream gradient of the logits.  (B, C) -> (B, C)"""
+    if logits.shape[1] == 0:
+        return logits.clone()
     wanted = torch.full_like(logits, label_smoothing / logits.shape[1])
     wanted.scatter_add_(1, labels.place[:, None], torch.full_like(logits[:, :1], 1 - label_smoothing))
     by_row = labels.poison.to(logits.dtype) * scale
