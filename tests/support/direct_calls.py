@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iprm_kernels import extension
 from iprm_kernels.convention import REDUCTIONS, HeadState
 from iprm_kernels.dtypes import FLOATING, arithmetic_dtype
 
@@ -37,7 +38,7 @@ class Memory:
 
     def numbers(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An input: random numbers, with any strides if it is a matrix."""
-        values = torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(dtype)
+        values = torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64).to(dtype)
         kind = self.draw.choice(["contiguous", "contiguous", "columns first", "wide", "one row"])
         if len(shape) != 2 or kind == "contiguous":
             return self.new(shape, dtype).copy_(values)
@@ -48,7 +49,7 @@ class Memory:
         return self.new((shape[0], 2 * shape[1] + 3), dtype)[:, 1 : 1 + 2 * shape[1] : 2].copy_(values)
 
     def dense(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self.new(shape, dtype).copy_(torch.randn(*shape, generator=self.generator, dtype=torch.float64))
+        return self.new(shape, dtype).copy_(torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64))
 
     def maybe(self, make: Callable[[], Tensor]) -> Tensor | None:
         return make() if self.draw.random() < 0.7 else None
@@ -238,6 +239,7 @@ def _iprm(m: Memory, of: Sizes, reduction: int) -> dict[str, Callable[[], dict[s
 
 def registered() -> list[str]:
     """The names of all operators of both namespaces, from the registration."""
+    extension.load()
     names = torch._C._dispatch_get_all_op_names()
     return sorted(name for name in names if name.startswith(("iprm::", "iprm_cpp::")))
 

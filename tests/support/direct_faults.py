@@ -20,11 +20,10 @@ from torch import Tensor
 HUGE = [2**31, 2**40, 2**61, 2**62]
 
 
-def _shrunk(t: Tensor, draw: random.Random) -> Tensor:
-    """A tensor whose storage no longer holds its elements, as FSDP leaves a parameter."""
+def _shrink(t: Tensor, draw: random.Random) -> None:
+    """The storage no longer holds the elements, as FSDP leaves a parameter."""
     storage = t.untyped_storage()
     storage.resize_(draw.choice([0, storage.nbytes() // 2, max(storage.nbytes() - 1, 0)]))
-    return t
 
 
 def _another_size(t: Tensor, draw: random.Random) -> Tensor:
@@ -102,7 +101,6 @@ TENSORS: dict[str, Callable[[Tensor, random.Random], Tensor]] = {
     "every other": lambda t, draw: t.new_zeros((*t.shape, 2)).select(-1, 0),
     "of other strides": _strided,
     "one element for all": lambda t, draw: t.new_zeros((1,) * t.dim()).expand(t.shape),
-    "without its storage": _shrunk,
     "unaligned": _unaligned,
     "of other values": _of_values,
     "of another type": _one_type,
@@ -137,8 +135,10 @@ def _in_list(value: list[Any], draw: random.Random) -> list[Any]:
     return value
 
 
-def spoiled(arguments: list[Any], draw: random.Random) -> tuple[list[Any], list[str]]:
-    """The arguments with one to three faults, and what they are; a fault that torch itself refuses to make is left out."""
+def spoiled(arguments: list[Any], draw: random.Random, storages: bool) -> tuple[list[Any], list[str]]:
+    """The arguments with one to three faults, and what they are; a fault that torch itself refuses to make is left out.
+
+    storages: one of them may be a storage cut short, which torch itself would read beyond its end."""
     arguments, faults = list(arguments), []
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         place = draw.randrange(len(arguments))
@@ -165,7 +165,17 @@ def spoiled(arguments: list[Any], draw: random.Random) -> tuple[list[Any], list[
         else:
             arguments[place] = [*arguments[place][:inside], new, *arguments[place][inside + 1 :]]
         faults.append(f"argument {place}{'' if inside is None else f'[{inside}]'} {kind}")
+    if storages and draw.random() < 0.15:  # after all other faults, which read their tensors
+        tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if type(t) is Tensor and _resizable(t)]
+        if tensors:
+            place = draw.randrange(len(tensors))
+            _shrink(tensors[place], draw)
+            faults.append(f"tensor {place} without its storage")
     return arguments, faults
+
+
+def _resizable(t: Tensor) -> bool:
+    return t.layout == torch.strided and t.device.type == "cpu" and not t.is_nested and t.untyped_storage().resizable()
 
 
 def told(value: Any) -> str:
@@ -187,7 +197,7 @@ def run(seed: int, before: Callable[[str], None]) -> str:
     sizes = direct_calls.Sizes.drawn(draw)
     arguments, faults = direct_calls.valid_arguments(name, memory, sizes), ["no fault"]
     if draw.random() < 0.9:
-        arguments, faults = spoiled(arguments, draw)
+        arguments, faults = spoiled(arguments, draw, storages=name.startswith("iprm_cpp"))
     before(f"{name}({', '.join(map(told, arguments))}), seed {seed}, {sizes}: {'; '.join(faults)}")
     outcome = "served"
     with contextlib.ExitStack() as stack:
