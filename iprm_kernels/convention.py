@@ -23,8 +23,8 @@ EPS = 1e-12
 ANTIPODE_MARGIN = {torch.float32: 1e-6, torch.float64: 1e-12}
 #: Below this c the two terms of z are over twice as long as z, which their rounding may then make longer than 1.
 NEAR_ANTIPODE = -0.9
-#: Statistics hold c or, below NEAR_ANTIPODE, -1 / (1 + c), at most -10. In float32, c near -1 has few digits of 1 + c, which the
-#: angle depends on: two at 179.9°. Values below this one are such a quotient.
+#: Statistics hold c or, below NEAR_ANTIPODE, -1 / (1 + c), at most -10: values below this one. In float32, c near -1 has few
+#: digits of 1 + c, which the angle depends on: two at 179.9°.
 SAVED_BELOW = -2.0
 #: Below this value of h = (1 - c) / 2, ∂S/∂c is summed as a series; above it the closed form has lost at most three bits.
 SERIES_BELOW = 0.125

@@ -45,9 +45,9 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float =
 
     Also called slerp. Value and gradient are exact down to identical vectors (``z = x̂``), where the quotient is
     evaluated as an analytic function. Opposite vectors have no unique geodesic: ⟨x̂, ŷ⟩ is clamped to at least -1 + 1e-6
-    (1e-12 in float64), which keeps z finite and no longer than 1, with no gradient through the clamp. It begins at an angle of
-    179.92° (179.9999° in float64). Below it, z is as accurate as a difference of vectors of length 1/(π - θ) can be: some ulps of
-    that length.
+    (1e-12 in float64), which keeps z finite and no longer than 1, with no gradient through the clamp. The clamp begins at an
+    angle of 179.92° (179.9999° in float64). Before it, z has the rounding error of a difference of vectors of length 1/(π - θ):
+    some ulps of that length.
 
     Args:
         x: (..., D) features; float16 and bfloat16 are computed in float32.

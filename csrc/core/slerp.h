@@ -79,8 +79,8 @@ IPRM_INLINE void sine_cosine(V a, V* sine, V* cosine) {
 template <class T>
 constexpr T kNearAntipode = T(-0.9);
 
-// What is saved of c: c itself, or near the antipode -1 / (1 + c), at most -10. In float32 a c near -1 has few digits of 1 + c, which
-// the angle depends on: two at 179.9 degrees.
+// What is saved of c: c itself, or near the antipode -1 / (1 + c), at most -10. In float32 a c near -1 has few digits of 1 + c,
+// which the angle depends on: two at 179.9 degrees.
 template <class T>
 IPRM_INLINE T saved_cosine(T c, T gap) {
   return c < kNearAntipode<T> ? T(-1) / (gap > T(0) ? gap : T(0)) : c;  // rounding can put 1 + c below 0

@@ -83,7 +83,8 @@ void batch_kl_pair(const Tensor& p_logits, const Tensor& other_logits, const Ten
     const Tensor memory = torch::stable::new_empty(kl, {count});
     S* stats = output<S>(memory);
     const MatrixView q(q_logits);
-    const KlArgs args[2] = {{MatrixView(p_logits), q, stats, rows, columns}, {MatrixView(other_logits), q, stats + 5 * rows, rows, columns}};
+    const KlArgs args[2] = {
+        {MatrixView(p_logits), q, stats, rows, columns}, {MatrixView(other_logits), q, stats + 5 * rows, rows, columns}};
     const auto kernel = IPRM_BEST(batch_kl_rows<T>);
     parallel_rows(rows, 2 * kExpCost * columns, [&](int64_t begin, int64_t end) {
       for (const KlArgs& side : args) kernel(side, begin, end);

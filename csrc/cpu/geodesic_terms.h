@@ -52,8 +52,8 @@ IPRM_INLINE void dot_both(const T* g, const T* x, const T* y, int64_t columns, t
   result[1] = sum_lanes<S>(gy[0] + gy[1]);
 }
 
-// 1 + c = |x^ + y^|^2 / 2, whose relative error near the antipode is some ulps over sin(theta); the row is in the first-level cache.
-// A dead row is no unit vector.
+// 1 + c = |x^ + y^|^2 / 2, whose relative error near the antipode is some ulps over sin(theta); the row is in the first-level
+// cache. A dead row is no unit vector.
 template <class T, class S>
 S antipodal_gap(const T* x, const T* y, int64_t columns, S x_norm, S y_norm, S c, S eps) {
   using V = typename Lanes<T>::Vec;

@@ -135,7 +135,8 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
       }
       S* pair_stats = stats + 3 * k * step.rows;
       write_stats(
-          pair_stats, step.rows, first, products[0], products[1], products[2], count, eps, rows[pair.x].data(), rows[pair.y].data(), columns);
+          pair_stats, step.rows, first, products[0], products[1], products[2], count, eps, rows[pair.x].data(),
+          rows[pair.y].data(), columns);
       mix_coefficients(from_x, from_y, V{} + probe_weight[k], pair_stats, step.rows, first, count, eps);
       const S* bias = static_cast<const S*>(step.biases[k]);
       for (int r = 0; r < count; ++r) {

@@ -1,5 +1,5 @@
-// Checks shared by the host code of all devices. Kernels use bare pointers, and a registered operator can be called with anything, so
-// every argument is checked before a launch: device, type, shape, strides, and that its storage holds every element.
+// Checks shared by the host code of all devices. Kernels use bare pointers, and a registered operator can be called with anything:
+// every argument is checked before a launch, its device, type, shape and strides, and that its storage holds every element.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -23,7 +23,7 @@ using torch::stable::Tensor;
 // The arithmetic type of rows of `dtype`.
 inline ScalarType arithmetic_type(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
-// The largest size of a dimension. Without it, a tensor without elements could have sizes whose products with small numbers overflow.
+// The largest size of a dimension. Tensors without elements can have any size, whose products with small numbers would overflow.
 constexpr int64_t kLargestSize = int64_t(1) << 40;
 
 // a * b and a + b, or an error if they overflow
@@ -48,15 +48,17 @@ inline int64_t bytes_of(ScalarType dtype) {
 // The type of a floating tensor that decides the types of the others.
 inline ScalarType floating_type(const Tensor& tensor, const char* name) {
   const ScalarType dtype = tensor.scalar_type();
-  const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-  STD_TORCH_CHECK(floating, name, ": expected float16, bfloat16, float32 or float64, got type ", int(dtype));
+  const bool narrow = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  STD_TORCH_CHECK(
+      narrow || dtype == ScalarType::Float || dtype == ScalarType::Double, name, ": expected float16, bfloat16, float32 or float64, got type ", int(dtype));
   return dtype;
 }
 
 // Likewise of a tensor that is stored in an arithmetic type.
 inline ScalarType wide_type(const Tensor& tensor, const char* name) {
   const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name, ": expected float32 or float64, got type ", int(dtype));
+  const bool wide = dtype == ScalarType::Float || dtype == ScalarType::Double;
+  STD_TORCH_CHECK(wide, name, ": expected float32 or float64, got type ", int(dtype));
   return dtype;
 }
 
@@ -173,7 +175,8 @@ class Arguments {
     STD_TORCH_CHECK(held >= needed, name, ": expected a storage of at least ", needed, " bytes, got ", held);
     const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
     STD_TORCH_CHECK(begin != 0, name, ": expected a tensor with memory");
-    STD_TORCH_CHECK(begin % bytes_of(dtype) == 0, name, ": expected memory aligned to ", bytes_of(dtype), " bytes, as that of a clone is");
+    STD_TORCH_CHECK(
+        begin % bytes_of(dtype) == 0, name, ": expected memory aligned to ", bytes_of(dtype), " bytes, as that of a clone is");
     spans.push_back({name, begin, begin + bytes});
   }
 

@@ -73,7 +73,8 @@ struct StepSizes {
   StepSizes(const std::vector<Tensor>& features, const std::vector<Tensor>& weights, int64_t pairs)
       : modalities(features.size()), pairs(pairs), heads(weights.size()) {
     STD_TORCH_CHECK(modalities > 1, "features: expected two or more, got ", modalities);
-    STD_TORCH_CHECK(heads == pairs + modalities, "weights: expected one per pair and per modality, ", pairs + modalities, ", got ", heads);
+    STD_TORCH_CHECK(
+        heads == pairs + modalities, "weights: expected one per pair and per modality, ", pairs + modalities, ", got ", heads);
     rows = rows_of(features[0], "features");
     columns = columns_of(features[0], "features");
     classes = rows_of(weights[0], "weights");

@@ -36,8 +36,8 @@ class Angle(NamedTuple):
 def saved_cosine(x_hat: Tensor, y_hat: Tensor, x_norm: Tensor, y_norm: Tensor, eps: float) -> Tensor:
     """c = ⟨x̂, ŷ⟩ as the statistics hold it: below NEAR_ANTIPODE -1 / (1 + c), at most -10.  (B, D) x2, (B,) x2 -> (B,)
 
-    In float32, c near -1 has few digits of 1 + c, which the angle depends on: two at 179.9°. There 1 + c is ‖x̂ + ŷ‖² / 2, unless
-    a row is dead, and x̂ or ŷ no unit vector.
+    In float32, c near -1 has few digits of 1 + c, which the angle depends on: two at 179.9°. There 1 + c is ‖x̂ + ŷ‖² / 2,
+    unless a row is dead, and x̂ or ŷ no unit vector.
     """
     c = (x_hat * y_hat).sum(1)
     gap = torch.where((x_norm > eps) & (y_norm > eps), (x_hat + y_hat).square().sum(1) / 2, 1 + c)

@@ -117,7 +117,7 @@ def test_edges(on_host: cuda_on_host.Emulated) -> None:
 
 
 @needs_emulator
-@pytest.mark.parametrize("rows, columns, classes", [sizes for sizes in itertools.product((3, 0), repeat=3) if 0 in sizes])
+@pytest.mark.parametrize(("rows", "columns", "classes"), [sizes for sizes in itertools.product((3, 0), repeat=3) if 0 in sizes])
 @pytest.mark.parametrize("name", ["iprm::linear_probe_rebalance", "iprm::linear_probe_rebalance_backward"])
 def test_sizes_of_zero_return_what_the_reference_returns(
     on_host: cuda_on_host.Emulated, monkeypatch: pytest.MonkeyPatch, name: str, rows: int, columns: int, classes: int

@@ -1,5 +1,5 @@
-"""Direct calls of the registered operators, past the checks of the public functions: refused with an error or served, whatever the
-arguments, and never the end of the process."""
+"""Direct calls of the registered operators, past the checks of the public functions: refused with an error or served, and never
+the end of the process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import direct_calls
 import direct_faults
-import forked
 import hostile_results
 import pytest
 import torch
@@ -31,7 +30,7 @@ def run_calls(folder: Path, first: int, count: int) -> collections.Counter[str]:
     outcomes: collections.Counter[str] = collections.Counter()
     report = folder / "call.txt"
     for seed in range(first, first + count, BATCH):
-        code = forked.run_alone(direct_faults.run_batch, report, seed, min(BATCH, first + count - seed))
+        code = direct_faults.run_alone(report, seed, min(BATCH, first + count - seed))
         log = report.with_suffix(".log").read_text()
         assert code == 0, f"exit code {code} in {report.read_text()}\n{log[-4000:]}"
         outcomes.update(json.loads(report.read_text()))

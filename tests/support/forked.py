@@ -56,11 +56,6 @@ def run_on_ranks(folder: Path, processes: int, function: Callable[..., Any], *ar
     return [torch.load(folder / f"{function.__name__}.{rank}") for rank in range(processes)]
 
 
-def run_alone(function: Callable[..., None], *arguments: Any, timeout: float = 120) -> int | None:
-    """The exit code of `function(*arguments)` in a process of its own; negative if a signal ended the process."""
-    return _ended([_started(function, *arguments)], timeout)[0]
-
-
 def write_start_method(job: Job, advance: Callable[[int], None]) -> None:
     """Trains nothing: writes how this process would start the workers of a DataLoader."""
     job.folder.mkdir()
