@@ -23,6 +23,9 @@ EPS = 1e-12
 ANTIPODE_MARGIN = {torch.float32: 1e-6, torch.float64: 1e-12}
 #: Below this c the two terms of z are over twice as long as z, which their rounding may then make longer than 1.
 NEAR_ANTIPODE = -0.9
+#: Statistics hold c or, below NEAR_ANTIPODE, -1 / (1 + c), at most -10: values below this one. In float32, c near -1 has few
+#: digits of 1 + c, which the angle depends on: two at 179.9°.
+SAVED_BELOW = -2.0
 #: Below this value of h = (1 - c) / 2, ∂S/∂c is summed as a series; above it the closed form has lost at most three bits.
 SERIES_BELOW = 0.125
 #: Terms of that series: the first one left out is below half an ulp of the sum at h = SERIES_BELOW.
@@ -92,7 +95,7 @@ class HeadGradients(NamedTuple):
 class HeadState(NamedTuple):
     """What a head step saves for its backward pass, as views of one tensor; csrc/host/head_step.h has the same layout."""
 
-    stats: Tensor  #: (P, 3, B) holding ‖x‖, ‖y‖, c of each pair
+    stats: Tensor  #: (P, 3, B) holding ‖x‖, ‖y‖, c (see SAVED_BELOW) of each pair
     projected: Tensor  #: (P, 2, B, C) A = X W_mᵀ and V = Y W_mᵀ
     unimodal: tuple[Tensor, ...]  #: M of (B, C), in the arithmetic type; stored only if the returned logits are narrower
     counted: Tensor  #: () number of rows that the losses average over
@@ -133,7 +136,7 @@ class Kernels(Protocol):
     def normalize(self, x: Tensor, eps: float, out: Tensor, norm: Tensor, /) -> None: ...
     def normalize_backward(self, grad: Tensor, x: Tensor, norm: Tensor, eps: float, grad_x: Tensor, /) -> None: ...
 
-    # weight (B,), with stride 0 if one value serves all rows; stats (3, B) holding ‖x‖, ‖y‖, c; grad_w (B,)
+    # weight (B,), with stride 0 if one value serves all rows; stats (3, B) holding ‖x‖, ‖y‖, c (see SAVED_BELOW); grad_w (B,)
     def geodesic_mixup(self, x: Tensor, y: Tensor, weight: Tensor, eps: float, z: Tensor, stats: Tensor, /) -> None: ...
     def geodesic_mixup_backward(
         self, grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, stats: Tensor, eps: float,

@@ -45,7 +45,9 @@ def geodesic_mixup(x: Tensor, y: Tensor, weight: float | Tensor, *, eps: float =
 
     Also called slerp. Value and gradient are exact down to identical vectors (``z = x̂``), where the quotient is
     evaluated as an analytic function. Opposite vectors have no unique geodesic: ⟨x̂, ŷ⟩ is clamped to at least -1 + 1e-6
-    (1e-12 in float64), which keeps z finite and no longer than 1, with no gradient through the clamp.
+    (1e-12 in float64), which keeps z finite and no longer than 1, with no gradient through the clamp. The clamp begins at an
+    angle of 179.92° (179.9999° in float64). Before it, z has the rounding error of a difference of vectors of length 1/(π - θ):
+    some ulps of that length.
 
     Args:
         x: (..., D) features; float16 and bfloat16 are computed in float32.
@@ -133,7 +135,7 @@ _normalize_backward = register(
 )
 
 
-# geodesic_mixup: (B, D) x2, weight () or (B,) -> (B, D), stats (3, B) holding ‖x‖, ‖y‖, ⟨x̂, ŷ⟩
+# geodesic_mixup: (B, D) x2, weight () or (B,) -> (B, D), stats (3, B) holding ‖x‖, ‖y‖, ⟨x̂, ŷ⟩ (see SAVED_BELOW)
 
 
 def _row_weight(x: Tensor, weight: Tensor) -> Tensor:

@@ -74,7 +74,19 @@ IPRM_INLINE void sine_cosine(V a, V* sine, V* cosine) {
   *cosine = (quadrant == T(1)) | (quadrant == T(2)) ? -c : c;
 }
 
-// The angle between two unit vectors, from their inner product c.
+// Below this c the two terms of z are over twice as long as z, and their rounding may make z longer than 1: such rows are measured
+// and shortened to length 1.
+template <class T>
+constexpr T kNearAntipode = T(-0.9);
+
+// What is saved of c: c itself, or near the antipode -1 / (1 + c), at most -10. In float32 a c near -1 has few digits of 1 + c,
+// which the angle depends on: two at 179.9 degrees.
+template <class T>
+IPRM_INLINE T saved_cosine(T c, T gap) {
+  return c < kNearAntipode<T> ? T(-1) / (gap > T(0) ? gap : T(0)) : c;  // rounding can put 1 + c below 0
+}
+
+// The angle between two unit vectors, from the saved c.
 template <class T, class V>
 struct Angle {
   using Mask = decltype(V{} < V{});
@@ -84,13 +96,16 @@ struct Angle {
   V sine;   // sin(theta) = 2 sqrt(h (1 - h)), and 1 at c = 1
   Mask clamped, at_one;
 
-  IPRM_INLINE explicit Angle(V inner) {
-    const V floor = V{} + (T(-1) + SlerpLimits<T>::kAntipodeMargin);
-    clamped = inner <= floor;
-    c = clamped ? floor : inner;
+  IPRM_INLINE explicit Angle(V saved) {
+    constexpr T kFloor = T(-1) + SlerpLimits<T>::kAntipodeMargin, kLeast = T(1) + kFloor;
+    const Mask near = saved < T(-2);
+    const V gap = near ? T(-1) / saved : T(1) + saved;  // 1 + c
+    clamped = gap <= kLeast;
+    c = near ? gap - T(1) : saved;
+    c = clamped ? V{} + kFloor : c;
     const V below = (T(1) - c) * T(0.5);
     h = below < T(0) ? V{} : below;  // rounding can put c above 1
-    const V k = (T(1) + c) * T(0.5);
+    const V k = (clamped ? V{} + kLeast : gap) * T(0.5);
     theta = angle_of<T>(h, k);
     at_one = h <= T(0);
     sine = at_one ? V{} + T(1) : T(2) * square_root(h * k);
@@ -134,25 +149,20 @@ IPRM_INLINE V inverse_norm(V norm, T eps) {
   return nothing == T(0) ? T(1) / (norm > eps ? norm : V{} + eps) : nothing;
 }
 
-// <x^, y^> of one row from its inner products, in double: rounded norms would cost two ulps, which near the antipode the
-// gradients multiply by ten. For equal rows the result is exactly 1.
+// <x^, y^> of one row from its inner products, in double: rounded norms would cost two ulps, which at obtuse angles the gradients
+// multiply by ten. For equal rows the result is exactly 1.
 template <class T>
 IPRM_INLINE T cosine(T xx, T yy, T xy, T eps) {
   return T(double(xy) * inverse_norm(::sqrt(double(xx)), double(eps)) * inverse_norm(::sqrt(double(yy)), double(eps)));
 }
-
-// Below this c the two terms of z are over twice as long as z, and their rounding may make z longer than 1: such rows are measured
-// and shortened to length 1.
-template <class T>
-constexpr T kNearAntipode = T(-0.9);
 
 // The coefficients of a row of z = p x^ + q y^: z = x * from_x + y * from_y.
 template <class T, class V>
 struct MixCoefficients {
   V from_x, from_y;
 
-  IPRM_INLINE MixCoefficients(V weight, V x_norm, V y_norm, V c, T eps) {
-    const Angle<T, V> angle(c);
+  IPRM_INLINE MixCoefficients(V weight, V x_norm, V y_norm, V saved, T eps) {
+    const Angle<T, V> angle(saved);
     from_x = SlerpWeight<T, V>(weight, angle).value(angle) * inverse_norm(x_norm, eps);
     from_y = SlerpWeight<T, V>(T(1) - weight, angle).value(angle) * inverse_norm(y_norm, eps);
   }
@@ -166,8 +176,8 @@ struct MixRow {
   V inv_x, inv_y;
   typename Angle<T, V>::Mask x_dead, y_dead;  // ||x|| <= eps: the gradient of that row is zero
 
-  IPRM_INLINE MixRow(V w, V x_norm, V y_norm, V c, T eps)
-      : angle(c),
+  IPRM_INLINE MixRow(V w, V x_norm, V y_norm, V saved, T eps)
+      : angle(saved),
         of_x(w, angle),
         of_y(T(1) - w, angle),
         inv_x(inverse_norm(x_norm, eps)),
@@ -186,11 +196,11 @@ struct MixGradient {
   V y_from_g, y_from_x, y_from_y;
   V weight;
 
-  // g_x = <g, x>, g_y = <g, y>, not yet divided by the norms; c not clamped
-  IPRM_INLINE MixGradient(const MixRow<T, V>& row, V c, V g_x, V g_y) {
+  // g_x = <g, x>, g_y = <g, y>, not yet divided by the norms
+  IPRM_INLINE MixGradient(const MixRow<T, V>& row, V g_x, V g_y) {
     const V gx = g_x * row.inv_x, gy = g_y * row.inv_y;
     const V p = row.of_x.value(row.angle), q = row.of_y.value(row.angle);
-    const V kappa = row.of_x.dc(row.angle) * gx + row.of_y.dc(row.angle) * gy;
+    const V kappa = row.of_x.dc(row.angle) * gx + row.of_y.dc(row.angle) * gy, c = row.angle.c;  // kappa is 0 if c is clamped
     x_from_g = p * row.inv_x;
     x_from_y = kappa * row.inv_y * row.inv_x;
     x_from_x = -(p * gx + kappa * c) * row.inv_x * row.inv_x;

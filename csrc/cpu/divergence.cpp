@@ -1,7 +1,6 @@
 // batch_kl and strength_weights on the CPU. No softmax is written to memory: a row is read for its maximum and sum, then for its
 // terms.
 #include <cstring>
-#include <memory>
 
 #include "../core/strength.h"
 #include "rows.h"
@@ -34,17 +33,26 @@ namespace {
 
 // Indices into REDUCTIONS of iprm_kernels/convention.py, after "sum". The schema takes an int because torch 2.13 leaks every string
 // that passes through the stable ABI (ToImpl<std::string>), at least 48 bytes per call.
-constexpr int64_t kMean = 1, kNone = 2;
+constexpr int64_t kSum = 0, kMean = 1, kNone = 2;
+
+// `value`, or its gradient: one number, or with kNone one per row.
+template <class Add>
+void add_value(int64_t reduction, int64_t rows, const Add& add) {
+  STD_TORCH_CHECK(reduction >= kSum && reduction <= kNone, "reduction: expected 0, 1 or 2, got ", reduction);
+  if (reduction == kNone) add(Arguments::Shape{rows});
+  else add(Arguments::Shape{});
+}
 
 void batch_kl(
     const Tensor& p_logits, const Tensor& q_logits, int64_t reduction, const Tensor& value, const Tensor& stats) {
-  const int64_t rows = p_logits.size(0), columns = p_logits.size(1);
-  const ScalarType dtype = p_logits.scalar_type(), arithmetic = arithmetic_type(dtype);
-  check_matrix(p_logits, "p_logits", rows, columns, dtype);
-  check_matrix(q_logits, "q_logits", rows, columns, dtype);
-  check_output(stats, "stats", 5, rows, arithmetic);
-  if (reduction == kNone) check_output(value, "value", rows, arithmetic);
-  else check_scalar(value, "value", arithmetic);
+  const int64_t rows = rows_of(p_logits, "p_logits"), columns = columns_of(p_logits, "p_logits");
+  const ScalarType dtype = floating_type(p_logits, "p_logits"), arithmetic = arithmetic_type(dtype);
+  Arguments arguments;
+  arguments.reads(p_logits, "p_logits", {rows, columns}, dtype);
+  arguments.reads(q_logits, "q_logits", {rows, columns}, dtype);
+  add_value(reduction, rows, [&](auto shape) { arguments.writes(value, "value", shape, arithmetic); });
+  arguments.writes(stats, "stats", {5, rows}, arithmetic);
+  arguments.check_outputs();
   const KlArgs args{MatrixView(p_logits), MatrixView(q_logits), stats.mutable_data_ptr(), rows, columns};
   dispatch_type(dtype, [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -57,23 +65,31 @@ void batch_kl(
 }
 
 void batch_kl_pair(const Tensor& p_logits, const Tensor& other_logits, const Tensor& q_logits, const Tensor& kl) {
-  const int64_t rows = q_logits.size(0), columns = q_logits.size(1);
-  const ScalarType dtype = q_logits.scalar_type();
-  check_matrix(p_logits, "p_logits", rows, columns, dtype);
-  check_matrix(other_logits, "other_logits", rows, columns, dtype);
-  check_matrix(q_logits, "q_logits", rows, columns, dtype);
-  check_output(kl, "kl", 2, arithmetic_type(dtype));
+  const int64_t rows = rows_of(q_logits, "q_logits"), columns = columns_of(q_logits, "q_logits");
+  const ScalarType dtype = floating_type(q_logits, "q_logits");
+  Arguments arguments;
+  arguments.reads(p_logits, "p_logits", {rows, columns}, dtype);
+  arguments.reads(other_logits, "other_logits", {rows, columns}, dtype);
+  arguments.reads(q_logits, "q_logits", {rows, columns}, dtype);
+  arguments.writes(kl, "kl", {2}, arithmetic_type(dtype));
+  arguments.check_outputs();
   dispatch_type(dtype, [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    const auto stats = std::make_unique_for_overwrite<S[]>(10 * rows);
+    if (columns == 0) {  // there may be any number of such rows
+      std::fill_n(output<S>(kl), 2, S(0));
+      return;
+    }
+    const int64_t count = product(10, rows, "rows");  // of statistics: (5, B) for each side
+    const Tensor memory = torch::stable::new_empty(kl, {count});
+    S* stats = output<S>(memory);
     const MatrixView q(q_logits);
     const KlArgs args[2] = {
-        {MatrixView(p_logits), q, stats.get(), rows, columns}, {MatrixView(other_logits), q, stats.get() + 5 * rows, rows, columns}};
+        {MatrixView(p_logits), q, stats, rows, columns}, {MatrixView(other_logits), q, stats + 5 * rows, rows, columns}};
     const auto kernel = IPRM_BEST(batch_kl_rows<T>);
     parallel_rows(rows, 2 * kExpCost * columns, [&](int64_t begin, int64_t end) {
       for (const KlArgs& side : args) kernel(side, begin, end);
     });
-    for (int side = 0; side < 2; ++side) output<S>(kl)[side] = S(ordered_sum(stats.get() + (5 * side + 4) * rows, rows));
+    for (int side = 0; side < 2; ++side) output<S>(kl)[side] = S(ordered_sum(stats + (5 * side + 4) * rows, rows));
   });
 }
 
@@ -85,15 +101,16 @@ void batch_kl_backward(
     int64_t reduction,
     const std::optional<Tensor>& grad_p,
     const std::optional<Tensor>& grad_q) {
-  const int64_t rows = p_logits.size(0), columns = p_logits.size(1);
-  const ScalarType dtype = p_logits.scalar_type(), arithmetic = arithmetic_type(dtype);
-  if (reduction == kNone) check_vector(grad, "grad", rows, arithmetic);
-  else check_scalar(grad, "grad", arithmetic);
-  check_matrix(p_logits, "p_logits", rows, columns, dtype);
-  check_matrix(q_logits, "q_logits", rows, columns, dtype);
-  check_output(stats, "stats", 5, rows, arithmetic);
-  if (grad_p) check_output(*grad_p, "grad_p", rows, columns, dtype);
-  if (grad_q) check_output(*grad_q, "grad_q", rows, columns, dtype);
+  const int64_t rows = rows_of(p_logits, "p_logits"), columns = columns_of(p_logits, "p_logits");
+  const ScalarType dtype = floating_type(p_logits, "p_logits"), arithmetic = arithmetic_type(dtype);
+  Arguments arguments;
+  add_value(reduction, rows, [&](auto shape) { arguments.reads(grad, "grad", shape, arithmetic); });
+  arguments.reads(p_logits, "p_logits", {rows, columns}, dtype);
+  arguments.reads(q_logits, "q_logits", {rows, columns}, dtype);
+  arguments.reads_contiguous(stats, "stats", {5, rows}, arithmetic);
+  arguments.writes(grad_p, "grad_p", {rows, columns}, dtype);
+  arguments.writes(grad_q, "grad_q", {rows, columns}, dtype);
+  arguments.check_outputs();
   const int64_t grad_stride = reduction == kNone ? grad.stride(0) : 0;
   const KlBackwardArgs args{
       grad.const_data_ptr(), grad_stride, reduction == kMean ? 1.0 / double(rows) : 1.0, MatrixView(p_logits),
@@ -123,26 +140,31 @@ void strength_weights_backward_of(const VectorView<S>& grad, const VectorView<S>
 }
 
 template <class Work>
-void dispatch_kl_type(const Tensor& kl, const Work& work) {
-  const ScalarType dtype = kl.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "kl: expected float32 or float64");
+void dispatch_wide(ScalarType dtype, const Work& work) {
   return dtype == ScalarType::Float ? work.template operator()<float>() : work.template operator()<double>();
 }
 
 void strength_weights(const Tensor& kl, const Tensor& strength) {
-  check_vector(kl, "kl", kl.size(0), kl.scalar_type());
-  check_output(strength, "strength", kl.size(0), kl.scalar_type());
-  dispatch_kl_type(kl, [&]<class S>() {
-    strength_weights_of(VectorView<S>(kl), kl.size(0), output<S>(strength));
-  });
+  const int64_t count = count_of(kl, "kl");
+  const ScalarType dtype = wide_type(kl, "kl");
+  Arguments arguments;
+  arguments.reads(kl, "kl", {count}, dtype);
+  arguments.writes(strength, "strength", {count}, dtype);
+  arguments.check_outputs();
+  if (count == 0) return;
+  dispatch_wide(dtype, [&]<class S>() { strength_weights_of(VectorView<S>(kl), count, output<S>(strength)); });
 }
 
 void strength_weights_backward(const Tensor& grad, const Tensor& kl, const Tensor& grad_kl) {
-  check_vector(kl, "kl", kl.size(0), kl.scalar_type());
-  check_vector(grad, "grad", kl.size(0), kl.scalar_type());
-  check_output(grad_kl, "grad_kl", kl.size(0), kl.scalar_type());
-  dispatch_kl_type(kl, [&]<class S>() {
-    strength_weights_backward_of(VectorView<S>(grad), VectorView<S>(kl), kl.size(0), output<S>(grad_kl));
+  const int64_t count = count_of(kl, "kl");
+  const ScalarType dtype = wide_type(kl, "kl");
+  Arguments arguments;
+  arguments.reads(grad, "grad", {count}, dtype);
+  arguments.reads(kl, "kl", {count}, dtype);
+  arguments.writes(grad_kl, "grad_kl", {count}, dtype);
+  arguments.check_outputs();
+  dispatch_wide(dtype, [&]<class S>() {
+    strength_weights_backward_of(VectorView<S>(grad), VectorView<S>(kl), count, output<S>(grad_kl));
   });
 }
 

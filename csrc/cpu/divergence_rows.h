@@ -9,7 +9,7 @@ template <class T>
 void batch_kl_rows(const KlArgs& args, int64_t begin, int64_t end) {
   using S = typename Lanes<T>::Scalar;
   constexpr int64_t kMostRows = 16;
-  const int64_t step = std::clamp<int64_t>(2048 / args.columns, 1, kMostRows);
+  const int64_t step = std::clamp<int64_t>(2048 / std::max<int64_t>(1, args.columns), 1, kMostRows);
   const int64_t width = std::max(args.columns, Lanes<T>::kCount);
   const Tail<T> tail(args.columns);
   RowReader<T> p(args.p, args.columns, kMostRows), q(args.q, args.columns, kMostRows);

@@ -48,27 +48,32 @@ namespace iprm {
 namespace {
 
 void normalize(const Tensor& x, double eps, const Tensor& out, const Tensor& norm) {
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
-  check_matrix(x, "x", rows, columns, dtype);
-  check_output(out, "out", rows, columns, dtype);
-  check_output(norm, "norm", rows, arithmetic);
+  const int64_t rows = rows_of(x, "x"), columns = columns_of(x, "x");
+  const ScalarType dtype = floating_type(x, "x"), arithmetic = arithmetic_type(dtype);
+  Arguments arguments;
+  arguments.reads(x, "x", {rows, columns}, dtype);
+  arguments.writes(out, "out", {rows, columns}, dtype);
+  arguments.writes(norm, "norm", {rows}, arithmetic);
+  arguments.check_outputs();
   const NormalizeArgs args{MatrixView(x), eps, out.mutable_data_ptr(), norm.mutable_data_ptr(), columns};
-  dispatch_type(x.scalar_type(), [&]<class T>() {
+  dispatch_type(dtype, [&]<class T>() {
     const auto kernel = IPRM_BEST(normalize_rows<T>);
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
 }
 
 void normalize_backward(const Tensor& grad, const Tensor& x, const Tensor& norm, double eps, const Tensor& grad_x) {
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType dtype = x.scalar_type();
-  check_matrix(x, "x", rows, columns, dtype);
-  check_matrix(grad, "grad", rows, columns, dtype);
-  check_vector(norm, "norm", rows, arithmetic_type(dtype));
-  check_output(grad_x, "grad_x", rows, columns, dtype);
+  const int64_t rows = rows_of(x, "x"), columns = columns_of(x, "x");
+  const ScalarType dtype = floating_type(x, "x");
+  Arguments arguments;
+  arguments.reads(grad, "grad", {rows, columns}, dtype);
+  arguments.reads(x, "x", {rows, columns}, dtype);
+  arguments.reads(norm, "norm", {rows}, arithmetic_type(dtype));
+  arguments.writes(grad_x, "grad_x", {rows, columns}, dtype);
+  arguments.check_outputs();
+  if (columns == 0) return;  // there may be any number of such rows
   const NormalizeBackwardArgs args{MatrixView(grad), MatrixView(x), norm, eps, grad_x.mutable_data_ptr(), columns};
-  dispatch_type(x.scalar_type(), [&]<class T>() {
+  dispatch_type(dtype, [&]<class T>() {
     const auto kernel = IPRM_BEST(normalize_backward_rows<T>);
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
@@ -76,16 +81,19 @@ void normalize_backward(const Tensor& grad, const Tensor& x, const Tensor& norm,
 
 void mixup(
     const Tensor& x, const Tensor& y, const Tensor& weight, double eps, const Tensor& z, const Tensor& stats, bool known) {
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
-  check_matrix(x, "x", rows, columns, dtype);
-  check_matrix(y, "y", rows, columns, dtype);
-  check_vector(weight, "weight", rows, arithmetic);
-  check_output(z, "z", rows, columns, dtype);
-  check_output(stats, "stats", 3, rows, arithmetic);
+  const int64_t rows = rows_of(x, "x"), columns = columns_of(x, "x");
+  const ScalarType dtype = floating_type(x, "x"), arithmetic = arithmetic_type(dtype);
+  Arguments arguments;
+  arguments.reads(x, "x", {rows, columns}, dtype);
+  arguments.reads(y, "y", {rows, columns}, dtype);
+  arguments.reads(weight, "weight", {rows}, arithmetic);
+  arguments.writes(z, "z", {rows, columns}, dtype);
+  if (known) arguments.reads_contiguous(stats, "stats", {3, rows}, arithmetic);
+  else arguments.writes(stats, "stats", {3, rows}, arithmetic);
+  arguments.check_outputs();
   const MixupArgs args{
       MatrixView(x), MatrixView(y), weight, eps, z.mutable_data_ptr(), stats.mutable_data_ptr(), rows, columns, known};
-  dispatch_type(x.scalar_type(), [&]<class T>() {
+  dispatch_type(dtype, [&]<class T>() {
     prefer_huge_pages(args.z, rows * columns * sizeof(T));
     const auto kernel = IPRM_BEST(geodesic_mixup_rows<T>);
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -112,21 +120,24 @@ void geodesic_mixup_backward(
     const std::optional<Tensor>& grad_x,
     const std::optional<Tensor>& grad_y,
     const std::optional<Tensor>& grad_w) {
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType dtype = x.scalar_type(), arithmetic = arithmetic_type(dtype);
-  check_matrix(grad, "grad", rows, columns, dtype);
-  check_matrix(x, "x", rows, columns, dtype);
-  check_matrix(y, "y", rows, columns, dtype);
-  check_vector(weight, "weight", rows, arithmetic);
-  check_output(stats, "stats", 3, rows, arithmetic);
-  if (grad_x) check_output(*grad_x, "grad_x", rows, columns, dtype);
-  if (grad_y) check_output(*grad_y, "grad_y", rows, columns, dtype);
-  if (grad_w) check_output(*grad_w, "grad_w", rows, arithmetic);
+  const int64_t rows = rows_of(x, "x"), columns = columns_of(x, "x");
+  const ScalarType dtype = floating_type(x, "x"), arithmetic = arithmetic_type(dtype);
+  Arguments arguments;
+  arguments.reads(grad, "grad", {rows, columns}, dtype);
+  arguments.reads(x, "x", {rows, columns}, dtype);
+  arguments.reads(y, "y", {rows, columns}, dtype);
+  arguments.reads(weight, "weight", {rows}, arithmetic);
+  arguments.reads_contiguous(stats, "stats", {3, rows}, arithmetic);
+  arguments.writes(grad_x, "grad_x", {rows, columns}, dtype);
+  arguments.writes(grad_y, "grad_y", {rows, columns}, dtype);
+  arguments.writes(grad_w, "grad_w", {rows}, arithmetic);
+  arguments.check_outputs();
   const MixupBackwardArgs args{
       MatrixView(grad), MatrixView(x),        MatrixView(y),        weight, stats.const_data_ptr(), eps,
       output<void>(grad_x), output<void>(grad_y), output<void>(grad_w), rows, columns};
-  dispatch_type(x.scalar_type(), [&]<class T>() {
-    for (void* out : {args.grad_x, args.grad_y}) prefer_huge_pages(out, rows * columns * sizeof(T));
+  dispatch_type(dtype, [&]<class T>() {
+    for (void* out : {args.grad_x, args.grad_y})
+      if (out) prefer_huge_pages(out, rows * columns * sizeof(T));
     const auto kernel = IPRM_BEST(geodesic_mixup_backward_rows<T>);
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });

@@ -114,7 +114,7 @@ void normalize_backward_rows(const NormalizeBackwardArgs& args, int64_t begin, i
 // cache until their second read, 16 KiB of both sides.
 template <class T>
 int64_t rows_at_once(int64_t columns) {
-  return std::clamp<int64_t>(16384 / (2 * columns * int64_t(sizeof(T))), 1, Lanes<T>::kCount);
+  return std::clamp<int64_t>(8192 / std::max<int64_t>(1, columns * sizeof(T)), 1, Lanes<T>::kCount);
 }
 
 template <class T>
@@ -140,7 +140,8 @@ void geodesic_mixup_rows(const MixupArgs& args, int64_t begin, int64_t end) {
       gram(x_rows[i], y_rows[i], args.columns, row);
       for (int k = 0; k < 3; ++k) products[k][i] = row[k];
     }
-    if (!args.known) write_stats(stats, args.rows, first, products[0], products[1], products[2], count, eps);
+    if (!args.known)
+      write_stats(stats, args.rows, first, products[0], products[1], products[2], count, eps, x_rows, y_rows, args.columns);
     mix_coefficients(from_x, from_y, load(weights), stats, args.rows, first, count, eps);
     for (int64_t i = 0; i < count; ++i) {
       T* z = static_cast<T*>(args.z) + (first + i) * args.columns;
@@ -181,9 +182,9 @@ void geodesic_mixup_backward_rows(const MixupBackwardArgs& args, int64_t begin, 
       g_x[i] = row[0];
       g_y[i] = row[1];
     }
-    const V c = load_rows(cosines + first, count);
-    const MixRow<S, V> mix(load(weights), load_rows(x_norms + first, count), load_rows(y_norms + first, count), c, eps);
-    const MixGradient<S, V> to(mix, c, load(g_x), load(g_y));
+    const V saved = load_rows(cosines + first, count);
+    const MixRow<S, V> mix(load(weights), load_rows(x_norms + first, count), load_rows(y_norms + first, count), saved, eps);
+    const MixGradient<S, V> to(mix, load(g_x), load(g_y));
     if (grad_w) store_rows(grad_w + first, to.weight, count);
     store(from_g[0], to.x_from_g);
     store(from_x[0], to.x_from_x);

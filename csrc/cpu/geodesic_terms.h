@@ -52,12 +52,35 @@ IPRM_INLINE void dot_both(const T* g, const T* x, const T* y, int64_t columns, t
   result[1] = sum_lanes<S>(gy[0] + gy[1]);
 }
 
-// ||x||, ||y|| and c of rows from their products, into (3, rows) statistics
-template <class S>
-IPRM_INLINE void write_stats(S* stats, int64_t rows, int64_t row, const S* xx, const S* yy, const S* xy, int64_t count, S eps) {
-  store_rows(stats + row, square_root(load_rows(xx, count)), count);
-  store_rows(stats + rows + row, square_root(load_rows(yy, count)), count);
-  for (int64_t i = 0; i < count; ++i) stats[2 * rows + row + i] = cosine(xx[i], yy[i], xy[i], eps);
+// 1 + c = |x^ + y^|^2 / 2, whose relative error near the antipode is some ulps over sin(theta); the row is in the first-level
+// cache. A dead row is no unit vector.
+template <class T, class S>
+S antipodal_gap(const T* x, const T* y, int64_t columns, S x_norm, S y_norm, S c, S eps) {
+  using V = typename Lanes<T>::Vec;
+  if (!(x_norm > eps && y_norm > eps)) return S(1) + c;
+  const S inv_x = S(1) / x_norm, inv_y = S(1) / y_norm;
+  const Tail<T> tail(columns);
+  const auto square = [&](V a, V b) { return (a * inv_x + b * inv_y) * (a * inv_x + b * inv_y); };
+  V sum = {};
+  for (int64_t i = 0; i < tail.whole; i += Lanes<T>::kCount) sum += square(load(x + i), load(y + i));
+  if (tail) sum += tail.only_unseen(square(tail.values(x), tail.values(y)));
+  return sum_lanes<S>(sum) / S(2);
+}
+
+// ||x||, ||y|| and the saved c of rows from their products, into (3, rows) statistics
+template <class T, class S>
+IPRM_INLINE void write_stats(
+    S* stats, int64_t rows, int64_t row, const S* xx, const S* yy, const S* xy, int64_t count, S eps, const T* const* x,
+    const T* const* y, int64_t columns) {
+  S *x_norm = stats + row, *y_norm = x_norm + rows, *saved = y_norm + rows;
+  store_rows(x_norm, square_root(load_rows(xx, count)), count);
+  store_rows(y_norm, square_root(load_rows(yy, count)), count);
+  for (int64_t i = 0; i < count; ++i) {
+    const S c = cosine(xx[i], yy[i], xy[i], eps);
+    saved[i] = c;
+    if (c < kNearAntipode<S>)
+      saved[i] = saved_cosine(c, antipodal_gap(x[i], y[i], columns, x_norm[i], y_norm[i], c, eps));
+  }
 }
 
 // Mix coefficients of rows from (3, rows) statistics, stored in from_x and from_y as whole vectors

@@ -164,14 +164,14 @@ void head_forward(
     const Tensor& losses) {
   const std::vector<Pair> pairs = pairs_of(flat_pairs, features.size());
   const int64_t mixtures = pairs.size(), heads = weights.size();
-  check_step(features, weights, biases, mixtures, target, state, logits, strength);
-  check_step_forward(state, heads, mixtures, biases.size(), logits.size(), probe_weight, kl, loss, losses);
-  const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
+  const StepSizes sizes = check_forward(
+      features, weights, biases, mixtures, target, probe_weight, parts, state, logits, kl, strength, loss, losses);
+  const int64_t rows = sizes.rows, columns = sizes.columns, classes = sizes.classes;
   const VectorView<int64_t> labels(target);
   for (int64_t row = 0; row < rows; ++row)
     STD_TORCH_CHECK(
         !Label(labels[row], classes, ignore_index).wrong, "target: label ", labels[row], " of row ", row, " is out of range");
-  dispatch_type(features[0].scalar_type(), [&]<class T>() {
+  dispatch_type(sizes.dtype, [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
     constexpr bool kNarrow = !std::is_same_v<T, S>;
     const HeadState<S> of(state, &logits[mixtures], features.size(), mixtures);
@@ -228,12 +228,11 @@ void head_backward(
     const std::vector<std::optional<Tensor>>& grad_biases) {
   const std::vector<Pair> pairs = pairs_of(flat_pairs, features.size());
   const int64_t mixtures = pairs.size(), heads = weights.size();
-  check_step(features, weights, biases, mixtures, target, state, unimodal, strength);
-  check_step_backward(
-      features, weights, biases.size(), unimodal.size(), mixtures, grad_loss, grad_losses, grad_logits, grad_features,
+  const StepSizes sizes = check_backward(
+      grad_loss, grad_losses, grad_logits, features, weights, biases, mixtures, target, state, unimodal, strength, grad_features,
       grad_weights, grad_biases);
-  const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
-  dispatch_type(features[0].scalar_type(), [&]<class T>() {
+  const int64_t rows = sizes.rows, columns = sizes.columns, classes = sizes.classes;
+  dispatch_type(sizes.dtype, [&]<class T>() {
     using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
     ArithmeticInputs<S> input;
     const HeadState<S> of(state, unimodal.data(), unimodal.size(), mixtures);
@@ -266,7 +265,8 @@ void head_backward(
     HeadGradientArgs args{step, memory.get(), {}, {}};
     for (const auto& grad : grad_features) args.grad_features.push_back(output<void>(grad));
     for (const auto& grad : grad_weights) args.grad_weights.push_back(output<void>(grad));
-    for (void* out : args.grad_features) prefer_huge_pages(out, rows * columns * sizeof(T));
+    for (void* out : args.grad_features)
+      if (out) prefer_huge_pages(out, rows * columns * sizeof(T));
     const auto kernel = IPRM_BEST(head_gradient_panels<T>);
     const int64_t width = IPRM_BEST(panel_width<S>)(), panels = (columns + width - 1) / width;
     parallel(panels, 2 * heads * classes * width * rows, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

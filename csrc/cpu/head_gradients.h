@@ -157,7 +157,7 @@ void head_gradient_panels(const HeadGradientArgs& args, int64_t begin, int64_t e
         for (int64_t m = 0; m < modalities; ++m)
           features[m] =
               panel_of<T, S>(step.features[m], row, rows, column, valid, kWidth, &copies[(m + 1) * kChunkRows * kWidth]);
-        S* panel_sums = &sums[(panel - group) * heads * head_size];
+        S* panel_sums = sums.data() + (panel - group) * heads * head_size;
         for (int64_t k = 0; k < heads; ++k) {
           if (args.grad_weights[k] == nullptr) continue;
           Panel<S> of = k < mixtures ? Panel<S>{copies.data(), kWidth} : features[k - mixtures];
@@ -170,7 +170,7 @@ void head_gradient_panels(const HeadGradientArgs& args, int64_t begin, int64_t e
         if (!any) continue;
         for (int64_t k = 0; k < heads; ++k)
           w[k] = panel_of<S, S>(
-              {step.weights[k], columns, 1}, 0, classes, column, valid, kWidth, &head_copies[k * head_size]);
+              {step.weights[k], columns, 1}, 0, classes, column, valid, kWidth, head_copies.data() + k * head_size);
         for (int64_t m = 0; m < modalities; ++m) {
           T* whole = static_cast<T*>(args.grad_features[m]);
           out[m] = whole ? whole + row * columns + column : nullptr;

@@ -117,7 +117,7 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
       project_tile<S>(rows[m].data(), count, w[m].data(), width, columns, tile.data(), width);
       for (int r = 0; r < count; ++r) {
         const int64_t row = (first + r) * classes;
-        const S* from = &tile[r * width];
+        const S* from = tile.data() + r * width;
         for (size_t k = 0; k + 1 < to[m].size(); ++k) std::copy_n(from + k * classes, classes, to[m][k] + row);
         S* own = to[m].back() + row;
         biased(own, from + width - classes, static_cast<const S*>(step.biases[mixtures + m]), tail);
@@ -134,7 +134,9 @@ void head_probe_rows(const HeadProbeArgs& args, int64_t begin, int64_t end) {
         for (int i = 0; i < 3; ++i) products[i][r] = row[i];
       }
       S* pair_stats = stats + 3 * k * step.rows;
-      write_stats(pair_stats, step.rows, first, products[0], products[1], products[2], count, eps);
+      write_stats(
+          pair_stats, step.rows, first, products[0], products[1], products[2], count, eps, rows[pair.x].data(),
+          rows[pair.y].data(), columns);
       mix_coefficients(from_x, from_y, V{} + probe_weight[k], pair_stats, step.rows, first, count, eps);
       const S* bias = static_cast<const S*>(step.biases[k]);
       for (int r = 0; r < count; ++r) {
@@ -251,8 +253,8 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
       const PairRows<S> of(step, k);
       const S* bias = static_cast<const S*>(step.biases[k]);
       const V x_norm = load_rows(of.x_norm + first, count), y_norm = load_rows(of.y_norm + first, count);
-      const V c = load_rows(of.c + first, count);
-      const MixRow<S, V> row_mix(V{} + static_cast<const S*>(step.strength)[2 * k], x_norm, y_norm, c, S(kEps));
+      const V saved = load_rows(of.c + first, count);
+      const MixRow<S, V> row_mix(V{} + static_cast<const S*>(step.strength)[2 * k], x_norm, y_norm, saved, S(kEps));
       alignas(64) S from_x[kCount], from_y[kCount], g_x[kCount] = {}, g_y[kCount] = {};
       store(from_x, row_mix.from_x());
       store(from_y, row_mix.from_y());
@@ -266,7 +268,7 @@ void head_coefficient_rows(const HeadCoefficientArgs& args, int64_t begin, int64
         g_x[at] = products[0];
         g_y[at] = products[1];
       }
-      const MixGradient<S, V> mix(row_mix, c, load(g_x), load(g_y));
+      const MixGradient<S, V> mix(row_mix, load(g_x), load(g_y));
       S *z_from = to.z_from + 2 * k * rows + first, *from = to.from + 4 * k * rows + first;
       store_rows(z_from, mix.x_from_g, count);
       store_rows(z_from + rows, mix.y_from_g, count);

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "../host/head_step.h"
@@ -96,6 +97,12 @@ void allow_shared(Kernel kernel, int64_t bytes, int device, int64_t classes, int
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
 }
 
+// The blocks of a launch, of which a GPU takes 2^31 - 1.
+unsigned grid_of(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "the cuda backend does not support a grid of ", blocks, " blocks");
+  return unsigned(blocks);
+}
+
 // These kernels support one pair of two modalities; iprm_kernels/extension.py refuses other steps with a better message.
 void check_one_pair(const std::vector<Tensor>& features, const std::vector<int64_t>& flat_pairs) {
   STD_TORCH_CHECK(
@@ -119,8 +126,7 @@ void head_forward(
     const Tensor& loss,
     const Tensor& losses) {
   check_one_pair(features, flat_pairs);
-  check_step(features, weights, biases, 1, target, state, logits, strength, true);
-  check_step_forward(state, 3, 1, biases.size(), logits.size(), probe_weight, kl, loss, losses, true);
+  check_forward(features, weights, biases, 1, target, probe_weight, parts, state, logits, kl, strength, loss, losses, true);
   const Tensor& x = features[0];
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -176,12 +182,11 @@ void head_backward(
     const std::vector<std::optional<Tensor>>& grad_weights,
     const std::vector<std::optional<Tensor>>& grad_biases) {
   check_one_pair(features, flat_pairs);
-  check_step(features, weights, biases, 1, target, state, unimodal, strength, true);
-  check_step_backward(
-      features, weights, biases.size(), unimodal.size(), 1, grad_loss, grad_losses, grad_logits, grad_features, grad_weights,
-      grad_biases, true);
+  const StepSizes sizes = check_backward(
+      grad_loss, grad_losses, grad_logits, features, weights, biases, 1, target, state, unimodal, strength, grad_features,
+      grad_weights, grad_biases, true);
   const Tensor& x = features[0];
-  const int64_t rows = x.size(0), columns = x.size(1), classes = weights[0].size(0);
+  const int64_t rows = sizes.rows, columns = sizes.columns, classes = sizes.classes;
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   dispatch_type(x.scalar_type(), [&]<class T>() {
@@ -207,15 +212,16 @@ void head_backward(
       const auto kernel = head_backward_features_kernel<T>;
       const int64_t shared = features_shared<T>(classes);
       allow_shared(kernel, shared, device, classes);
-      kernel<<<unsigned(tiles_of(rows)), kThreads, shared, stream_of(x)>>>(args);
+      kernel<<<grid_of(tiles_of(rows)), kThreads, shared, stream_of(x)>>>(args);
       check(cudaGetLastError(), "head_backward");
     }
+    if (classes == 0) return;
     const auto wanted = [](const std::optional<Tensor>& grad) { return grad.has_value(); };
     if (std::none_of(grad_weights.begin(), grad_weights.end(), wanted) &&
         std::none_of(grad_biases.begin(), grad_biases.end(), wanted))
       return;
     head_backward_heads_kernel<T>
-        <<<unsigned(head_blocks(columns, classes)), kThreads, heads_shared<T>(), stream_of(x)>>>(args);
+        <<<grid_of(head_blocks(columns, classes)), kThreads, heads_shared<T>(), stream_of(x)>>>(args);
     check(cudaGetLastError(), "head_backward");
   });
 }

@@ -265,10 +265,20 @@ __device__ __forceinline__ void project_tile(const Forward<T>& args, int64_t fir
     xx = warp_sum(xx);
     yy = warp_sum(yy);
     xy = warp_sum(xy);
+    const S x_norm = square_root(xx), y_norm = square_root(yy), c = cosine(xx, yy, xy, S(kEps));
+    S gap = S(1) + c;
+    if (c < kNearAntipode<S> && x_norm > S(kEps) && y_norm > S(kEps)) {  // the same in all lanes; |x^ + y^|^2 / 2
+      S sum = 0;
+      for (int64_t d = lane; d < head.columns; d += kWarp) {
+        const S both = S(head.x(first + r, d)) / x_norm + S(head.y(first + r, d)) / y_norm;
+        sum += both * both;
+      }
+      gap = warp_sum(sum) / S(2);
+    }
     if (lane == 0) {
-      head.stats[first + r] = square_root(xx);
-      head.stats[head.rows + first + r] = square_root(yy);
-      head.stats[2 * head.rows + first + r] = cosine(xx, yy, xy, S(kEps));
+      head.stats[first + r] = x_norm;
+      head.stats[head.rows + first + r] = y_norm;
+      head.stats[2 * head.rows + first + r] = saved_cosine(c, gap);
     }
   }
 }
@@ -389,8 +399,8 @@ __global__ void __launch_bounds__(kThreads) head_backward_features_kernel(const 
   S* factors = shared.take<S>(6 * kRows);  // per row: factors of g, x, y in the gradient of x, and likewise of y
   if (warp < count) {
     const int64_t row = first + warp;
-    const S c = head.stats[2 * head.rows + row];
-    const MixRow<S, S> mix(args.strength[0], head.stats[row], head.stats[head.rows + row], c, S(kEps));
+    const MixRow<S, S> mix(
+        args.strength[0], head.stats[row], head.stats[head.rows + row], head.stats[2 * head.rows + row], S(kEps));
     mix_row<T, S>(head, row, mix.from_x(), mix.from_y(), z);
     const Label label(head.target[row * head.target_stride], classes, head.ignore_index);
     const S* logits[3] = {z, head.own[0] + row * classes, head.own[1] + row * classes};
@@ -406,7 +416,7 @@ __global__ void __launch_bounds__(kThreads) head_backward_features_kernel(const 
     }
     g_x = warp_sum(g_x);
     g_y = warp_sum(g_y);
-    const MixGradient<S, S> to(mix, c, g_x, g_y);
+    const MixGradient<S, S> to(mix, g_x, g_y);
     if (threadIdx.x % kWarp == 0) {
       args.z_from[0][row] = to.x_from_g;
       args.z_from[1][row] = to.y_from_g;
@@ -443,12 +453,15 @@ __global__ void __launch_bounds__(kThreads) head_backward_features_kernel(const 
   }
 }
 
+// Panels of 32 columns; one without columns computes the gradients of the biases.
+IPRM_INLINE int64_t panels_of(int64_t columns) { return columns == 0 ? 1 : (columns + kWarp - 1) / kWarp; }
+
 // Gradients of the heads: a block handles 32 columns and kHeadClasses classes of one head, and each of its warps every eighth row.
 template <class T>
 __global__ void __launch_bounds__(kThreads) head_backward_heads_kernel(const __grid_constant__ Backward<T> args) {
   using S = typename Arithmetic<T>::Type;
   const Head<T>& head = args.head;
-  const int64_t classes = head.classes, panels = (head.columns + kWarp - 1) / kWarp;
+  const int64_t classes = head.classes, panels = panels_of(head.columns);
   const int64_t groups = (classes + kHeadClasses - 1) / kHeadClasses;
   const int64_t panel = blockIdx.x % panels, group = blockIdx.x / panels % groups;
   const int which = int(blockIdx.x / panels / groups);
@@ -501,7 +514,7 @@ int64_t heads_shared() {
 }
 inline int64_t tiles_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 inline int64_t head_blocks(int64_t columns, int64_t classes) {
-  return 3 * ((columns + kWarp - 1) / kWarp) * ((classes + kHeadClasses - 1) / kHeadClasses);
+  return 3 * panels_of(columns) * ((classes + kHeadClasses - 1) / kHeadClasses);
 }
 
 }  // namespace iprm::device

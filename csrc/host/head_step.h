@@ -34,11 +34,16 @@ struct HeadLayout {
   int64_t projected, unimodal, counted, size;
 
   HeadLayout(int64_t rows, int64_t classes, int64_t modalities, int64_t pairs, bool narrow) {
-    projected = 3 * pairs * rows;
-    unimodal = projected + 2 * pairs * rows * classes;
-    counted = unimodal + (narrow ? modalities * rows * classes : 0);
-    size = counted + 1;
+    const int64_t matrix = times(rows, classes), both = times(2, pairs);
+    projected = times(rows, plus(pairs, both));
+    unimodal = plus(projected, times(both, matrix));
+    counted = plus(unimodal, narrow ? times(modalities, matrix) : 0);
+    size = plus(counted, 1);
   }
+
+ private:
+  static int64_t times(int64_t a, int64_t b) { return product(a, b, "state"); }
+  static int64_t plus(int64_t a, int64_t b) { return sum(a, b, "state"); }
 };
 
 // The same layout as pointers into the tensor.
@@ -60,89 +65,115 @@ struct HeadState {
   }
 };
 
-// The tensors that both passes of the linear head step share; HeadState is the layout of `state`. Heads list the mixtures first.
-// `logits` are those of all heads in the forward pass, and of the modalities in the backward pass.
-inline void check_step(
+// The sizes and types of a step, whose heads are one per pair and per modality.
+struct StepSizes {
+  int64_t rows, columns, classes, modalities, pairs, heads;
+  ScalarType dtype, arithmetic;
+
+  StepSizes(const std::vector<Tensor>& features, const std::vector<Tensor>& weights, int64_t pairs)
+      : modalities(features.size()), pairs(pairs), heads(weights.size()) {
+    STD_TORCH_CHECK(modalities > 1, "features: expected two or more, got ", modalities);
+    STD_TORCH_CHECK(
+        heads == pairs + modalities, "weights: expected one per pair and per modality, ", pairs + modalities, ", got ", heads);
+    rows = rows_of(features[0], "features");
+    columns = columns_of(features[0], "features");
+    classes = rows_of(weights[0], "weights");
+    dtype = floating_type(features[0], "features");
+    arithmetic = arithmetic_type(dtype);
+  }
+
+  int64_t state() const { return HeadLayout(rows, classes, modalities, pairs, dtype != arithmetic).size; }
+};
+
+inline void check_length(size_t length, int64_t expected, const char* name) {
+  STD_TORCH_CHECK(int64_t(length) == expected, name, ": expected ", expected, ", got ", length);
+}
+
+// The inputs that both passes share. Heads list the mixtures first.
+inline void add_step(
+    Arguments& arguments,
+    const StepSizes& of,
+    const std::vector<Tensor>& features,
+    const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& biases,
+    const Tensor& target) {
+  for (const Tensor& x : features) arguments.reads(x, "features", {of.rows, of.columns}, of.dtype);
+  for (const Tensor& weight : weights) arguments.reads(weight, "weights", {of.classes, of.columns}, of.dtype);
+  for (const auto& bias : biases) arguments.reads(bias, "biases", {of.classes}, of.dtype);
+  arguments.reads(target, "target", {of.rows}, ScalarType::Long);
+}
+
+// All tensors of a forward pass, of which `parts` are computed.
+inline StepSizes check_forward(
+    const std::vector<Tensor>& features,
+    const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& biases,
+    int64_t pairs,
+    const Tensor& target,
+    const Tensor& probe_weight,
+    int64_t parts,
+    const Tensor& state,
+    const std::vector<Tensor>& logits,
+    const Tensor& kl,
+    const Tensor& strength,
+    const Tensor& loss,
+    const Tensor& losses,
+    bool on_gpu = false) {
+  const StepSizes of(features, weights, pairs);
+  STD_TORCH_CHECK(parts >= kProbe && parts <= (kProbe | kRebalance), "parts: expected 1, 2 or 3, got ", parts);
+  check_length(biases.size(), of.heads, "biases");
+  check_length(logits.size(), of.heads, "logits");
+  Arguments arguments(on_gpu);
+  add_step(arguments, of, features, weights, biases, target);
+  arguments.reads_numbers(probe_weight, "probe_weight", pairs, of.arithmetic);
+  arguments.writes(state, "state", {of.state()}, of.arithmetic);
+  for (const Tensor& own : logits) arguments.writes(own, "logits", {of.rows, of.classes}, of.dtype);
+  arguments.writes(kl, "kl", {2 * pairs}, of.arithmetic);
+  arguments.writes(strength, "strength", {2 * pairs}, of.arithmetic);
+  arguments.writes(loss, "loss", {}, of.arithmetic);
+  arguments.writes(losses, "losses", {of.heads}, of.arithmetic);
+  arguments.check_outputs();
+  return of;
+}
+
+// All tensors of a backward pass. Only the biases of the mixtures are needed, and only the logits of the modalities.
+inline StepSizes check_backward(
+    const std::optional<Tensor>& grad_loss,
+    const std::optional<Tensor>& grad_losses,
+    const std::vector<std::optional<Tensor>>& grad_logits,
     const std::vector<Tensor>& features,
     const std::vector<Tensor>& weights,
     const std::vector<std::optional<Tensor>>& biases,
     int64_t pairs,
     const Tensor& target,
     const Tensor& state,
-    const std::vector<Tensor>& logits,
+    const std::vector<Tensor>& unimodal,
     const Tensor& strength,
-    bool on_gpu = false) {
-  const int64_t modalities = features.size(), heads = weights.size();
-  STD_TORCH_CHECK(modalities > 1 && heads == pairs + modalities, "expected one head per pair and per modality");
-  const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
-  const ScalarType dtype = features[0].scalar_type(), arithmetic = arithmetic_type(dtype);
-  for (const Tensor& x : features) check_matrix(x, "features", rows, columns, dtype, on_gpu);
-  for (const Tensor& weight : weights) check_matrix(weight, "weight of a head", classes, columns, dtype, on_gpu);
-  for (const auto& bias : biases)
-    if (bias) check_vector(*bias, "bias of a head", classes, dtype, on_gpu);
-  check_vector(target, "target", rows, ScalarType::Long, on_gpu);
-  check_output(state, "state", HeadLayout(rows, classes, modalities, pairs, dtype != arithmetic).size, arithmetic, on_gpu);
-  for (const Tensor& own : logits) check_output(own, "logits", rows, classes, dtype, on_gpu);
-  check_output(strength, "strength", 2 * pairs, arithmetic, on_gpu);
-}
-
-// The additional arguments of the forward pass.
-inline void check_step_forward(
-    const Tensor& state,
-    int64_t heads,
-    int64_t pairs,
-    size_t biases,
-    size_t logits,
-    const Tensor& probe_weight,
-    const Tensor& kl,
-    const Tensor& loss,
-    const Tensor& losses,
-    bool on_gpu = false) {
-  const ScalarType arithmetic = state.scalar_type();
-  STD_TORCH_CHECK(int64_t(biases) == heads, "expected one bias or None per head");
-  STD_TORCH_CHECK(int64_t(logits) == heads, "expected logits of every head");
-  STD_TORCH_CHECK(
-      probe_weight.is_cpu() != on_gpu && probe_weight.scalar_type() == arithmetic && probe_weight.numel() == pairs && probe_weight.is_contiguous(),
-      "probe_weight: expected one weight per pair");
-  check_output(kl, "kl", 2 * pairs, arithmetic, on_gpu);
-  check_scalar(loss, "loss", arithmetic, on_gpu);
-  check_output(losses, "losses", heads, arithmetic, on_gpu);
-}
-
-// The additional arguments of the backward pass: upstream gradients, and the outputs that are needed.
-inline void check_step_backward(
-    const std::vector<Tensor>& features,
-    const std::vector<Tensor>& weights,
-    size_t biases,
-    size_t unimodal,
-    int64_t pairs,
-    const std::optional<Tensor>& grad_loss,
-    const std::optional<Tensor>& grad_losses,
-    const std::vector<std::optional<Tensor>>& grad_logits,
     const std::vector<std::optional<Tensor>>& grad_features,
     const std::vector<std::optional<Tensor>>& grad_weights,
     const std::vector<std::optional<Tensor>>& grad_biases,
     bool on_gpu = false) {
-  const int64_t heads = weights.size();
-  STD_TORCH_CHECK(int64_t(biases) >= pairs && int64_t(biases) <= heads, "expected one bias or None per mixture");
-  STD_TORCH_CHECK(
-      unimodal == features.size() && grad_logits.size() == weights.size(),
-      "expected logits of every modality, and one gradient or None for the logits of every head");
-  STD_TORCH_CHECK(
-      grad_features.size() == features.size() && grad_weights.size() == weights.size() && grad_biases.size() == weights.size(),
-      "expected one gradient or None per feature matrix and per head");
-  const int64_t rows = features[0].size(0), columns = features[0].size(1), classes = weights[0].size(0);
-  const ScalarType dtype = features[0].scalar_type(), arithmetic = arithmetic_type(dtype);
-  if (grad_loss) check_scalar(*grad_loss, "grad_loss", arithmetic, on_gpu);
-  if (grad_losses) check_vector(*grad_losses, "grad_losses", heads, arithmetic, on_gpu);
-  for (const auto& grad : grad_logits)
-    if (grad) check_matrix(*grad, "gradient of logits", rows, classes, dtype, on_gpu);
-  for (const auto& grad : grad_features)
-    if (grad) check_output(*grad, "gradient of features", rows, columns, dtype, on_gpu);
-  for (const auto& grad : grad_weights)
-    if (grad) check_output(*grad, "gradient of a weight", classes, columns, dtype, on_gpu);
-  for (const auto& grad : grad_biases)
-    if (grad) check_output(*grad, "gradient of a bias", classes, dtype, on_gpu);
+  const StepSizes of(features, weights, pairs);
+  const int64_t given = biases.size();
+  STD_TORCH_CHECK(given >= pairs && given <= of.heads, "biases: expected ", pairs, " to ", of.heads, ", got ", given);
+  check_length(unimodal.size(), of.modalities, "unimodal");
+  check_length(grad_logits.size(), of.heads, "grad_logits");
+  check_length(grad_features.size(), of.modalities, "grad_features");
+  check_length(grad_weights.size(), of.heads, "grad_weights");
+  check_length(grad_biases.size(), of.heads, "grad_biases");
+  Arguments arguments(on_gpu);
+  arguments.reads(grad_loss, "grad_loss", {}, of.arithmetic);
+  arguments.reads(grad_losses, "grad_losses", {of.heads}, of.arithmetic);
+  for (const auto& grad : grad_logits) arguments.reads(grad, "grad_logits", {of.rows, of.classes}, of.dtype);
+  add_step(arguments, of, features, weights, biases, target);
+  arguments.reads_contiguous(state, "state", {of.state()}, of.arithmetic);
+  for (const Tensor& own : unimodal) arguments.reads_contiguous(own, "unimodal", {of.rows, of.classes}, of.dtype);
+  arguments.reads_contiguous(strength, "strength", {2 * pairs}, of.arithmetic);
+  for (const auto& grad : grad_features) arguments.writes(grad, "grad_features", {of.rows, of.columns}, of.dtype);
+  for (const auto& grad : grad_weights) arguments.writes(grad, "grad_weights", {of.classes, of.columns}, of.dtype);
+  for (const auto& grad : grad_biases) arguments.writes(grad, "grad_biases", {of.classes}, of.dtype);
+  arguments.check_outputs();
+  return of;
 }
 
 }  // namespace iprm

@@ -8,7 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row_math import NEAR_ANTIPODE, cosine, divisor, live_inverse_norm, no_longer_than_one, scale_rows, slerp, square_root
+from .row_math import (
+    NEAR_ANTIPODE,
+    cosine,
+    divisor,
+    gap_of,
+    live_inverse_norm,
+    no_longer_than_one,
+    saved_cosine,
+    scale_rows,
+    slerp,
+    square_root,
+)
 from .tiling import block_rows, load_block, on_device_of, store_block, tiling
 
 # eps is a constant of the kernels: Triton passes float arguments as float32, even to a float64 kernel.
@@ -106,6 +117,34 @@ def normalize_backward_kernel(
             store_block(p_grad_x, normalize_gradient(b_g, b_unit, r_gx, r_live), o_rows, m_rows, i_col + o_cols, n_cols)
 
 
+@triton.jit
+def sum_length(
+    p_x,
+    p_y,
+    x_row,
+    x_col,
+    y_row,
+    y_col,
+    r_x_divisor,
+    r_y_divisor,
+    o_rows,
+    m_rows,
+    n_cols,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """‖x̂ + ŷ‖² of rows, which are read once more."""
+    DTYPE: tl.constexpr = r_x_divisor.dtype
+    b_uu = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+    for i_col in range(0, n_cols, BLOCK_D):
+        o_cols = i_col + tl.arange(0, BLOCK_D)
+        b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        b_u = b_x * (1 / r_x_divisor)[:, None] + b_y * (1 / r_y_divisor)[:, None]
+        b_uu += b_u * b_u
+    return tl.sum(b_uu, axis=1)
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def geodesic_mixup_forward_kernel(
     p_x,  # (B, D)
@@ -161,6 +200,15 @@ def geodesic_mixup_forward_kernel(
         r_y_norm = square_root(r_yy)
         r_x_divisor, r_y_divisor = divisor(r_x_norm, EPS), divisor(r_y_norm, EPS)
         r_c = cosine(r_xx, r_yy, r_xy, EPS)
+        if tl.min(r_c, axis=0) < NEAR_ANTIPODE:
+            if WHOLE:
+                b_u = b_x * (1 / r_x_divisor)[:, None] + b_y * (1 / r_y_divisor)[:, None]
+                r_uu = tl.sum(b_u * b_u, axis=1)
+            else:
+                r_uu = sum_length(
+                    p_x, p_y, x_row, x_col, y_row, y_col, r_x_divisor, r_y_divisor, o_rows, m_rows, n_cols, BLOCK_B, BLOCK_D
+                )
+            r_c = saved_cosine(r_c, r_uu, r_x_norm, r_y_norm, EPS)
         tl.store(p_stats + o_rows, r_x_norm, mask=m_rows)
         tl.store(p_stats + o_stats + o_rows, r_y_norm, mask=m_rows)
         tl.store(p_stats + 2 * o_stats + o_rows, r_c, mask=m_rows)
@@ -253,6 +301,7 @@ def geodesic_mixup_backward_kernel(
     r_p, r_p_ds, r_p_dc = slerp(r_w, r_c)
     r_q, r_q_ds, r_q_dc = slerp(1 - r_w, r_c)
     r_kappa = r_p_dc * r_gx + r_q_dc * r_gy
+    _, _, r_c = gap_of(r_c)
     if p_grad_w is not None:
         tl.store(p_grad_w + o_rows, tl.where(r_any, r_gx * r_p_ds - r_gy * r_q_ds, 0.0), mask=m_rows)
     r_x_live = tl.where(r_any, live_inverse_norm(r_x_norm, EPS), 0.0)

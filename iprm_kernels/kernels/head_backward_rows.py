@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .divergence import softmax_parts
 from .head_forward_rows import load_bias, load_labels, load_stats, matrix_of, pair_stats
-from .row_math import divisor, live_inverse_norm, slerp
+from .row_math import divisor, gap_of, live_inverse_norm, slerp
 from .tiling import block_rows, load_block, store_block
 
 
@@ -111,6 +111,7 @@ def head_coefficients_kernel(
             r_gx = tl.sum(b_g * b_a, axis=1) * r_x_inverse
             r_gy = tl.sum(b_g * b_v, axis=1) * r_y_inverse
             r_kappa = r_p_dc * r_gx + r_q_dc * r_gy
+            _, _, r_c = gap_of(r_c)
             r_x_live = live_inverse_norm(r_x_norm, EPS)
             r_y_live = live_inverse_norm(r_y_norm, EPS)
             o_stats = n_rows.to(tl.int64)

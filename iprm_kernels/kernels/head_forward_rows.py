@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .divergence import row_kl, softmax_parts
-from .row_math import cosine, divisor, slerp, square_root
+from .geodesic import sum_length
+from .row_math import NEAR_ANTIPODE, cosine, divisor, saved_cosine, slerp, square_root
 from .tiling import block_rows, load_block, store_block, sum_of_parts
 
 
@@ -45,11 +46,46 @@ def load_stats(p_stats, o_rows, m_rows, n_rows):
 
 
 @triton.jit
-def row_stats(r_xx, r_yy, r_xy, p_stats, o_rows, m_rows, n_rows, EPS: tl.constexpr):
-    """‖x‖, ‖y‖ and c from the inner products; also stores them."""
+def row_stats(
+    r_xx,
+    r_yy,
+    r_xy,
+    p_stats,
+    p_features,
+    row_strides,
+    col_strides,
+    o_rows,
+    m_rows,
+    n_rows,
+    n_cols,
+    X: tl.constexpr,
+    Y: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """‖x‖, ‖y‖ and the saved c from the inner products; also stores them. Near the antipode the features X and Y are read once
+    more."""
     r_x_norm = square_root(r_xx)
     r_y_norm = square_root(r_yy)
     r_c = cosine(r_xx, r_yy, r_xy, EPS)
+    if tl.min(r_c, axis=0) < NEAR_ANTIPODE:
+        r_uu = sum_length(
+            p_features[X],
+            p_features[Y],
+            row_strides[X],
+            col_strides[X],
+            row_strides[Y],
+            col_strides[Y],
+            divisor(r_x_norm, EPS),
+            divisor(r_y_norm, EPS),
+            o_rows,
+            m_rows,
+            n_cols,
+            BLOCK_B,
+            BLOCK_D,
+        )
+        r_c = saved_cosine(r_c, r_uu, r_x_norm, r_y_norm, EPS)
     o_stats = n_rows.to(tl.int64)
     tl.store(p_stats + o_rows, r_x_norm, mask=m_rows)
     tl.store(p_stats + o_stats + o_rows, r_y_norm, mask=m_rows)
@@ -161,7 +197,10 @@ def head_probe_kernel(
                 r_xx = tl.sum(b_squares[PAIRS[k][0]], axis=1)
                 r_yy = tl.sum(b_squares[PAIRS[k][1]], axis=1)
                 r_xy = tl.sum(b_products[k], axis=1)
-                r_x_norm, r_y_norm, r_c = row_stats(r_xx, r_yy, r_xy, p_pair, o_rows, m_rows, n_rows, EPS)
+                r_x_norm, r_y_norm, r_c = row_stats(
+                    r_xx, r_yy, r_xy, p_pair, p_features, row_strides, col_strides, o_rows, m_rows, n_rows, n_cols,
+                    PAIRS[k][0], PAIRS[k][1], EPS, BLOCK_B, BLOCK_D,
+                )  # fmt: skip
             else:
                 r_x_norm, r_y_norm, r_c = load_stats(p_pair, o_rows, m_rows, n_rows)
             p_a = matrix_of(p_projected, n_rows, n_classes, 2 * k)

@@ -17,7 +17,11 @@ from .. import convention
 
 FLOOR_32 = tl.constexpr(-1 + convention.ANTIPODE_MARGIN[torch.float32])
 FLOOR_64 = tl.constexpr(-1 + convention.ANTIPODE_MARGIN[torch.float64])
+#: The smallest 1 + c, rounded as 1 + FLOOR is.
+LEAST_32 = tl.constexpr((1 + torch.tensor(-1 + convention.ANTIPODE_MARGIN[torch.float32], dtype=torch.float32)).item())
+LEAST_64 = tl.constexpr(1 + (-1 + convention.ANTIPODE_MARGIN[torch.float64]))
 NEAR_ANTIPODE = tl.constexpr(convention.NEAR_ANTIPODE)
+SAVED_BELOW = tl.constexpr(convention.SAVED_BELOW)
 SERIES_BELOW = tl.constexpr(convention.SERIES_BELOW)
 SERIES_TERMS_32 = tl.constexpr(convention.SERIES_TERMS[torch.float32])
 SERIES_TERMS_64 = tl.constexpr(convention.SERIES_TERMS[torch.float64])
@@ -50,10 +54,18 @@ def divisor(norm, EPS: tl.constexpr):
 
 @triton.jit
 def cosine(r_xx, r_yy, r_xy, EPS: tl.constexpr):
-    """⟨x̂, ŷ⟩ from the inner products, in float64: rounded norms would cost two ulps, which near the antipode the gradients
+    """⟨x̂, ŷ⟩ from the inner products, in float64: rounded norms would cost two ulps, which at obtuse angles the gradients
     multiply by ten. For equal rows the result is exactly 1."""
     lengths = divisor(tl.sqrt(r_xx.to(tl.float64)), EPS) * divisor(tl.sqrt(r_yy.to(tl.float64)), EPS)
     return (r_xy.to(tl.float64) / lengths).to(r_xy.dtype)
+
+
+@triton.jit
+def saved_cosine(r_c, r_uu, r_x_norm, r_y_norm, EPS: tl.constexpr):
+    """c as the statistics hold it, below NEAR_ANTIPODE -1 / (1 + c), from c and ‖x̂ + ŷ‖²; a dead row is no unit vector."""
+    eps = tl.full(r_c.shape, EPS, r_c.dtype)
+    gap = tl.where((r_x_norm > eps) & (r_y_norm > eps), 0.5 * r_uu, 1 + r_c)
+    return tl.where(r_c < NEAR_ANTIPODE, -1 / tl.where(gap > 0, gap, 0.0), r_c)
 
 
 @triton.jit
@@ -114,19 +126,30 @@ def sine_cosine(a):
 
 
 @triton.jit
-def slerp(s, c, STRENGTH: tl.constexpr = False):
-    """S(s, c) = sin(sθ) / sin θ, ∂S/∂s and ∂S/∂c, analytic at c = 1.  (BLOCK_B,) x2 -> (BLOCK_B,) x3
+def gap_of(saved):
+    """1 + c and c from the saved c, both clamped, and whether they are."""
+    FLOOR: tl.constexpr = FLOOR_64 if saved.dtype == tl.float64 else FLOOR_32
+    LEAST: tl.constexpr = LEAST_64 if saved.dtype == tl.float64 else LEAST_32
+    floor = tl.full(saved.shape, FLOOR, saved.dtype)
+    least = tl.full(saved.shape, LEAST, saved.dtype)
+    near = saved < SAVED_BELOW
+    gap = tl.where(near, -1 / saved, 1 + saved)
+    is_clamped = gap <= least
+    return tl.where(is_clamped, least, gap), is_clamped, tl.where(is_clamped, floor, tl.where(near, gap - 1, saved))
+
+
+@triton.jit
+def slerp(s, saved, STRENGTH: tl.constexpr = False):
+    """S(s, c) = sin(sθ) / sin θ, ∂S/∂s and ∂S/∂c, analytic at c = 1, from the saved c.  (BLOCK_B,) x2 -> (BLOCK_B,) x3
 
     STRENGTH: s is known to be in [0, 1]. The compiler removes results that the caller does not use. Comparisons are written so
     that a NaN passes through them.
     """
-    FLOOR: tl.constexpr = FLOOR_64 if c.dtype == tl.float64 else FLOOR_32
-    floor = tl.full(c.shape, FLOOR, c.dtype)
-    TERMS: tl.constexpr = SERIES_TERMS_64 if c.dtype == tl.float64 else SERIES_TERMS_32
-    clamped = tl.where(c < floor, floor, c)
+    TERMS: tl.constexpr = SERIES_TERMS_64 if saved.dtype == tl.float64 else SERIES_TERMS_32
+    gap, is_clamped, clamped = gap_of(saved)
     h = (1 - clamped) * 0.5
     h = tl.where(h < 0, 0.0, h)
-    k = (1 + clamped) * 0.5
+    k = gap * 0.5
     theta = angle(h, k)
     sine, cosine = sine_cosine(s * theta)
     at_one = h <= 0
@@ -148,7 +171,7 @@ def slerp(s, c, STRENGTH: tl.constexpr = False):
         # The last coefficient grows like a power of s² and does not overflow up to LARGEST. For larger s² the closed form is
         # used, which then loses at most two digits, except at h = 0, where the first term is all. The smallest h above zero
         # is 2⁻²⁵ in float32, 2⁻⁵⁴ in float64. In the head step, where s is in [0, 1], this extra code spilled registers.
-        LARGEST: tl.constexpr = 2.0**54 if c.dtype == tl.float64 else 2.0**18
+        LARGEST: tl.constexpr = 2.0**54 if saved.dtype == tl.float64 else 2.0**18
         squared = tl.minimum(s * s, LARGEST)
         reach = squared * h + (s * s - squared) * (h * 2.0**60)
         power = h
@@ -158,7 +181,7 @@ def slerp(s, c, STRENGTH: tl.constexpr = False):
             series = series + (n + 1) * a * power
             power = power * h
         dc = tl.where((h < SERIES_BELOW) & (reach < 1), (s * s - 1) * (s / 3) * series, closed)
-    return value, ds, tl.where(c <= floor, 0.0, dc)
+    return value, ds, tl.where(is_clamped, 0.0, dc)
 
 
 @triton.jit

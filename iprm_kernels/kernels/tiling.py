@@ -43,7 +43,7 @@ def tiling(width: int, arithmetic: torch.dtype, whole_row: Mapping[int, int] = W
     Four warps (of 32 or of 64 threads) hold up to 1,024 elements; a longer row gets a warp for every 256 or 512 of them, up to
     16 warps, as many as a block of 64-thread warps may have.
     """
-    block = triton.next_power_of_2(width)
+    block = triton.next_power_of_2(max(width, 1))
     whole = block <= whole_row[arithmetic.itemsize]
     if not whole:
         block = LOOPED_BLOCK
@@ -53,7 +53,7 @@ def tiling(width: int, arithmetic: torch.dtype, whole_row: Mapping[int, int] = W
 
 def row_tile(classes: int, itemsize: int) -> tuple[int, int, int]:
     """Rows, classes and warps of a tile of whole rows of logits."""
-    block = triton.next_power_of_2(classes)
+    block = triton.next_power_of_2(max(classes, 1))
     return min(max(ROW_TILE[itemsize] // block, 1), TILE_ROWS), block, min(max(block // 256, 4), 16)
 
 

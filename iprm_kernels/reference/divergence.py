@@ -57,7 +57,7 @@ def batch_kl_backward(grad: Tensor, p_logits: Tensor, q_logits: Tensor, stats: T
 
 
 def _row_max(logits: Tensor) -> Tensor:
-    return logits.amax(1) if logits.shape[0] else logits.new_empty(0)
+    return logits.amax(1) if logits.numel() else logits.new_full(logits.shape[:1], -math.inf)
 
 
 def _probabilities(p: Tensor, q: Tensor, softmaxes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +90,8 @@ def strength_weights(kl: Tensor) -> tuple[Tensor]:
     If any KL are zero, those modalities share the weight equally. An infinite KL gets 0; if all are infinite, weights are
     uniform. A NaN makes all weights NaN.
     """
+    if len(kl) == 0:
+        return (kl.clone(),)
     smallest = kl.min()
     ratio = torch.where(kl == smallest, torch.ones_like(kl), smallest / kl)
     return (ratio / ratio.sum(),)

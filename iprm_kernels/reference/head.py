@@ -24,7 +24,7 @@ from torch import Tensor
 from ..convention import EPS, HeadBackwardInputs, HeadInputs, HeadState, pairs_of
 from ..dtypes import arithmetic_dtype
 from .divergence import batch_kl_pair, strength_weights
-from .geodesic import inverse_norm, live_inverse_norm, row_norm, slerp_weight, slerp_weight_dc
+from .geodesic import Angle, inverse_norm, live_inverse_norm, row_norm, saved_cosine, slerp_weight, slerp_weight_dc
 
 
 def head_probe(inputs: HeadInputs) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
@@ -41,8 +41,8 @@ def head_probe(inputs: HeadInputs) -> tuple[Tensor, Tensor, list[Tensor], Tensor
     for k, (i, j) in enumerate(pairs_of(pairs)):
         x, y, weight = wide[i], wide[j], weights[k].to(dtype)
         x_norm, y_norm = row_norm(x), row_norm(y)
-        c = (x * y).sum(1) * (inverse_norm(x_norm, EPS) * inverse_norm(y_norm, EPS))
-        stats.append(torch.stack([x_norm, y_norm, c]))
+        x_hat, y_hat = x * inverse_norm(x_norm, EPS)[:, None], y * inverse_norm(y_norm, EPS)[:, None]
+        stats.append(torch.stack([x_norm, y_norm, saved_cosine(x_hat, y_hat, x_norm, y_norm, EPS)]))
         projected.append(torch.stack([x @ weight.T, y @ weight.T]))
         probe = _mixed(projected[k], stats[k], probe_weight[k], biases[k])
         sums.append(batch_kl_pair(unimodal[i], unimodal[j], probe)[0])
@@ -85,12 +85,12 @@ def head_backward(inputs: HeadBackwardInputs, state: HeadState) -> tuple[list[Te
     grad_weights = [g.T @ x for g, x in zip(of_logits[count:], wide, strict=True)]
     of_mixtures = []
     for k, (i, j) in enumerate(pairs_of(pairs)):
-        x, y, dz, (a, v), (x_norm, y_norm, c) = wide[i], wide[j], of_logits[k], state.projected[k], state.stats[k]
-        weight = strength[2 * k].expand_as(c)
-        p, q = slerp_weight(weight, c), slerp_weight(1 - weight, c)
+        x, y, dz, (a, v), (x_norm, y_norm, saved) = wide[i], wide[j], of_logits[k], state.projected[k], state.stats[k]
+        weight = strength[2 * k].expand_as(saved)
+        c, p, q = Angle.of(saved).c, slerp_weight(weight, saved), slerp_weight(1 - weight, saved)
         inv_x, inv_y = inverse_norm(x_norm, EPS), inverse_norm(y_norm, EPS)
         gx, gy = (dz * a).sum(1) * inv_x, (dz * v).sum(1) * inv_y
-        kappa = slerp_weight_dc(weight, c) * gx + slerp_weight_dc(1 - weight, c) * gy
+        kappa = slerp_weight_dc(weight, saved) * gx + slerp_weight_dc(1 - weight, saved) * gy
         through_x, through_y = (p * inv_x)[:, None] * dz, (q * inv_y)[:, None] * dz
         dx = _feature_gradient(through_x @ heads[k], x, y, kappa, p * gx + kappa * c, x_norm, inv_y)
         dy = _feature_gradient(through_y @ heads[k], y, x, kappa, q * gy + kappa * c, y_norm, inv_x)
@@ -105,10 +105,10 @@ def _biased(logits: Tensor, bias: Tensor | None) -> Tensor:
 
 def _mixed(projected: Tensor, stats: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """S(w,c) A/‖x‖ + S(1-w,c) V/‖y‖ + b.  (2, B, C), (3, B), () -> (B, C)"""
-    (a, v), (x_norm, y_norm, c) = projected, stats
-    weight = weight.expand_as(c)
-    p = slerp_weight(weight, c) * inverse_norm(x_norm, EPS)
-    q = slerp_weight(1 - weight, c) * inverse_norm(y_norm, EPS)
+    (a, v), (x_norm, y_norm, saved) = projected, stats
+    weight = weight.expand_as(saved)
+    p = slerp_weight(weight, saved) * inverse_norm(x_norm, EPS)
+    q = slerp_weight(1 - weight, saved) * inverse_norm(y_norm, EPS)
     return _biased(p[:, None] * a + q[:, None] * v, bias)
 
 
@@ -134,8 +134,9 @@ class _Labels(NamedTuple):
 def _cross_entropy(logits: Tensor, labels: _Labels, label_smoothing: float) -> Tensor:
     """Mean over the counted rows of -(1-ε) log P_t - ε/C Σ_k log P_k.  (B, C) -> ()"""
     log_p = logits.log_softmax(1)
-    rows = -log_p.gather(1, labels.place[:, None])[:, 0]
-    if label_smoothing:
+    has_classes = logits.shape[1] > 0
+    rows = -log_p.gather(1, labels.place[:, None])[:, 0] if has_classes else logits.new_zeros(len(logits))
+    if label_smoothing and has_classes:
         rows = (1 - label_smoothing) * rows - label_smoothing * log_p.mean(1)
     return torch.where(labels.counted, rows * labels.poison.to(rows.dtype), 0).sum() / labels.counted.sum()
 
@@ -144,6 +145,8 @@ def _cross_entropy_backward(
     logits: Tensor, labels: _Labels, label_smoothing: float, scale: Tensor, upstream: Tensor | None
 ) -> Tensor:
     """scale (P - (1-ε) onehot - ε/C), plus the upstream gradient of the logits.  (B, C) -> (B, C)"""
+    if logits.shape[1] == 0:
+        return logits.clone()
     wanted = torch.full_like(logits, label_smoothing / logits.shape[1])
     wanted.scatter_add_(1, labels.place[:, None], torch.full_like(logits[:, :1], 1 - label_smoothing))
     by_row = labels.poison.to(logits.dtype) * scale

@@ -44,8 +44,9 @@ strength_weights_backward = into(divergence.strength_weights_backward, outputs=1
 def average_strength(
     strength: Tensor, alpha: float, released: bool, weight: Tensor, eval_weight: Tensor, last: Tensor, steps: Tensor
 ) -> None:
-    state = [tensor.view(strength.numel() // 2, -1).squeeze(1) for tensor in (weight, eval_weight, last, steps)]
-    fill(state, average.average_strength(strength.view(-1, 2), alpha, released, *state))
+    pairs = strength.numel() // 2
+    state = [weight.view(pairs), eval_weight.view(pairs), last.view(pairs, 2), steps.view(pairs)]
+    fill(state, average.average_strength(strength.view(pairs, 2), alpha, released, *state))
 
 
 def head_forward(inputs: HeadInputs, parts: int, outputs: HeadOutputs) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import itertools
+import random
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import antipode
 import cases
 import cuda_on_host
+import direct_calls
 import head_accuracy
 import heads
 import parity
@@ -22,6 +25,7 @@ from places import INTERPRETED
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 import iprm_kernels.head_step
+from iprm_kernels import backends
 from iprm_kernels.convention import PROBE, REBALANCE, HeadInputs, HeadOutputs
 
 if INTERPRETED:
@@ -65,6 +69,13 @@ def test_within_the_error_budget(
 
 
 @needs_emulator
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("angle", antipode.ANGLES[:3])
+def test_nearly_opposite_features(on_host: cuda_on_host.Emulated, angle: float, dtype: torch.dtype) -> None:
+    antipode.assert_head_step(angle, 40, dtype, torch.device("cpu"))
+
+
+@needs_emulator
 def test_options_and_upstream_gradients(on_host: cuda_on_host.Emulated) -> None:
     inputs = heads.inputs(9, 31, 6)
     inputs["target"][[0, 3]] = 99
@@ -103,6 +114,22 @@ def test_edges(on_host: cuda_on_host.Emulated) -> None:
     assert step.gradients["x"][5].isnan().all()
     assert step.gradients["x"][4].isfinite().all()
     assert step.outputs["strength"].isfinite().all()
+
+
+@needs_emulator
+@pytest.mark.parametrize(("rows", "columns", "classes"), [sizes for sizes in itertools.product((3, 0), repeat=3) if 0 in sizes])
+@pytest.mark.parametrize("name", ["iprm::linear_probe_rebalance", "iprm::linear_probe_rebalance_backward"])
+def test_sizes_of_zero_return_what_the_reference_returns(
+    on_host: cuda_on_host.Emulated, monkeypatch: pytest.MonkeyPatch, name: str, rows: int, columns: int, classes: int
+) -> None:
+    of = direct_calls.Sizes(rows, columns, classes, 2, [0, 1], torch.float32)
+    arguments = direct_calls.valid_arguments(name, direct_calls.Memory(random.Random(0)), of)
+    found = direct_calls.overload(name)(*arguments)
+    monkeypatch.setattr(iprm_kernels.head_step, "kernels", backends.kernels)
+    with iprm_kernels.use_backend("reference"):
+        wanted = direct_calls.overload(name)(*arguments)
+    for value, like in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, like, equal_nan=True)
 
 
 @needs_emulator

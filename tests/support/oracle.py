@@ -61,14 +61,16 @@ class Mixup(NamedTuple):
     dw: mpf
 
 
-def geodesic_mixup(x: np.ndarray, y: np.ndarray, w: mpf, g: np.ndarray) -> Mixup:
-    """Rows (D,) that are neither dead nor opposite. Gradients follow the chain rule through x̂, ŷ and c, one step at a time."""
+def geodesic_mixup(x: np.ndarray, y: np.ndarray, w: mpf, g: np.ndarray, floor: float = -1.0) -> Mixup:
+    """Rows (D,) that are not dead, and opposite only if c is clamped to a `floor` above -1. Gradients follow the chain rule
+    through x̂, ŷ and c, one step at a time."""
     x_norm, y_norm = mpmath.sqrt(x.dot(x)), mpmath.sqrt(y.dot(y))
     x_hat, y_hat = x / x_norm, y / y_norm
-    c = min(x_hat.dot(y_hat), mpf(1))
+    inner = min(x_hat.dot(y_hat), mpf(1))
+    c = max(inner, mpf(floor))
     p, q = slerp_weight(w, c), slerp_weight(1 - w, c)
     gx, gy = g.dot(x_hat), g.dot(y_hat)
-    dc = slerp_weight_dc(w, c) * gx + slerp_weight_dc(1 - w, c) * gy
+    dc = slerp_weight_dc(w, c) * gx + slerp_weight_dc(1 - w, c) * gy if inner > floor else mpf(0)
     dx_hat, dy_hat = p * g + dc * y_hat, q * g + dc * x_hat
     return Mixup(
         z=p * x_hat + q * y_hat,

@@ -22,6 +22,7 @@ void backward(const Backward<T>& args, unsigned seed) {
     emulator::launch(unsigned(tiles_of(args.head.rows)), kThreads, features_shared<T>(classes), seed, [&] {
       head_backward_features_kernel<T>(args);
     });
+  if (classes == 0) return;
   emulator::launch(unsigned(head_blocks(args.head.columns, classes)), kThreads, heads_shared<T>(), seed + 1, [&] {
     head_backward_heads_kernel<T>(args);
   });
