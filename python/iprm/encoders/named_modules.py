@@ -31,19 +31,19 @@ class NamedModules(nn.ModuleDict):
     """`torch.nn.ModuleDict` whose keys may be any text. Parameters are named ``<module_name(key)>.*``."""
 
     def __getitem__(self, key: str) -> nn.Module:
-        return self._modules[module_name(key)]
+        return super().__getitem__(module_name(key))
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
-        self.add_module(module_name(key), module)
+        super().__setitem__(module_name(key), module)
 
     def __delitem__(self, key: str) -> None:
-        del self._modules[module_name(key)]
+        super().__delitem__(module_name(key))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name())
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and module_name(key) in self._modules
+        return isinstance(key, str) and super().__contains__(module_name(key))
 
     def keys(self) -> KeysView[str]:
         return self._by_name().keys()
@@ -52,4 +52,4 @@ class NamedModules(nn.ModuleDict):
         return self._by_name().items()
 
     def _by_name(self) -> dict[str, Any]:
-        return {modality_name(registered): module for registered, module in self._modules.items()}
+        return {modality_name(registered): module for registered, module in super().items()}

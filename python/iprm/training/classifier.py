@@ -253,11 +253,12 @@ class FusionClassifier(L.LightningModule):
         if self.automatic_optimization:
             update = next(updates)
             self._watch(inputs, target, update)
+            self.means.update(update.output, target)
             return loss_of(update)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         for update in updates:
-            self._watch(inputs, None, update)
+            self._watch(inputs, target, update)
             optimizer.zero_grad()
             self.manual_backward(loss_of(update))
             with self.driver.scaled_rates(optimizer.optimizer):
@@ -265,10 +266,8 @@ class FusionClassifier(L.LightningModule):
         self.means.update(update.output, target)
         return None
 
-    def _watch(self, inputs: Mapping[str, Input], target: Tensor | None, update: Update) -> None:
-        self.guard.watch(self.batches - 1, inputs, self.driver.features, update.output)
-        if target is not None:
-            self.means.update(update.output, target)
+    def _watch(self, inputs: Mapping[str, Input], target: Tensor, update: Update) -> None:
+        self.guard.watch(self.batches - 1, inputs, self.driver.features, update.output, target)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Lightning calls this after gradients are reduced and unscaled, before they are clipped."""
@@ -380,7 +379,7 @@ class FusionClassifier(L.LightningModule):
         features, output = self.model.with_features(inputs, target)
         output = self.driver.predicted(output)
         if len(target):  # a process may have no rows of a split's last batch
-            self.evaluation_guard.watch(batch_idx, inputs, features, output)
+            self.evaluation_guard.watch(batch_idx, inputs, features, output, target)
         metrics.update(output, target)
 
     def _log_metrics(self, stage: str, metrics: EpochMetrics) -> dict[str, Tensor]:

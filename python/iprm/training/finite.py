@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from iprm.encoders.description import Input, flat
+from iprm.fusion.module import IGNORE_INDEX
 from iprm.fusion.output import FusionOutput
 
 
@@ -35,8 +36,16 @@ class FiniteGuard:
         self._names: list[str] = []
         self._seen = 0
 
-    def watch(self, step: int, inputs: Mapping[str, Input], features: Mapping[str, Tensor], output: FusionOutput) -> None:
-        """Records which of the tensors are not finite at this step.
+    def watch(
+        self,
+        step: int,
+        inputs: Mapping[str, Input],
+        features: Mapping[str, Tensor],
+        output: FusionOutput,
+        target: Tensor | None = None,
+    ) -> None:
+        """Records which of the tensors are not finite at this step. The loss of a batch without any label, a mean over no rows,
+        is NaN with zero gradients, and is not recorded if `target` (B,) is given.
 
         Raises:
             NonFiniteError: at once on the CPU; on a GPU, every `interval` steps.
@@ -47,6 +56,8 @@ class FiniteGuard:
         if not outcome.is_cuda and all(_is_finite(x) for x in watched):
             return
         faulty = torch.stack([_faulty(x) for x in watched])
+        if target is not None:
+            faulty[-1] &= (target != IGNORE_INDEX).any()
         if self._first is None:
             self._names = [f"modality {m!r}: its input is not finite" for m in floating]
             self._names += [f"modality {m!r}: its encoder gives features that are not finite" for m in features]

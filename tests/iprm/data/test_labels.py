@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from iprm.data.module import MultimodalData
 from iprm.data.split import Split
 from iprm.errors import InputError
 from iprm.training.checkpoint import read_checkpoint
+from iprm.training.classifier import FusionClassifier
 
 Y = np.arange(60) % 3
 WORDS = np.array(["whale", "cat", "dog"])
@@ -216,3 +218,26 @@ def test_classes_that_only_the_test_split_has_are_told_by_name(tmp_path, caplog)
     data = make_data("features", path=save(tmp_path, arrays() | {"y": words, "split": split}))
     assert data.classes == ("cat", "dog", "owl", "whale")
     assert "1 row of test with labels beyond those of train, class owl: they cannot be learned" in caplog.text
+
+
+class HalfLabelled(MultimodalData):
+    """Eight labelled rows of 64 in training and validation."""
+
+    def read(self) -> dict[str, Split]:
+        rng = torch.Generator().manual_seed(0)
+        y = torch.arange(64) % 3
+        x = torch.randn(64, 4, generator=rng) + y[:, None]
+        left_out = torch.arange(64) >= 8
+        return {
+            name: Split({"a": x, "b": -x}, y.where(~left_out, torch.tensor(-100)) if name != "test" else y, {})
+            for name in ("train", "val", "test")
+        }
+
+
+def test_a_users_own_dataset_may_have_batches_without_any_label():
+    data = HalfLabelled(batch_size=4)
+    model = FusionClassifier(data.inputs, data.num_classes, feature_dim=8)
+    trainer = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    trainer.fit(model, datamodule=data)
+    metrics = trainer.callback_metrics
+    assert all(metrics[name].isfinite() for name in ("train_loss", "val_loss", "val_accuracy", "val_map", "val_macro_f1"))
