@@ -25,7 +25,7 @@ def plain_parameters(heads: Iterable[nn.Module], width: int, classes: int) -> li
     """
     if _has_any_global_hook() or nn.Linear.forward is not _LINEAR_FORWARD:
         return None
-    found = []
+    found: list[LinearParameters] = []
     for head in heads:
         if type(head) is not nn.Linear or "forward" in head.__dict__:
             return None

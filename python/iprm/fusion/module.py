@@ -165,8 +165,8 @@ def sum_logits(logits_by: Mapping[str, Tensor]) -> Tensor:
 
 
 def _integer(value: Any) -> int | None:
-    """An integer of Python, numpy or torch, such as ``y.max() + 1`` of an array, as an int; None for anything else."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+    """An integer of Python or numpy, such as ``y.max() + 1`` of an array, as an int; None for anything else."""
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor):
         value = value.item()
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
