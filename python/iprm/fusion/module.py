@@ -15,6 +15,7 @@ from iprm.distributed import process_group
 from iprm_kernels.arguments import dense, labels
 from iprm_kernels.collectives import joint_sums, weighted
 
+from .heads import logits_of
 from .output import FusionOutput
 
 IGNORE_INDEX = -100  # default of torch.nn.functional.cross_entropy: a sample with this label enters no loss
@@ -80,6 +81,10 @@ class FusionModule(nn.Module, ABC):
         if not self.projections:
             return dict(features)
         return {name: self.projections[name](x) if name in self.projections else x for name, x in features.items()}
+
+    def _logits(self, name: str, head: nn.Module, x: Tensor) -> Tensor:
+        """Calls a head, whose name is for errors.  (B, D) -> (B, C)"""
+        return logits_of(name, head, x, self.num_classes, self.training)
 
     def _with_losses(
         self, logits: Tensor, logits_by: dict[str, Tensor], target: Tensor | None, heads: Iterable[str]
