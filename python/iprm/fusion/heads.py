@@ -50,6 +50,8 @@ def logits_of(name: str, head: nn.Module, x: Tensor, classes: int, training: boo
     """
     if isinstance(head, nn.Linear) and not isinstance(head, nn.LazyLinear) and head.in_features != x.shape[1]:
         raise _refused(name, head, f"a head for features of width {x.shape[1]}, got one for {head.in_features}")
+    if training and x.requires_grad and torch.is_grad_enabled() and _quantised(head):
+        raise _refused(name, head, "a head with a gradient, got a quantised one, which is for evaluation alone")
     logits = head(x)
     expected = f"an output of shape {(*x.shape[:1], classes)}"
     if not isinstance(logits, Tensor):
@@ -58,8 +60,6 @@ def logits_of(name: str, head: nn.Module, x: Tensor, classes: int, training: boo
         raise _refused(name, head, f"{expected}, got {tuple(logits.shape)}")
     if logits.is_quantized or not logits.is_floating_point():
         raise _refused(name, head, f"floating logits, got {logits.dtype}")
-    if training and x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad and _quantised(head):
-        raise _refused(name, head, "a head with a gradient, got a quantised one, which is for evaluation alone")
     return logits
 
 
