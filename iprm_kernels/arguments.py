@@ -38,7 +38,7 @@ def real_number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def rows(name: str, value: Any, shape: str = "(..., D)") -> None:
@@ -221,7 +221,7 @@ def cross_entropy_options(label_smoothing: Any, ignore_index: Any) -> None:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
+    if not -(2**63) <= int(ignore_index) < 2**63:
         raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index}")
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 CLASSES, WIDTH = 5, 12
 
@@ -25,11 +26,22 @@ class Model(nn.Module):
 
     def __init__(self, method: str, modalities: tuple[str, ...], options: dict[str, Any]) -> None:
         super().__init__()
+        self.checkpointed = False
         self.encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(7, WIDTH), nn.Tanh()) for name in modalities})
         self.fusion = build(method, WIDTH, CLASSES, modalities, **options).fusion
 
     def forward(self, inputs: dict[str, Tensor], target: Tensor) -> Any:
+        return (
+            checkpoint(self._whole, inputs, target, use_reentrant=False) if self.checkpointed else self._whole(inputs, target)
+        )
+
+    def _whole(self, inputs: dict[str, Tensor], target: Tensor) -> Any:
         return self.fusion({name: encoder(inputs[name]) for name, encoder in self.encoders.items()}, target)
+
+    def replace_heads(self) -> None:
+        """Puts perceptrons in the place of the mixture heads, so that no head step is fused."""
+        for name in self.fusion.mix_heads:
+            self.fusion.mix_heads[name] = nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, CLASSES))
 
 
 def train(
@@ -43,14 +55,21 @@ def train(
     ignored: float = 0.0,
     sharded: bool = False,
     apart: bool = False,
+    replaced: bool = False,
+    checkpointed: bool = False,
 ) -> list[dict[str, Any]]:
     """Results of this process in each step: loss, gradients, ω, λ, and the sizes of the all-reduced tensors.
 
     joint: rows per joint batch; the last one of an epoch has `rows` % `joint`. ignored: fraction of labels that are -100.
     sharded: use FSDP2 instead of DistributedDataParallel. apart: each process starts with a λ of its own; that of rank 0 holds.
+    replaced: of the heads, those of the mixtures. checkpointed: encoders and fusion are recomputed in the backward pass.
     """
     torch.manual_seed(0)
-    model = Model(method, modalities, options or {}).double()
+    model = Model(method, modalities, options or {})
+    if replaced:
+        model.replace_heads()
+    model.double()
+    model.checkpointed = checkpointed
     if apart:
         model.fusion.weight += 0.25 * rank()
     inputs = {name: torch.randn(rows, 7, dtype=torch.float64) for name in modalities}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from iprm.encoders.named_modules import NamedModules
 from iprm.errors import plain_number
 
-from .heads import logits_of, plain_parameters
+from .heads import plain_parameters
 from .module import FusionModule, sum_logits
 from .output import FusionOutput
 
@@ -34,7 +34,7 @@ class Concat(FusionModule):
         features, target = self._checked(features, target)
         linear = plain_parameters([self.head], sum(self.widths.values()), self.num_classes)
         if linear is None:
-            logits = logits_of("head", self.head, torch.cat(list(features.values()), dim=1), self.num_classes)
+            logits = self._logits("head", self.head, torch.cat(list(features.values()), dim=1))
             return self._with_losses(logits, self._contributions(features), target, ["fused"])
         ((weight, bias),) = linear
         columns = weight.split(list(self.widths.values()), dim=1)  # (C, D_m) each
@@ -90,8 +90,8 @@ class DGL(Concat):
 
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         features, target = self._checked(features, target)
-        logits = logits_of("head", self.head, torch.cat([x.detach() for x in features.values()], dim=1), self.num_classes)
-        own = {name: logits_of(f"heads[{name!r}]", self.heads[name], x, self.num_classes) for name, x in features.items()}
+        logits = self._logits("head", self.head, torch.cat([x.detach() for x in features.values()], dim=1))
+        own = {name: self._logits(f"heads[{name!r}]", self.heads[name], x) for name, x in features.items()}
         logits_by = own | {"fused": logits}
         output = self._with_losses(logits, logits_by, target, logits_by)
         if output.loss is None:
@@ -119,9 +119,9 @@ class Weight(FusionModule):
         x = torch.stack(list(features.values()))  # (M, B, D)
         # the quotient of softmaxes is the softmax of their logarithms, which has no 0/0 where all of them underflow
         weighted = x.log_softmax(dim=2).softmax(dim=0).to(x.dtype) * x
-        logits = logits_of("head", self.head, weighted.sum(0), self.num_classes)
+        logits = self._logits("head", self.head, weighted.sum(0))
         if plain_parameters([self.head], weighted.shape[2], self.num_classes) is None:  # which may take only (B, D)
-            parts = [logits_of("head", self.head, own, self.num_classes) for own in weighted.unbind()]
+            parts = [self._logits("head", self.head, own) for own in weighted.unbind()]
         else:
             parts = list(self.head(weighted).unbind())
         logits_by = dict(zip(features, parts, strict=True))

@@ -25,7 +25,7 @@ def plain_parameters(heads: Iterable[nn.Module], width: int, classes: int) -> li
     """
     if _has_any_global_hook() or nn.Linear.forward is not _LINEAR_FORWARD:
         return None
-    found = []
+    found: list[LinearParameters] = []
     for head in heads:
         if type(head) is not nn.Linear or "forward" in head.__dict__:
             return None
@@ -41,14 +41,17 @@ def plain_parameters(heads: Iterable[nn.Module], width: int, classes: int) -> li
     return found
 
 
-def logits_of(name: str, head: nn.Module, x: Tensor, classes: int) -> Tensor:
+def logits_of(name: str, head: nn.Module, x: Tensor, classes: int, training: bool) -> Tensor:
     """Calls a head, hooks included.  (B, D) -> (B, C)
 
     Raises:
-        InputError: a linear head of another width, or an output that is not (B, C) logits; the message has the `name`.
+        InputError: a linear head of another width, an output that is not (B, C) logits, or in training a quantised head, which
+            would leave the features without its gradient; the message has the `name`.
     """
     if isinstance(head, nn.Linear) and not isinstance(head, nn.LazyLinear) and head.in_features != x.shape[1]:
         raise _refused(name, head, f"a head for features of width {x.shape[1]}, got one for {head.in_features}")
+    if training and x.requires_grad and torch.is_grad_enabled() and _quantised(head):
+        raise _refused(name, head, "a head with a gradient, got a quantised one, which is for evaluation alone")
     logits = head(x)
     expected = f"an output of shape {(*x.shape[:1], classes)}"
     if not isinstance(logits, Tensor):
@@ -58,6 +61,10 @@ def logits_of(name: str, head: nn.Module, x: Tensor, classes: int) -> Tensor:
     if logits.is_quantized or not logits.is_floating_point():
         raise _refused(name, head, f"floating logits, got {logits.dtype}")
     return logits
+
+
+def _quantised(head: nn.Module) -> bool:
+    return any(type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")) for module in head.modules())
 
 
 def _refused(name: str, head: nn.Module, what: str) -> InputError:

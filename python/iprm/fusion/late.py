@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from iprm.encoders.named_modules import NamedModules
 
-from .heads import logits_of
 from .module import FusionModule, sum_logits
 from .output import FusionOutput
 
@@ -27,7 +26,7 @@ class Sum(FusionModule):
 
     def forward(self, features: Mapping[str, Tensor], target: Tensor | None = None) -> FusionOutput:
         features, target = self._checked(features, target)
-        logits_by = {name: logits_of(f"heads[{name!r}]", self.heads[name], x, self.num_classes) for name, x in features.items()}
+        logits_by = {name: self._logits(f"heads[{name!r}]", self.heads[name], x) for name, x in features.items()}
         heads = (*(("fused",) if self.fused_loss else ()), *(logits_by if self.unimodal_losses else ()))
         return self._with_losses(sum_logits(logits_by), logits_by, target, heads)
 

@@ -17,6 +17,7 @@ from iprm.names import check_modality
 from iprm_kernels.arguments import dense, labels
 from iprm_kernels.collectives import joint_sums, weighted
 
+from .heads import logits_of
 from .output import FusionOutput
 
 IGNORE_INDEX = -100  # default of torch.nn.functional.cross_entropy: a sample with this label enters no loss
@@ -82,6 +83,10 @@ class FusionModule(nn.Module, ABC):
         if not self.projections:
             return dict(features)
         return {name: self.projections[name](x) if name in self.projections else x for name, x in features.items()}
+
+    def _logits(self, name: str, head: nn.Module, x: Tensor) -> Tensor:
+        """Calls a head, whose name is for errors.  (B, D) -> (B, C)"""
+        return logits_of(name, head, x, self.num_classes, self.training)
 
     def _with_losses(
         self, logits: Tensor, logits_by: dict[str, Tensor], target: Tensor | None, heads: Iterable[str]
@@ -167,8 +172,8 @@ def sum_logits(logits_by: Mapping[str, Tensor]) -> Tensor:
 
 
 def _integer(value: Any) -> int | None:
-    """An integer of Python, numpy or torch, such as ``y.max() + 1`` of an array, as an int; None for anything else."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+    """An integer of Python or numpy, such as ``y.max() + 1`` of an array, as an int; None for anything else."""
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, Tensor):
         value = value.item()
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 

@@ -65,7 +65,7 @@ class PairState(FusionModule):
         self.register_load_state_dict_post_hook(_recount)
 
     def _begin(
-        self, features: dict[str, Tensor], target: Tensor | None, parameters: list[Tensor]
+        self, features: dict[str, Tensor], target: Tensor | None, parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[int], Pass | None]:
         """λ and the drawn pairs of a pass: its own, or those of the pass that it repeats (see `repetition`)."""
         if torch.compiler.is_compiling():
@@ -90,18 +90,17 @@ class PairState(FusionModule):
         strength: Tensor,
         kl: Tensor,
         features: dict[str, Tensor],
-        parameters: list[Tensor],
+        parameters: Sequence[Tensor],
     ) -> bool:
         """Updates λ after a new pass. False if the pass was taken for a repetition, but measured another KL: it runs anew."""
         rows = len(next(iter(features.values())))
         if begun is None:
             self._advance(drawn, strength, rows)
             return True
-        new = begun.kl is None
-        if in_backward() and not new:
+        if begun.kl is not None and in_backward():
             return True
         remembered = may_be_recomputed()
-        if new:
+        if begun.kl is None:
             self._advance(drawn, strength, rows)
             self._history.measured(begun, kl, self.weight, parameters)
         elif not remembered and not torch.equal(begun.kl, kl):

@@ -16,7 +16,7 @@ from iprm.names import pair_names
 from iprm_kernels import autocast
 from iprm_kernels.collectives import all_reduce_sum, joint_sums
 
-from .heads import logits_of, plain_parameters
+from .heads import plain_parameters
 from .module import IGNORE_INDEX, cross_entropy, sum_logits
 from .output import FusionOutput
 from .pair_state import PairState
@@ -195,11 +195,11 @@ class ProbeRebalance(PairState):
 
     def _unimodal(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The logits of each modality by its own head.  (B, D) each -> (B, C) each"""
-        return {name: logits_of(f"heads[{name!r}]", self.heads[name], x, self.num_classes) for name, x in features.items()}
+        return {name: self._logits(f"heads[{name!r}]", self.heads[name], x) for name, x in features.items()}
 
     def _mix_head(self, pair: int) -> Callable[[Tensor], Tensor]:
         name = self.mix_head_names[pair]
-        return functools.partial(logits_of, f"mix_heads[{name!r}]", self.mix_heads[name], classes=self.num_classes)
+        return functools.partial(self._logits, f"mix_heads[{name!r}]", self.mix_heads[name])
 
     def _probe_and_rebalance(
         self, drawn: list[int], features: dict[str, Tensor], unimodal: dict[str, Tensor], weight: Tensor

@@ -11,9 +11,9 @@ Two kinds of repetition are recognised.
    measured KL must be equal as well, which notices parameters modified through ``.data``, whose version does not change.
 
 Limits: passes of bit-identical features in different tensors that are pending at the same time are told apart by their order
-alone, newest first. More than `PENDING` passes between a pass and its backward pass. Compiled code does not run this: of a
-compiled module, only the last pass can be recomputed, and nothing of the second kind is recognised. In a run of several processes
-the second kind is not recognised either: processes that disagreed would wait for each other's collectives.
+alone, newest first. More than `PENDING` passes between a pass and its backward pass are too many. Compiled code does not run
+this: of a compiled module, only the last pass can be recomputed, and nothing of the second kind is recognised. In a run of
+several processes the second kind is not recognised either: processes that disagreed would wait for each other's collectives.
 """
 
 from __future__ import annotations

@@ -286,7 +286,7 @@ def test_fixed_features_in_every_step(reentrant):
     assert_identical(*found)
 
 
-@pytest.mark.parametrize("options", [{}, {"passes": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param({"passes": 1}, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("outside", [False, True], ids=["checkpoint-compiled", "compiled-module-checkpointed"])
 def test_compiled(outside, backend, options):

@@ -373,6 +373,22 @@ def test_a_head_that_cannot_work_is_refused_by_name(name, head, message, trainin
     assert fusion.steps == 0
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.ao, which moves to torchao
+@pytest.mark.parametrize("name", ["heads['x']", "mix_heads['x_y']"])
+def test_a_quantised_head_is_for_evaluation(name):
+    fusion, features = ProbeRebalance(D, C), {name: torch.randn(B, D) for name in "xy"}
+    heads, key = fusion.heads if name.startswith("heads") else fusion.mix_heads, name.split("'")[1]
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(heads[key]), {nn.Linear}, dtype=torch.qint8)[0]
+    expected = fusion.eval()(features).logits
+    heads[key] = quantised
+    assert fusion(features).logits.isfinite().all()
+    assert (fusion(features).logits - expected).abs().max() < 0.1
+    fusion.train()
+    with pytest.raises(InputError, match="expected a head with a gradient, got a quantised one") as refusal:
+        fusion({name: x.requires_grad_() for name, x in features.items()}, torch.zeros(B, dtype=torch.int64))
+    assert str(refusal.value).startswith(name)
+
+
 # baselines
 
 

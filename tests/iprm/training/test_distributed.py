@@ -20,11 +20,15 @@ CASES = {
     "sharded": {"processes": 2, "sharded": True, "modalities": ("sound", "image", "text")},
     "λ of its own on each": {"processes": 2, "apart": True, "steps": 4},
     "a baseline": {"processes": 2, "method": "joint"},
+    "replaced heads": {"processes": 2, "replaced": True, "steps": 10},
+    "labels left out, replaced heads": {"processes": 4, "replaced": True, "ignored": 0.5, "steps": 10},
+    "checkpointed": {"processes": 2, "checkpointed": True, "steps": 10},
+    "checkpointed and sharded": {"processes": 2, "checkpointed": True, "sharded": True, "replaced": True, "steps": 10},
 }
 
 
 #: Cases that differ from another one in the method alone, or in the number of processes.
-SLOW = ("three modalities on four", "linear mixup", "one pass", "a baseline")
+SLOW = ("three modalities on four", "linear mixup", "one pass", "a baseline", "labels left out, replaced heads")
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES])
