@@ -96,7 +96,9 @@ class RunRecord(L.Callback):
         config.ckpt_path = None
         if any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             config.data.init_args.batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-            config.trainer.callbacks = [callback for callback in as_list(config.trainer.callbacks) if not _finds_batch_size(callback)]
+            config.trainer.callbacks = [
+                callback for callback in as_list(config.trainer.callbacks) if not _finds_batch_size(callback)
+            ]
         return config
 
 

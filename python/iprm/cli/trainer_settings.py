@@ -42,6 +42,10 @@ def check_trainer_settings(config: Any) -> None:
     clip = config.trainer.gradient_clip_val
     if clip is not None and not 0 <= clip < math.inf:
         raise InputError(f"trainer.gradient_clip_val: expected a number from 0 up, got {clip}")
+    if "spawn" in str(config.trainer.strategy):
+        raise InputError(
+            f"trainer.strategy: expected ddp or fsdp2, whose processes run the command, got {config.trainer.strategy}"
+        )
     interval = config.trainer.val_check_interval
     if isinstance(interval, (int, float)) and not interval > 0:
         raise InputError(f"trainer.val_check_interval: expected a number above 0, got {interval}")
@@ -52,7 +56,9 @@ def check_processes(trainer: L.Trainer) -> None:
     would wait for other machines that no launcher starts."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
-        raise InputError(f"trainer.num_nodes: {trainer.num_nodes} machines need torchrun or SLURM, which start a process on each")
+        raise InputError(
+            f"trainer.num_nodes: {trainer.num_nodes} machines need torchrun or SLURM, which start a process on each"
+        )
     most = max(available_cores(), FEW_PROCESSES)
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
         raise InputError(f"trainer.devices: expected at most {most} processes on this CPU, got {trainer.num_devices}")

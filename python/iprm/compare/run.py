@@ -67,7 +67,9 @@ def make_jobs(
             _refuse_other_data(jobs[-1].folder, data)
     before = dict(flattened(settings_of_comparison(folder).get("settings", {})))
     if before:  # its methods may be others than those of these runs
-        _refuse_other(folder, "comparison", before, {name: value for name, value in config.items() if name != "seed_everything"})
+        _refuse_other(
+            folder, "comparison", before, {name: value for name, value in config.items() if name != "seed_everything"}
+        )
     return names, jobs
 
 

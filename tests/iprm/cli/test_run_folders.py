@@ -59,7 +59,13 @@ def test_six_runs_of_fit_that_start_at_once_leave_six_runs(tmp_path):
     assert len(runs) == 6
     assert sorted(yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] for run in runs) == list(range(6))
     for run in runs:
-        assert {path.name for path in run.iterdir()} >= {"checkpoints", "config.yaml", "diagnostics.json", "metrics.csv", "states"}
+        assert {path.name for path in run.iterdir()} >= {
+            "checkpoints",
+            "config.yaml",
+            "diagnostics.json",
+            "metrics.csv",
+            "states",
+        }
         assert len(list(run.glob("events.out.tfevents.*"))) == 1
 
 
@@ -75,12 +81,16 @@ def test_a_folder_that_another_process_has_just_created_is_not_taken(tmp_path):
 
 
 def test_a_new_folder_is_removed_if_the_command_fails_before_it_writes(tmp_path):
-    with pytest.raises(KeyError), created(tmp_path / "a/b"):
+    def fail(*written: Path) -> None:
+        for path in written:
+            path.touch()
         raise KeyError
+
+    with pytest.raises(KeyError), created(tmp_path / "a/b"):
+        fail()
     assert not list(tmp_path.iterdir())
     with pytest.raises(KeyError), created(tmp_path / "a/b") as folder:
-        (folder / "result").touch()
-        raise KeyError
+        fail(folder / "result")
     assert (tmp_path / "a/b/result").exists()
 
 

@@ -204,7 +204,9 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run, tmp_path, options):
         resumed(run, tmp_path, *options)
     after = files(run)
     if "EarlyStopping" in options:
-        before, after = ({path: text for path, text in found.items() if path.name == "config.yaml"} for found in (before, after))
+        before, after = (
+            {path: text for path, text in found.items() if path.name == "config.yaml"} for found in (before, after)
+        )
     assert after == before
     resumed(run, tmp_path)
 
