@@ -64,7 +64,7 @@ class FitCLI(FusionCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         self.model.check_training(self.datamodule.batch_size)
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if self.config.ckpt_path and isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
                 raise InputError(f"{type(callback).__name__} cannot be used in a run that starts from a checkpoint")
 

@@ -14,7 +14,6 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.table import Table
 
 from iprm.environment import chosen_backends, versions
@@ -22,6 +21,7 @@ from iprm.files import created
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Profile, StageProfiler
 from iprm.training.callbacks.run_state import RunState
+from iprm.training.lightning import first_process
 
 from .console import table, wide_console
 from .fusion_cli import FusionCLI, as_list, run
@@ -66,7 +66,7 @@ class ProfileCLI(FusionCLI):
         return super().instantiate_trainer(profiler=self.profiler, callbacks=callbacks, **TRAINER, **kwargs)
 
     def execute(self) -> None:
-        if rank_zero_only.rank != 0:
+        if not first_process():
             self._profile()
             return
         folder = Path(self.config.output or f"runs/profile-{datetime.datetime.now():%Y%m%d-%H%M%S}")
