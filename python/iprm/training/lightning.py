@@ -60,7 +60,7 @@ def resume_at_epoch_start(trainer: L.Trainer) -> None:
 
 
 def first_process() -> bool:
-    """Whether this is the first process of a run, from the environment of its launcher: also before the processes are connected.
+    """Whether this is the first process of a run, as its launcher has set it: known before the processes are connected.
 
     Name: `rank_zero_only.rank`.
     """
