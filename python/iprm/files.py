@@ -40,8 +40,10 @@ def new_folder(candidates: Iterable[Path]) -> Path:
 
 @contextlib.contextmanager
 def created(folder: Path, *, anew: bool = False) -> Iterator[Path]:
-    """Creates the folder, with `anew` under a name that does not exist yet: NAME, NAME-1, ... If an exception leaves the context,
-    the new folders in which nothing was written are removed."""
+    """Creates the folder, with `anew` under a name that does not exist yet: NAME, NAME-1, ...
+
+    If an exception leaves the context, the new folders in which nothing was written are removed.
+    """
     names = itertools.chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1)))
     absent = _absent(folder)
     if anew:

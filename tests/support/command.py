@@ -31,7 +31,7 @@ def iprm(folder: Path, *arguments: str) -> Outcome:
 
 
 def refused(folder: Path, *arguments: str) -> str:
-    """The message of a command that is refused, without the name of the program: one line, exit code 2, and nothing was written."""
+    """The message of a command that is refused, without the program's name: one line, exit code 2, and nothing was written."""
     before = sorted(folder.rglob("*"))
     code, out, err = iprm(folder, *arguments)
     assert (code, out) == (2, "")

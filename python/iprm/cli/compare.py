@@ -157,6 +157,8 @@ def _report(folder: Path) -> Comparison:
 class _ComparedRun(FitCLI):
     """`iprm fit` without output, followed by a test of the best checkpoint on validation."""
 
+    says_how_to_continue = False  # the command says it once for all runs
+
     def __init__(self, arguments: dict[str, Any], folder: Path, advance: Advance) -> None:
         self.clock = Clock(advance)
         super().__init__(arguments, folder)
@@ -169,9 +171,6 @@ class _ComparedRun(FitCLI):
         trainer = self.config_init.trainer
         trainer.enable_progress_bar = False  # set here, so that config.yaml equals that of `iprm fit`
         return super().instantiate_trainer(callbacks=[*as_list(trainer.callbacks), self.clock], **options)
-
-    def say_how_to_continue(self, ended: str, folder: Path) -> None:
-        """Says nothing: the command says it once for all runs."""
 
     def execute(self) -> None:
         self.fit()

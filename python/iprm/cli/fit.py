@@ -55,6 +55,7 @@ class FitCLI(FusionCLI):
     """
 
     command = "fit"
+    says_how_to_continue = True
 
     def __init__(self, arguments: Sequence[str] | dict[str, Any], folder: Path | None = None) -> None:
         self.folder = folder
@@ -64,7 +65,7 @@ class FitCLI(FusionCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         self.model.check_training(self.datamodule.batch_size)
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if self.config.ckpt_path and isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
                 raise InputError(f"{type(callback).__name__} cannot be used in a run that starts from a checkpoint")
 
@@ -113,16 +114,13 @@ class FitCLI(FusionCLI):
                 interrupted = isinstance(end.__context__, KeyboardInterrupt)
                 if not interrupted and not isinstance(end, SIGTERMException):
                     raise
-                folder = self.record.resumable if self.record else None
-                if folder is not None:
-                    self.say_how_to_continue("interrupted" if interrupted else "stopped by SIGTERM", folder)
-                elif interrupted:
+                folder = self.record.resumable if self.record and self.says_how_to_continue else None
+                if folder is None and interrupted:
                     raise
+                if folder is not None and self.trainer.is_global_zero:
+                    ended = "interrupted" if interrupted else "stopped by SIGTERM"
+                    print(f"{ended}; to continue: iprm resume {shlex.quote(str(folder))}", file=sys.stderr)
                 raise SystemExit(INTERRUPTED if interrupted else STOPPED) from end
-
-    def say_how_to_continue(self, ended: str, folder: Path) -> None:
-        if self.trainer.is_global_zero:
-            print(f"{ended}; to continue: iprm resume {shlex.quote(str(folder))}", file=sys.stderr)
 
     def execute(self) -> None:
         kept = best_checkpoint(self.trainer)

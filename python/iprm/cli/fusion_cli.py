@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from iprm.configs import find_config, shipped
+from iprm.configs import find_config, load_config, shipped
 from iprm.data import DATASETS, dataset_class
 from iprm.data.labels import MOST_CLASSES
 from iprm.data.module import MultimodalData
@@ -180,9 +180,14 @@ def run(cli: type[FusionCLI], arguments: Sequence[str] | dict[str, Any], **optio
 
 
 def _resolve(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with names of shipped configurations replaced by paths, and names of datasets by import paths."""
+    """The arguments, with names of shipped configurations replaced by paths, and names of datasets by import paths.
+
+    Raises:
+        InputError: there is no such configuration or dataset, or a file of settings is none.
+    """
     resolved: list[str] = []
     names = {"--config": _config_file, "-c": _config_file, "--data": _class_path, "--data.help": _class_path}
+    names |= dict.fromkeys(("--trainer", "--model", "--optimizer", "--lr_scheduler", "--state"), _settings_file)
     for argument in arguments:
         option, separator, value = argument.partition("=")
         if separator and option in names:
@@ -194,18 +199,21 @@ def _resolve(arguments: Sequence[str]) -> list[str]:
     return resolved
 
 
-def _config_file(name: str) -> Path:
-    path = find_config(name)
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected settings in YAML, as UTF-8 text") from error
-    return path
+def _config_file(name: str) -> str:
+    load_config(name)  # whose errors name the file
+    return str(find_config(name))
+
+
+def _settings_file(name: str) -> str:
+    """The value of a setting that may be the path of a file with several."""
+    if Path(name).is_file():
+        load_config(name)
+    return name
 
 
 def _class_path(name: str) -> str:
     """The import path of a dataset given by name or import path."""
     if "." in name:
-        return name
+        return _settings_file(name)
     cls = dataset_class(name)
     return f"{cls.__module__}.{cls.__qualname__}"

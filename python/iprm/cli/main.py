@@ -119,7 +119,7 @@ def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) ->
     from iprm.environment import check_variables
     from iprm.training.finite import NonFiniteError
 
-    from .refusals import refusal
+    from .refusals import error_of_user, refusal
 
     check_variables()
     try:
@@ -130,7 +130,8 @@ def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) ->
         print(f"iprm: stopped at {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        reason = refusal(error)
-        if reason is None:
+        if (reason := refusal(error)) is not None:
+            raise InputError(reason) from error
+        if (own := error_of_user(error)) is None or own is error:
             raise
-        raise InputError(reason) from error
+        raise own from None  # jsonargparse has wrapped it

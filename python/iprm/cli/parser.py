@@ -15,7 +15,7 @@ import jsonargparse
 from iprm.configs import shipped
 from iprm.errors import InputError, closest
 
-from .refusals import error_of_user
+from .refusals import brief, error_of_user
 
 #: jsonargparse's messages for an unknown option: of the parser, of a group, or of a class that another option names.
 UNKNOWN = re.compile(
@@ -39,6 +39,7 @@ class OneLineErrors:
             super().error(message, ex)  # type: ignore[misc]
         if ex is not None and (cause := error_of_user(ex)) is not None:  # in a module that a setting names
             raise cause
+        message = brief(message)
         if match := UNKNOWN.search(message):
             raise InputError(self._unknown(**match.groupdict()))
         raise InputError(f"{one_line(message)}; try {self.prog} --help")

@@ -22,6 +22,7 @@ from iprm.files import created
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Profile, StageProfiler
 from iprm.training.callbacks.run_state import RunState
+from iprm.training.lightning import first_process
 
 from .console import plain_console, print_table
 from .fusion_cli import FusionCLI, as_list, run
@@ -66,7 +67,7 @@ class ProfileCLI(FusionCLI):
         return super().instantiate_trainer(profiler=self.profiler, callbacks=callbacks, **TRAINER, **kwargs)
 
     def execute(self) -> None:
-        if rank_zero_only.rank != 0:
+        if not first_process():
             self._profile()
             return
         folder = Path(self.config.output or f"runs/profile-{datetime.datetime.now():%Y%m%d-%H%M%S}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from types import TracebackType
@@ -33,33 +34,69 @@ def refusal(error: BaseException) -> str | None:
     """
     if isinstance(error, InputError):
         return str(error)
-    if not isinstance(error, Exception) or error_of_user(error) is not None:
+    if not isinstance(error, Exception) or isinstance(error, SyntaxError) or error_of_user(error) is not None:
         return None
     frames = [name for name in _modules(error.__traceback__) if _package(name) not in sys.stdlib_module_names]
     raised_by = _package(frames[-1]) if frames else ""
     stepping = any(name.startswith(STEPS) for name in frames)
     by_settings = all(_package(name) not in OURS or name.startswith("iprm.cli.") for name in frames)
     checked = by_settings and raised_by in (CHECKERS if stepping else CHECKERS | CALLED)
+    if raised_by == "torch" and frames[-1].startswith("torch.optim."):  # a step with these settings
+        return f"{'lr_scheduler' if 'lr_scheduler' in frames[-1] else 'optimizer'}: {_message(error, False)}"
     misconfigured = type(error).__name__ == "MisconfigurationException"  # Lightning's, which is not imported for its name
     return _message(error, misconfigured) if checked or misconfigured else None
 
 
 def _message(error: Exception, spoken: bool) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(brief(str(error)).split())
     return text if text and (spoken or isinstance(error, SPOKEN)) else ": ".join(filter(None, (type(error).__name__, text)))
+
+
+#: jsonargparse's message of a value that none of several types accepts, without another such message within it.
+UNION = re.compile(
+    r"(?: *- Expected a path but .*\n *- )?Does not validate against any of the Union subtypes\n *Subtypes: .*\n *Errors:\n"
+    r"(?P<errors>(?:(?!.*Does not validate).*\n)*?) *Given value type: .*\n *Given value: .*"
+)
+#: Reasons within it that say no more than the type.
+TYPE_ALONE = re.compile(r"Expected an? (?!dot import path)|Not a valid subclass")
+
+
+def brief(message: str) -> str:
+    """A message of jsonargparse, reduced to the first reason that says more than the expected type, if there is one."""
+    while (shorter := UNION.sub(_first_reason, message)) != message:
+        message = shorter
+    return message
+
+
+def _first_reason(union: re.Match[str]) -> str:
+    margin = re.match(" *", union["errors"])
+    reasons = re.split(rf"^{margin[0] if margin else ''}- ", union["errors"], flags=re.MULTILINE)[1:]
+    return next((reason.rstrip() for reason in reasons if not TYPE_ALONE.match(reason)), union[0])
 
 
 def error_of_user(error: BaseException) -> BaseException | None:
     """The error, or the one of its causes, with a frame that is neither ours nor a library's."""
     known = CHECKERS | CALLED | OURS | sys.stdlib_module_names
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
+    waiting, seen = [error], set()
+    while waiting:
+        cause = waiting.pop()
+        if id(cause) in seen:
+            continue
         seen.add(id(cause))
         if any(_package(name) not in known for name in _modules(cause.__traceback__)):
             return cause
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        above = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        waiting += [*([above] if above else []), *_of_each_type(cause.__traceback__)]
     return None
+
+
+def _of_each_type(traceback: TracebackType | None) -> Iterator[BaseException]:
+    """The errors of all types that a value was tried as; jsonargparse chains the first alone."""
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code.co_name == "raise_union_unexpected_value":
+            yield from (error for error in frame.f_locals.get("exceptions", ()) if isinstance(error, BaseException))
+        traceback = traceback.tb_next
 
 
 def _modules(traceback: TracebackType | None) -> Iterator[str]:

@@ -11,12 +11,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from iprm.compare.runs import CONFIG
 from iprm.files import Added, locked, write_atomically
 from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.checkpoint import saved_states
+from iprm.training.lightning import first_process
 
 from .fusion_cli import as_list
 from .refusals import refusal
@@ -58,7 +58,7 @@ class RunRecord(L.Callback):
         Raises:
             InputError: another process trains in the folder.
         """
-        if rank_zero_only.rank != 0:
+        if not first_process():
             yield
             return
         folder = self._log.folder

@@ -42,6 +42,10 @@ def check_trainer_settings(config: Any) -> None:
     clip = config.trainer.gradient_clip_val
     if clip is not None and not 0 <= clip < math.inf:
         raise InputError(f"trainer.gradient_clip_val: expected a number from 0 up, got {clip}")
+    if "spawn" in str(config.trainer.strategy):
+        raise InputError(
+            f"trainer.strategy: expected ddp or fsdp2, whose processes run the command, got {config.trainer.strategy}"
+        )
     interval = config.trainer.val_check_interval
     if isinstance(interval, (int, float)) and not interval > 0:
         raise InputError(f"trainer.val_check_interval: expected a number above 0, got {interval}")

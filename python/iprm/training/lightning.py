@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 
@@ -56,6 +57,14 @@ def resume_at_epoch_start(trainer: L.Trainer) -> None:
     and count one step too many in the steps that loggers record.
     """
     trainer.fit_loop.epoch_loop.restarting = False
+
+
+def first_process() -> bool:
+    """Whether this is the first process of a run, as its launcher has set it: known before the processes are connected.
+
+    Name: `rank_zero_only.rank`.
+    """
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
 def skip_sigterm_broadcast(trainer: L.Trainer) -> None:

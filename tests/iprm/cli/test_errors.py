@@ -74,7 +74,7 @@ KEYS = {
     "data: {init_args: {batchsize: 3}}": "unknown option --data.batchsize: did you mean --data.batch_size?",
     "data: {class_path: digits}": "data: Expected a dot import path string: digits",
     "model: {method: concta}": "method: unknown name 'concta': did you mean 'concat'?",
-    "model: [": "Problems parsing config",
+    "model: [": "mine.yaml: not readable as YAML: while parsing a flow node",
 }
 
 

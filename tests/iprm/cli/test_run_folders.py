@@ -81,12 +81,16 @@ def test_a_folder_that_another_process_has_just_created_is_not_taken(tmp_path):
 
 
 def test_a_new_folder_is_removed_if_the_command_fails_before_it_writes(tmp_path):
-    with pytest.raises(KeyError), created(tmp_path / "a/b"):
+    def fail(*written: Path) -> None:
+        for path in written:
+            path.touch()
         raise KeyError
+
+    with pytest.raises(KeyError), created(tmp_path / "a/b"):
+        fail()
     assert not list(tmp_path.iterdir())
     with pytest.raises(KeyError), created(tmp_path / "a/b") as folder:
-        (folder / "result").touch()
-        raise KeyError
+        fail(folder / "result")
     assert (tmp_path / "a/b/result").exists()
 
 

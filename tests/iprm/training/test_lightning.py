@@ -16,6 +16,7 @@ import pytest
 import torch
 from iprm.data.datasets.features import Features
 from iprm.training import lightning
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.rank_zero import WarningCache
@@ -157,6 +158,12 @@ def test_lightning_asks_for_sigterm_by_the_method_that_is_replaced(tmp_path, mon
     lightning.skip_sigterm_broadcast(runner)
     with pytest.raises(StopIteration):  # it has gone on to fetch a batch
         loop.advance(iter(()))
+
+
+def test_the_first_process_is_known_before_the_processes_are_connected(monkeypatch):
+    assert lightning.first_process()
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert not lightning.first_process()
 
 
 def test_on_before_batch_transfer_calls_the_hook_of_data_or_model(tmp_path, data, monkeypatch):

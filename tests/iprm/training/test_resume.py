@@ -212,6 +212,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run, tmp_path, options):
 
 
 def test_a_run_is_not_resumed_by_two_processes_at_once(run, tmp_path):
+    save(tmp_path, arrays())
     before = files(run)
     with locked(run, "run"), pytest.raises(InputError, match=f"{run}: another process is using this run"):
         resumed(run, tmp_path)
