@@ -16,7 +16,11 @@ ABSENT = "–"
 SECONDS = "s/epoch"
 #: Most pairs that a note names.
 MOST_NAMED = 6
-ADVICE = "TODO alpha"
+#: tests/iprm/fusion/test_one_sided.py measures it.
+ADVICE = (
+    "Such a mixture does not learn from the other modality. To keep λ at 0.5: method iprm-one-pass with the options "
+    '{"alpha": 1, "ema_start": "released"}; see "λ goes to 0 or 1" in docs/troubleshooting.md'
+)
 
 
 class Table(NamedTuple):

@@ -9,6 +9,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -108,13 +109,18 @@ STRANGER += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 @pytest.mark.parametrize(
     "command", [["info"], ["compare", "--data", "digits", "--methods", "sum", "--seeds", "1", "--epochs", "1"]]
 )
-def test_a_user_whom_the_machine_does_not_know_runs_commands(tmp_path, command, home):
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+def test_a_user_whom_the_machine_does_not_know_runs_commands(command, home):
+    with tempfile.TemporaryDirectory() as name:  # the folders of pytest are closed to other users
+        folder = Path(name)
         folder.chmod(0o777)
+        _runs(folder, command, home)
+
+
+def _runs(folder: Path, command: list[str], home: str | None) -> None:
     kept = {name: value for name, value in os.environ.items() if name not in (*NAMES, *CACHES)}
     variables = kept | ({"HOME": home} if home else {}) | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     call = [*STRANGER, sys.executable, "-m", "iprm", *command]
-    done = subprocess.run(call, cwd=tmp_path, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(call, cwd=folder, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("\n") == (command != ["info"]), done.stderr
-    assert {path.name for path in tmp_path.iterdir()} <= {"runs"}
+    assert {path.name for path in folder.iterdir()} <= {"runs"}

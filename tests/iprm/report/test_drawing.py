@@ -162,7 +162,7 @@ def test_the_plot_of_twelve_modalities_names_the_pairs_farthest_from_the_middle_
     _, measured = figures.comparison_figure(Comparison(folder, read_runs([folder]))).axes
     names = [text.get_text() for text in measured.get_legend().get_texts()]
     assert len(names) == MOST_LINES
-    assert {"iprm: λ m0 × m1", "iprm: λ m10 × m11"} <= set(names), "at 0.3 and at 0.999"
+    assert {"iprm: λ m9 × m11", "iprm: λ m10 × m11"} <= set(names), "at 0.79 and at 0.999"
     assert measured.get_title() == "Named: the 12 of 66 that end farthest from 0.5."
     assert len([line for line in measured.lines if len(line.get_xdata()) == 5]) == 66
 
