@@ -268,9 +268,10 @@ __device__ __forceinline__ void project_tile(const Forward<T>& args, int64_t fir
     const S x_norm = square_root(xx), y_norm = square_root(yy), c = cosine(xx, yy, xy, S(kEps));
     S gap = S(1) + c;
     if (c < kNearAntipode<S> && x_norm > S(kEps) && y_norm > S(kEps)) {  // the same in all lanes; |x^ + y^|^2 / 2
+      const S inv_x = S(1) / x_norm, inv_y = S(1) / y_norm;
       S sum = 0;
       for (int64_t d = lane; d < head.columns; d += kWarp) {
-        const S both = S(head.x(first + r, d)) / x_norm + S(head.y(first + r, d)) / y_norm;
+        const S both = S(head.x(first + r, d)) * inv_x + S(head.y(first + r, d)) * inv_y;
         sum += both * both;
       }
       gap = warp_sum(sum) / S(2);

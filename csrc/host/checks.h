@@ -50,7 +50,8 @@ inline ScalarType floating_type(const Tensor& tensor, const char* name) {
   const ScalarType dtype = tensor.scalar_type();
   const bool narrow = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
   STD_TORCH_CHECK(
-      narrow || dtype == ScalarType::Float || dtype == ScalarType::Double, name, ": expected float16, bfloat16, float32 or float64, got type ", int(dtype));
+      narrow || dtype == ScalarType::Float || dtype == ScalarType::Double,
+      name, ": expected float16, bfloat16, float32 or float64, got type ", int(dtype));
   return dtype;
 }
 

@@ -25,7 +25,7 @@ from places import INTERPRETED
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 import iprm_kernels.head_step
-from iprm_kernels import backends
+from iprm_kernels.backends import kernels
 from iprm_kernels.convention import PROBE, REBALANCE, HeadInputs, HeadOutputs
 
 if INTERPRETED:
@@ -125,7 +125,7 @@ def test_sizes_of_zero_return_what_the_reference_returns(
     of = direct_calls.Sizes(rows, columns, classes, 2, [0, 1], torch.float32)
     arguments = direct_calls.valid_arguments(name, direct_calls.Memory(random.Random(0)), of)
     found = direct_calls.overload(name)(*arguments)
-    monkeypatch.setattr(iprm_kernels.head_step, "kernels", backends.kernels)
+    monkeypatch.setattr(iprm_kernels.head_step, "kernels", kernels)
     with iprm_kernels.use_backend("reference"):
         wanted = direct_calls.overload(name)(*arguments)
     for value, like in zip(found, wanted, strict=True):
