@@ -14,7 +14,6 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from iprm.compare.table import Table
 from iprm.environment import chosen_backends, versions
