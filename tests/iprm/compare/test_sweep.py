@@ -191,7 +191,7 @@ def test_a_comparison_is_shown_in_any_encoding(report, monkeypatch, encoding):
         sys.stdout.flush()
         shown = raw.getvalue().decode(encoding)
     assert "lambda" in shown
-    assert re.search(r"^iprm +\d+\.\d(\+-|±)\d+\.\d", shown, re.MULTILINE)
+    assert re.search(r"^iprm[ |]+\d+\.\d(\+-|±)\d+\.\d", shown, re.MULTILINE)
 
 
 # data and selection
