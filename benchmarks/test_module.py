@@ -17,7 +17,7 @@ import iprm_kernels as ik
 def versions_of(batch: int, width: int, classes: int) -> dict[str, Version]:
     """Loss and all gradients by the operator and by the module, of the same features, heads and labels.
 
-    Two sets of features alternate, because the module recognises a pass over the same tensors as a repetition, which is cheaper.
+    Two sets of features alternate: the module takes a pass over the same tensors for a repetition, which is cheaper.
     """
     torch.manual_seed(0)
     module = iprm.ProbeRebalance(width, classes, alpha=1.0).to(DEVICE)
