@@ -153,7 +153,7 @@ class PairState(FusionModule):
         return self
 
 
-@torch.library.custom_op("iprm::probing_weight", mutates_args=())
+@torch.library.custom_op("iprm_fusion::probing_weight", mutates_args=())
 def _probing_weight(weight: Tensor, probed: Tensor) -> Tensor:
     """A copy of λ; inside a backward pass, of the λ that the last pass probed with.
 
@@ -178,6 +178,8 @@ def _hash(count: int) -> int:
 
 
 def _recount(module: nn.Module, _: Any) -> None:
-    """Load hook: sets the host's step count from the restored buffer."""
+    """Load hook: sets the host's step count, and the buffer that checkpoints do not hold, from the restored buffers."""
     assert isinstance(module, PairState)
     module._draws = int(module.steps.sum())
+    if module._probed.is_meta:  # the module was made without memory, for `load_state_dict(assign=True)`
+        module._probed = module.weight.detach().clone()

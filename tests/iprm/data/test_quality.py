@@ -335,7 +335,7 @@ UNUSABLE = {
     "a configuration without data": (("model.yaml",), "no data: add --data"),
     "a configuration of no dataset": (("digit.yaml",), "module 'iprm.data.datasets.digits' has no attribute 'Digit'"),
     "a configuration of something else": (("else.yaml",), "does not correspond to a subclass of MultimodalData"),
-    "a file that is no configuration": (("text.yaml",), "Problems parsing config"),
+    "a file that is no configuration": (("text.yaml",), "text.yaml: not readable as YAML"),
     "nothing": ((), "required: data; try iprm check --help"),
 }
 CONFIGURATIONS = {
