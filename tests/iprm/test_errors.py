@@ -58,7 +58,7 @@ def test_every_real_number_is_one(value):
     "value",
     [
         *(True, np.True_, "0.5", None, 1j, np.complex64(1), math.nan, np.float32("nan"), np.float32("inf"), Decimal("NaN"), -1),
-        *(10**400, Fraction(10**400), np.array([0.5]), torch.tensor(0.5), np.str_("1"), np.datetime64("2020-01-01"), [0.5]),
+        *(10**400, Fraction(10**400), np.array([0.5]), torch.tensor([0.5]), np.str_("1"), np.datetime64("2020-01-01"), [0.5]),
     ],
     ids=repr,
 )

@@ -67,6 +67,11 @@ def first_process() -> bool:
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
+def next_version(logger: CSVLogger) -> int:
+    """The number after the highest of the folders ``version_<n>`` of a logger."""
+    return logger._get_next_version()
+
+
 def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
     """Lightning no longer exchanges between processes, after every batch, whether SIGTERM was received: `RunState` does.
 

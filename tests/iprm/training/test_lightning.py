@@ -224,7 +224,7 @@ def foreign(tree: ast.AST, names: set[str]) -> list[str]:
 
 
 #: Names of torch, and the public method of named tuples, that Lightning or jsonargparse define or call as well.
-OF_OTHERS = {"_apply", "_pytree", "_replace"}
+OF_OTHERS = {"_apply", "_pytree", "_replace", "_version", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"}
 FOLDER = Path(iprm.__file__).parent
 
 

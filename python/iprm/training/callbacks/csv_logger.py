@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from iprm.files import new_folder
-from iprm.training.lightning import first_process
+from iprm.training.lightning import first_process, next_version
 
 
 class RunLog(CSVLogger):
@@ -33,7 +33,7 @@ class RunLog(CSVLogger):
     def version(self) -> int | str:
         """The number or name of the run. Processes other than the first get a number that no folder has, and do not use it."""
         if self._version is None:
-            number = self._get_next_version()
+            number = next_version(self)
             if first_process():
                 root = Path(self.save_dir) / self.name
                 folder = new_folder(root / f"version_{n}" for n in itertools.count(number))
