@@ -67,8 +67,11 @@ def first_process() -> bool:
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
 
-def next_version(logger: CSVLogger) -> int:
-    """The number after the highest of the folders ``version_<n>`` of a logger."""
+def next_version(logger: L.pytorch.loggers.CSVLogger) -> int:
+    """The number after the highest of the folders ``version_<n>`` of a logger.
+
+    Name: `CSVLogger._get_next_version`.
+    """
     return logger._get_next_version()
 
 

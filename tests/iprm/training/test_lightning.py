@@ -177,6 +177,12 @@ def test_on_before_batch_transfer_calls_the_hook_of_data_or_model(tmp_path, data
     assert [len(x) for x in (*inputs.values(), target)] == [1, 1, 1]
 
 
+def test_next_version_is_the_number_after_the_highest(tmp_path):
+    for number in (0, 4):
+        (tmp_path / f"fit/version_{number}").mkdir(parents=True)
+    assert lightning.next_version(L.pytorch.loggers.CSVLogger(tmp_path, "fit")) == 5
+
+
 # names elsewhere
 
 
