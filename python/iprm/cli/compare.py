@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
 
 import iprm_kernels as ik
 from iprm.compare.run import DEFAULT_COMPARISON, Clock, Job, make_jobs, read_once
 from iprm.compare.runs import COMPARISON, TEST, read_runs, settings_of_comparison
 from iprm.compare.sweep import Advance, default_jobs, ended_by_sigterm, sweep
-from iprm.compare.table import Comparison, write
+from iprm.compare.table import Comparison, text, write
 from iprm.data import DATASETS
 from iprm.data.module import MultimodalData
 from iprm.environment import versions
@@ -25,7 +26,7 @@ from iprm.methods import METHODS
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 from iprm.training.checkpoint import saved_states, state_to_resume
 
-from .console import table, wide_console
+from .console import wide_console
 from .fit import STOPPED, FitCLI, fit_settings
 from .fusion_cli import as_list, run
 from .parser import PATH, Parser, at_least_one, dataset_arguments, divided
@@ -86,11 +87,11 @@ def compare_command(arguments: Sequence[str]) -> int:
             print(f"iprm: {done}; to continue, repeat the command with --output {folder}", file=sys.stderr)
         raise
     comparison = _report(folder)
-    shown = table(*(name.replace(" ", "\n") for name in comparison.table.head))
-    for place, row in enumerate(comparison.table.rows):
-        shown.add_row(*(cell.replace(" ±", "±") for cell in row), style="bold" if place in comparison.table.bold else None)
-    console = wide_console()
-    console.print(f"{comparison.title}\n", shown, "", sep="\n")
+    console, screen = wide_console(), Console()
+    for table in comparison.tables:
+        console.print(f"{table.title}\n")
+        for line, bold in text(table, screen.width if screen.is_terminal else None):
+            console.print(line, style="bold" if bold else None)
     for failure in comparison.failed:
         console.print(f"failed: {failure}")
     console.print(f"report: {folder}")

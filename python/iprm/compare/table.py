@@ -1,4 +1,4 @@
-"""The table of a comparison, computed from the folders of its runs; as Markdown and CSV."""
+"""The tables of a comparison, computed from the folders of its runs; as text, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .runs import Run, settings_of_comparison
+from .runs import Run, label, settings_of_comparison
 
 ABSENT = "–"
 SECONDS = "s/epoch"
@@ -26,8 +26,8 @@ class Table(NamedTuple):
 class Comparison:
     """Runs of several methods and seeds.
 
-    by_method: method -> its runs; finished: the runs with test metrics; table: test metrics by method, as mean and standard
-    deviation over seeds, accuracies in percent.
+    by_method: method -> its runs; finished: the runs with test metrics; tables: test metrics by method, as mean and standard
+    deviation over seeds, accuracies in percent; and, if there are measures other than one λ and its ω, these at the last epoch.
     """
 
     def __init__(self, folder: Path, runs: Sequence[Run]) -> None:
@@ -43,7 +43,7 @@ class Comparison:
         if len(self.finished) < expected:
             self.title += f"; {len(self.finished)} of {expected} runs"
         self.modalities = max((_modalities(run) for run in runs), key=len, default=[])
-        self.table = self._accuracies()
+        self.tables = [self._accuracies(), *self._measures()]
 
     def values(self, method: str, value: Callable[[Run], float | None]) -> list[float]:
         """`value` of each finished run of the method, without None."""
@@ -66,6 +66,17 @@ class Comparison:
         means = [statistics.fmean(values) if (values := self.accuracies(method)) else -1.0 for method in self.by_method]
         best = frozenset(place for place, mean in enumerate(means) if mean == max(means) >= 0 and len(means) > 1)
         return Table(self.title, ["method", *names, *(["λ"] if weighs else []), SECONDS], rows, best)
+
+    def _measures(self) -> list[Table]:
+        names = dict.fromkeys(
+            n for run in self.finished for n in run.measures if n != "weight" and not n.startswith("strength")
+        )
+        methods = [m for m, runs in self.by_method.items() if any(r.test and r.courses.keys() & names.keys() for r in runs)]
+        rows = [
+            [label(name, self.modalities), *(_cell(self.values(m, lambda r, n=name: r.last(n)), 2) for m in methods)]  # type: ignore[misc]
+            for name in names
+        ]
+        return [Table("At the last epoch", ["measure", *methods], rows)] if rows else []
 
 
 def _modalities(run: Run) -> list[str]:
@@ -90,6 +101,27 @@ def _cell(values: Sequence[float], digits: int) -> str:
     return f"{mean} ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def text(table: Table, width: int | None) -> Iterator[tuple[str, bool]]:
+    """The lines of the table, each with whether it is bold. Columns beyond `width` follow below, in further blocks that
+    repeat the first column; with None, all columns are in one block."""
+    heads = [name.rpartition(" ") for name in table.head]
+    lines = [[above for above, _, _ in heads], [below for *_, below in heads], *table.rows]
+    columns = list(zip(*([cell.replace(" ±", "±") for cell in line] for line in lines), strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    start = 1
+    while start < len(columns):
+        end = start + 1
+        while end < len(columns) and (width is None or sum(w + 1 for w in (widths[0], *widths[start : end + 1])) <= width + 1):
+            end += 1
+        for k, line in enumerate(zip(*(columns[0], *columns[start:end]), strict=True)):
+            cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[start:end], strict=True))]
+            yield " ".join(cells).rstrip(), k - 2 in table.bold
+            if k == 1:
+                yield "─".join("─" * w for w in (widths[0], *widths[start:end])), False
+        yield "", False
+        start = end
+
+
 def markdown(table: Table) -> str:
     lines = [table.head, ["---", *("---:" for _ in table.head[1:])], *table.rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"
@@ -97,7 +129,8 @@ def markdown(table: Table) -> str:
 
 def write(comparison: Comparison) -> None:
     """Writes summary.md, runs.csv and history.csv into the folder of the comparison; replaces existing files."""
-    parts = [f"# {comparison.title}\n\n{markdown(comparison.table)}"]
+    first, *others = comparison.tables
+    parts = [f"# {comparison.title}\n\n{markdown(first)}", *(f"## {t.title}\n\n{markdown(t)}" for t in others)]
     parts += ["## Failed\n\n" + "".join(f"- {run}\n" for run in comparison.failed)] if comparison.failed else []
     (comparison.folder / "summary.md").write_text("\n".join(parts), encoding="utf-8")
     _write_csv(comparison.folder / "runs.csv", [_run_row(run) for run in comparison.finished])

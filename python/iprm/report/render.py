@@ -95,7 +95,7 @@ def _compared(comparison: Comparison) -> list[Card]:
     if not comparison.finished:
         return []
     title, rows = "Test accuracy by method", len(comparison.by_method)
-    said = "; ".join(f"{row[0]}: {row[1]} %" for row in comparison.table.rows)
+    said = "; ".join(f"{row[0]}: {row[1]} %" for row in comparison.tables[0].rows)
     chart = figures.svg(partial(figures.accuracies, comparison=comparison), title, said, 50 + 22 * max(4, rows))
     return [Card(title, chart, note="Dot: mean. Bar: standard deviation. Tick: one seed.")]
 

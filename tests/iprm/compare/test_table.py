@@ -1,4 +1,4 @@
-"""The table of a comparison, from folders made by hand."""
+"""The tables of a comparison, from folders made by hand."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import csv
 import itertools
 from pathlib import Path
 
+import pytest
 from iprm.compare.runs import read_runs
-from iprm.compare.table import ABSENT, Comparison, Table, comparisons, markdown, write
-from run_folders import course, write_comparison, write_run, write_test
+from iprm.compare.table import ABSENT, Comparison, Table, comparisons, markdown, text, write
+from run_folders import course, write_comparison, write_metrics, write_run, write_test
 
 
 def comparison(folder: Path) -> Comparison:
@@ -16,7 +17,7 @@ def comparison(folder: Path) -> Comparison:
 
 
 def cells(folder: Path, method: str) -> dict[str, str]:
-    table = comparison(folder).table
+    table = comparison(folder).tables[0]
     (row,) = [row for row in table.rows if row[0] == method]
     return dict(zip(table.head, row, strict=True))
 
@@ -52,14 +53,31 @@ def test_a_single_seed_has_no_deviation(tmp_path):
 
 
 def test_methods_keep_the_order_of_the_comparison_and_the_best_is_bold(tmp_path):
-    table = comparison(write_comparison(tmp_path / "c", ("sum", "iprm", "concat"))).table
+    table = comparison(write_comparison(tmp_path / "c", ("sum", "iprm", "concat"))).tables[0]
     assert [row[0] for row in table.rows] == ["sum", "iprm", "concat"]
     assert table.bold == {2}
 
 
 def test_without_a_method_that_weighs_there_is_no_lambda(tmp_path):
-    table = comparison(write_comparison(tmp_path / "c", ("concat", "sum"))).table
+    (table,) = comparison(write_comparison(tmp_path / "c", ("concat", "sum"))).tables
     assert "λ" not in table.head
+
+
+def test_lambda_of_several_pairs_has_a_table_of_its_own_by_the_names_of_the_pairs(tmp_path):
+    modalities = ("video", "audio", "text_a")  # a name that contains the separator of column names
+    accuracies, measures = comparison(write_comparison(tmp_path / "c", modalities=modalities)).tables
+    assert "λ" not in "".join(accuracies.head)
+    assert measures.head == ["measure", "iprm"]
+    assert [row[0] for row in measures.rows] == ["λ audio × text_a", "λ video × audio", "λ video × text_a"]
+    last = course(modalities, 5, mixes=True)[-1]
+    assert measures.rows[2][1] == f"{last['weight_video_text_a']:.2f} ±0.00"
+
+
+def test_a_measure_of_a_method_of_its_own_is_carried_by_its_name(tmp_path):
+    folder = write_comparison(tmp_path / "c", ("concat", "ogm"))
+    for run in (folder / "ogm").iterdir():
+        write_metrics(run / "metrics.csv", [{"epoch": 0, "train_loss": 1, "lr-SGD": 0.1, "k_audio": 0.25, "val_accuracy": 0.5}])
+    assert comparison(folder).tables[1].rows == [["k_audio", "0.25 ±0.00"]]
 
 
 def test_runs_that_are_not_finished_or_failed_are_no_part_of_a_mean_and_are_counted(tmp_path):
@@ -70,7 +88,7 @@ def test_runs_that_are_not_finished_or_failed_are_no_part_of_a_mean_and_are_coun
     (folder / "iprm/seed=1/failed.txt").write_text("NonFiniteError: training step 3\n\nTraceback ...")
     found = comparison(folder)
     assert found.title == "features: 2 seeds, 5 epochs; 3 of 6 runs"
-    assert [row[:2] for row in found.table.rows] == [["sum", "50.0"], ["concat", "60.5 ±0.7"], ["iprm", ABSENT]]
+    assert [row[:2] for row in found.tables[0].rows] == [["sum", "50.0"], ["concat", "60.5 ±0.7"], ["iprm", ABSENT]]
     assert found.failed == ["iprm, seed 1: NonFiniteError: training step 3"]
     write(found)
     assert "## Failed\n\n- iprm, seed 1: NonFiniteError: training step 3\n" in (folder / "summary.md").read_text()
@@ -80,7 +98,7 @@ def test_a_comparison_of_which_no_run_has_ended_has_a_table_of_dashes(tmp_path):
     folder = write_comparison(tmp_path / "c")
     for path in folder.glob("*/*/test.json"):
         path.unlink()
-    assert comparison(folder).table.rows == [[m, *[ABSENT] * 6] for m in ("concat", "iprm")]
+    assert comparison(folder).tables[0].rows == [[m, *[ABSENT] * 6] for m in ("concat", "iprm")]
 
 
 def test_comparisons_and_single_runs_are_told_apart(tmp_path):
@@ -88,6 +106,46 @@ def test_comparisons_and_single_runs_are_told_apart(tmp_path):
         write_comparison(tmp_path / name)
     write_run(tmp_path / "digits/fit/version_0")
     assert [c.folder.name for c in comparisons(read_runs([tmp_path]))] == ["a", "b"]
+
+
+# as text
+
+MODALITIES = ("audio", "video", "text", "lidar", "touch", "spectrogram")
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("width", [60, 80, 140, None])
+def test_no_table_loses_a_name_or_a_digit(tmp_path, count, width):
+    modalities = MODALITIES[:count]
+    methods = [*(f"unimodal-{modality}" for modality in modalities), "concat", "iprm", "iprm-one-pass"]
+    found = comparison(write_comparison(tmp_path / "c", methods, modalities=modalities))
+    for table in found.tables:
+        blocks = [
+            list(lines) for blank, lines in itertools.groupby(text(table, width), lambda line: line[0] == "") if not blank
+        ]
+        assert width is not None or len(blocks) == 1
+        for place, row in enumerate(table.rows):
+            shown = [line for block in blocks for line, _ in block[-len(table.rows) :][place : place + 1]]
+            assert all(line.startswith(row[0] + " ") for line in shown), "the first column is in every block"
+            assert " ".join(line.removeprefix(row[0]) for line in shown).split() == [c.replace(" ±", "±") for c in row[1:]]
+        assert width is None or max(len(line) for block in blocks for line, _ in block) <= width
+        heads = " ".join(line for block in blocks for line, _ in block[: -len(table.rows)])
+        assert set(" ".join(table.head).split()) <= set(heads.split())
+
+
+def test_two_modalities_fit_into_80_columns_side_by_side(tmp_path):
+    methods = ("unimodal-image", "unimodal-strip", "iprm")
+    table = comparison(write_comparison(tmp_path / "c", methods, modalities=("image", "strip"))).tables[0]
+    lines = list(text(table, 80))
+    assert len(lines) == 2 + 1 + len(methods) + 1
+    assert [line for line, bold in lines if bold] == [line for line, _ in lines if line.startswith("iprm")]
+
+
+def test_a_column_wider_than_the_terminal_is_whole(tmp_path):
+    long = "m" * 70
+    lines = [line for line, _ in text(Table("", ["method", long, "b"], [["x", "1.0", "2.0"]]), 60)]
+    assert f"method {long}" in lines
+    assert ["x", "2.0"] in [line.split() for line in lines]
 
 
 def test_the_markdown_is_a_table():
