@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, unknown
 
 if TYPE_CHECKING:
+    import torch
+
     from iprm_kernels import BackendStatus
 
 PACKAGES = ("iprm-kernels", "torch", "triton", "lightning", "torchmetrics", "jsonargparse", "numpy", "scikit-learn")
@@ -27,6 +29,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """Type and model of a device, such as "cuda: NVIDIA H200" or "cpu: x86_64"."""
+    if device.type == "cuda":
+        import torch
+
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.processor() or platform.machine()}"
 
 
 def chosen_backends() -> dict[str, str]:

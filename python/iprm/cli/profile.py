@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
 
 from iprm.compare.table import Table
-from iprm.environment import chosen_backends, versions
+from iprm.environment import chosen_backends, device_name, versions
 from iprm.files import created
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Profile, StageProfiler
@@ -86,7 +86,7 @@ class ProfileCLI(FusionCLI):
             "settings": yaml.safe_load(self.parser.dump(self.config)),
             "versions": versions(),
             "platform": platform.platform(),
-            "device": self.trainer.strategy.root_device.type,
+            "device": device_name(self.trainer.strategy.root_device),
             "threads": torch.get_num_threads(),
             "backends": chosen_backends(),
         }

@@ -14,20 +14,16 @@ from typing import Any
 
 import yaml
 
-from iprm.errors import InputError
+from iprm.errors import InputError, closest
 from iprm.names import file_name
 
 from .record import Pair, Record, read_record
 
 CONFIG, METRICS, DIAGNOSTICS = "config.yaml", "metrics.csv", "diagnostics.json"
+MODEL = "hparams.yaml"  # of a run that was not started by iprm fit
 TEST, FAILED = "test.json", "failed.txt"  # of a run of a comparison
 COMPARISON = "settings.json"  # in <comparison>, above <comparison>/<method>/seed=<k>
-#: Name of a file of a run, and what is missing without it.
-FILES = {
-    METRICS: "no epoch has ended yet",
-    CONFIG: "method, seed and settings are not known",
-    DIAGNOSTICS: "no confusion matrix, angles, strength by class and environment, which are measured at the end of training",
-}
+FILES = (METRICS, CONFIG, DIAGNOSTICS)
 SYMBOLS = {"weight": "λ", "strength": "ω"}
 #: Prefixes of columns of metrics.csv that are not measures of the method.
 NO_MEASURE = ("train_", "val_", "test_", "lr-")
@@ -143,7 +139,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in these folders or below them, each once, with unique labels.
 
     Raises:
-        InputError: a folder does not exist or has no run.
+        InputError: a folder does not exist or has no run; the message names the closest existing run.
     """
     found = {path.resolve(): path for folder in folders for path in _runs_at(folder)}
     runs = [read_run(folder) for folder in found.values()]
@@ -158,13 +154,18 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _runs_at(folder: Path) -> list[Path]:
     if is_run(folder):
         return [folder]
-    runs = [path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern) if is_run(path)]
+    runs = list(_runs_below(folder))
     if not runs:
         what = f"not a run of iprm fit: none of {', '.join(FILES)} is in it" if folder.is_dir() else "there is no such run"
-        raise InputError(f"{folder}: {what}")
+        meant = _closest_run(folder)
+        raise InputError(f"{folder}: {what}" + (f"; did you mean {meant}?" if meant else ""))
+    order = {
+        parent: [file_name(str(name)) for name in settings_of_comparison(parent).get("methods", [])]
+        for parent in {run.parent.parent for run in runs}
+    }
 
     def place(run: Path) -> tuple[Any, ...]:
-        methods = [file_name(str(name)) for name in settings_of_comparison(run.parent.parent).get("methods", [])]
+        methods = order[run.parent.parent]
         rank = methods.index(run.parent.name) if run.parent.name in methods else len(methods)
         return _natural(run.parent.parent), rank, _natural(run.parent), _natural(run)
 
@@ -176,37 +177,64 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path)) if part]
 
 
+def _runs_below(folder: Path) -> Iterator[Path]:
+    for pattern in ("*", "*/*", "*/*/*"):
+        yield from (path for path in folder.glob(pattern) if is_run(path))
+
+
 def read_run(folder: Path) -> Run:
     """Reads one run from the files that its folder has."""
     run = Run(folder)
-    missing = run.missing
-    failed = _read(folder / FAILED, str.splitlines, missing)
-    if failed is not None:
-        run.failure = (failed or ["for an unknown reason"])[0]
-        missing.insert(0, f"Failed: {run.failure}")
-    run.settings = read_settings(folder / CONFIG, missing)
-    run.courses = _read(folder / METRICS, lambda text: _courses(text, missing), missing) or {}
-    run.record = _read(folder / DIAGNOSTICS, read_record, missing)
-    test = _read(folder / TEST, lambda text: dict(flattened(json.loads(text))), missing) or {}
-    numbers = {name.removeprefix("metrics."): _number(test[name]) for name in test if name.startswith("metrics.")}
-    run.test = {name: value for name, value in numbers.items() if value is not None}
-    run.seconds = _number(test.get("seconds_per_epoch"))
-    done, asked = max(run.epochs, default=-1) + 1, run.max_epochs
-    if asked and 0 < done < asked:
-        missing.insert(0, f"{done} of {asked} epochs: still running, or stopped early.")
+    if (folder / CONFIG).is_file():
+        run.settings = read_settings(folder / CONFIG, run.missing)
+    else:
+        model = read_settings(folder / MODEL, run.missing) if (folder / MODEL).is_file() else {}
+        run.settings = {f"model.{name}": value for name, value in model.items()}
+        unknown = "only the model's settings are" if model else "method, seed and settings are not"
+        run.missing.append(f"No {CONFIG}: {unknown} known.")
+    if (folder / METRICS).is_file():
+        run.courses = _read(folder / METRICS, lambda text: _courses(text, run.missing), run.missing) or {}
+    else:
+        run.missing.append(f"No {METRICS}: no epoch has ended yet.")
+    if (folder / DIAGNOSTICS).is_file():
+        run.record = _read(folder / DIAGNOSTICS, read_record, run.missing)
+    else:
+        what = "no confusion matrix, no angles, no strength by class and no environment"
+        run.missing.append(f"No {DIAGNOSTICS}, which is written at the end of training: {what}.")
+    if (folder / FAILED).is_file():
+        run.failure = (_read(folder / FAILED, str.splitlines, run.missing) or ["for an unknown reason"])[0]
+        run.missing.insert(0, f"Failed: {run.failure}")
+    if (folder / TEST).is_file():
+        test = _read(folder / TEST, lambda text: dict(flattened(json.loads(text))), run.missing) or {}
+        numbers = {name.removeprefix("metrics."): _number(test[name]) for name in test if name.startswith("metrics.")}
+        run.test = {name: value for name, value in numbers.items() if value is not None}
+        run.seconds = _number(test.get("seconds_per_epoch"))
+    last, asked = max(run.epochs, default=-1), run.max_epochs
+    if asked and run.epochs and last + 1 < asked:
+        run.missing.insert(0, f"{last + 1} of {asked} epochs: still running, or stopped early.")
     if not any((folder / "checkpoints").glob("*.ckpt")):
-        missing.append("No checkpoint in checkpoints/.")
+        run.missing.append("No checkpoint in checkpoints/.")
     return run
 
 
 def settings_of_comparison(folder: Path) -> dict[str, Any]:
     """The content of settings.json, such as data, methods and seeds; empty if it cannot be read."""
     found = _read(folder / COMPARISON, json.loads, [])
-    return found if isinstance(found, dict) else {}
+    usable = isinstance(found, dict) and all(isinstance(found.get(name), list) for name in ("methods", "seeds"))
+    return found if usable else {}
 
 
 def is_run(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in FILES)
+
+
+def _closest_run(folder: Path) -> Path | None:
+    """The run that contains `folder`, or else one near it with a similar path."""
+    above = next((parent for parent in list(folder.parents)[:2] if is_run(parent)), None)
+    base = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), Path())
+    runs = {} if above else {str(path): path for path in itertools.islice(_runs_below(base), 1000)}
+    name = closest(str(folder), runs)
+    return above or (runs[name] if name else next(iter(sorted(runs.values())), None))
 
 
 def read_settings(path: Path, missing: list[str]) -> dict[str, Any]:
@@ -216,10 +244,7 @@ def read_settings(path: Path, missing: list[str]) -> dict[str, Any]:
 
 
 def _read(path: Path, parse: Callable[[str], Any], missing: list[str]) -> Any:
-    """The parsed content of the file; or None, with a message in `missing` if it cannot be read, or is one of `FILES`."""
-    if not path.is_file():
-        missing += [f"No {path.name}: {FILES[path.name]}."] if path.name in FILES else []
-        return None
+    """The parsed content of the file; or None, with a message in `missing`."""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError, csv.Error) as error:

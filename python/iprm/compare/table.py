@@ -6,11 +6,12 @@ import csv
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .record import Pair
-from .runs import Run, settings_of_comparison
+from .runs import SYMBOLS, Run, settings_of_comparison
 
 ABSENT = "–"
 SECONDS = "s/epoch"
@@ -36,7 +37,8 @@ class Comparison:
     """Runs of several methods and seeds.
 
     by_method: method -> its runs; finished: the runs with test metrics; tables: test metrics by method, as mean and standard
-    deviation over seeds, accuracies in percent; then, with more than two modalities, λ by pair; notes: what to know about them.
+    deviation over seeds, accuracies in percent; then, after the last epoch, λ by pair if there are several pairs, and measures
+    other than λ and ω; notes: what to know about them.
     """
 
     def __init__(self, folder: Path, runs: Sequence[Run]) -> None:
@@ -52,7 +54,7 @@ class Comparison:
         if len(self.finished) < expected:
             self.title += f"; {len(self.finished)} of {expected} runs"
         self.modalities = max((_modalities(run) for run in runs), key=len, default=[])
-        self.tables = [self._accuracies(), *self._weights()]
+        self.tables = [self._accuracies(), *self._weights(), *self._measures()]
         self.notes = list(one_sided_notes(self.finished))
 
     def values(self, method: str, value: Callable[[Run], float | None]) -> list[float]:
@@ -79,15 +81,23 @@ class Comparison:
 
     def _weights(self) -> list[Table]:
         pairs = dict.fromkeys(pair for run in self.finished for name, pair in run.weights.items() if name != "weight")
-        methods = [method for method, runs in self.by_method.items() if any(run.test and run.weights for run in runs)]
 
-        def of(method: str, pair: Pair) -> str:
-            return _cell(
-                self.values(method, lambda run: run.last({p: name for name, p in run.weights.items()}.get(pair, ""))), 2
-            )
+        def last(run: Run, pair: Pair) -> float | None:
+            return run.last({pair: name for name, pair in run.weights.items()}.get(pair, ""))
 
-        rows = [[" × ".join(pair), *(of(method, pair) for method in methods)] for pair in pairs]
-        return [Table("λ, the weight of the first of a pair, after the last epoch", ["pair", *methods], rows)] if rows else []
+        rows = {" × ".join(pair): partial(last, pair=pair) for pair in pairs}
+        return self._last("λ, the weight of the first of a pair, after the last epoch", "pair", rows)
+
+    def _measures(self) -> list[Table]:
+        names = dict.fromkeys(name for run in self.finished for name in run.measures if name.partition("_")[0] not in SYMBOLS)
+        rows = {name: partial(Run.last, metric=name) for name in names}
+        return self._last("Measures after the last epoch", "measure", rows)
+
+    def _last(self, title: str, of: str, rows: Mapping[str, Callable[[Run], float | None]]) -> list[Table]:
+        """A table of these values by method, of the methods that have one; none without rows."""
+        methods = [m for m in self.by_method if any(self.values(m, value) for value in rows.values())]
+        cells = [[name, *(_cell(self.values(method, value), 2) for method in methods)] for name, value in rows.items()]
+        return [Table(title, [of, *methods], cells)] if rows else []
 
 
 def one_sided_notes(runs: Sequence[Run]) -> Iterator[str]:

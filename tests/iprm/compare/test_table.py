@@ -84,6 +84,13 @@ def test_of_twelve_modalities_every_pair_has_its_lambda(tmp_path):
     assert all(pair in (folder / "summary.md").read_text() for pair in pairs)
 
 
+def test_a_measure_of_a_method_of_its_own_is_carried_by_its_name(tmp_path):
+    folder = write_comparison(tmp_path / "c", ("concat", "ogm"))
+    for run in (folder / "ogm").iterdir():
+        write_metrics(run / "metrics.csv", [{"epoch": 0, "train_loss": 1, "lr-SGD": 0.1, "k_audio": 0.25, "val_accuracy": 0.5}])
+    assert comparison(folder).tables[1].rows == [["k_audio", "0.25 ±0.00"]]
+
+
 # λ at 0 or 1
 
 

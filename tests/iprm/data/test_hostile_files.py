@@ -144,6 +144,22 @@ def test_a_directory_that_lies_about_a_size(tmp_path: Path, size: int, message: 
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [(6, 100, r"not a readable \.npz file: zip file version 10\.0"), (10, 97, r"array 'x_audio' is broken: That compression")],
+    ids=["version", "compression"],
+)
+def test_an_archive_of_a_kind_that_zipfile_does_not_implement(tmp_path: Path, offset: int, value: int, message: str) -> None:
+    """A later version of the format, and a compression without a decompressor here."""
+    path = archive(tmp_path / "f.npz", whole())
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"x_audio.npy"))
+    content[entry + offset : entry + offset + 2] = struct.pack("<H", value)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read(path)
+
+
 def test_names_that_leave_the_folder_write_nothing(tmp_path: Path) -> None:
     names = ["../../escaped.npy", "/tmp/escaped.npy", "x_../../escaped.npy", "..\\escaped.npy", "x_a/b.npy", "folder/"]
     before = set(tmp_path.parent.rglob("*"))

@@ -1,4 +1,4 @@
-"""The command `iprm report`: its output, paths that are not runs, and the modules it does not load."""
+"""The command `iprm report`: its output, its suggestions for paths that are not runs, and the modules it does not load."""
 
 from __future__ import annotations
 
@@ -26,6 +26,20 @@ def refused(folder: Path, *arguments: str) -> str:
     return err.removeprefix("iprm: ").rstrip("\n")
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("runs/fit/versin_1", "runs/fit/version_1"),
+        ("runs/fit/version_1/metrics.csv", "runs/fit/version_1"),
+        ("runs/fit/version_1/checkpoints", "runs/fit/version_1"),
+    ],
+)
+def test_the_run_that_was_meant_is_suggested(tmp_path, given, meant):
+    for k in range(2):
+        write_run(tmp_path / f"runs/fit/version_{k}")
+    assert refused(tmp_path, given).endswith(f"; did you mean {meant}?")
+
+
 def test_a_folder_above_runs_means_all_of_them_in_their_order(tmp_path):
     for k in (2, 10):
         write_run(tmp_path / f"runs/digits/fit/version_{k}", seed=k)
@@ -43,7 +57,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
     )
 
 
-def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+def test_where_there_is_no_run_none_is_suggested(tmp_path):
     (tmp_path / "empty").mkdir()
     assert refused(tmp_path / "empty", "nothing") == "nothing: there is no such run"
     with pytest.raises(InputError, match="there is no such run"):

@@ -38,7 +38,7 @@ def no_checkpoint(run: Path) -> None:
 
 
 WANTING = {
-    "no diagnostics": (without("diagnostics.json"), "No diagnostics.json: no confusion matrix"),
+    "no diagnostics": (without("diagnostics.json"), "No diagnostics.json, which is written at the end of training"),
     "no metrics": (without("metrics.csv"), "No metrics.csv: no epoch has ended yet."),
     "no config": (without("config.yaml"), "No config.yaml: method, seed and settings are not known."),
     "no checkpoint": (no_checkpoint, "No checkpoint in checkpoints/."),
@@ -49,6 +49,19 @@ WANTING = {
     "a config that is no YAML": (rewritten("config.yaml", "model: [\n"), "config.yaml cannot be read: "),
     "a config that is a list": (rewritten("config.yaml", "- 1\n"), "config.yaml cannot be read: AttributeError"),
     "half of the diagnostics": (rewritten("diagnostics.json", '{"num_cl'), "diagnostics.json cannot be read: JSONDecodeError"),
+    "counts that do not add up": (
+        recorded_otherwise(class_counts=[6, 6, 6, 7]),
+        "diagnostics.json cannot be read: ValueError: confusion: its rows are expected to sum to class_counts",
+    ),
+    "counts below 0": (
+        recorded_otherwise(class_counts=[6, 0, 0, 0], confusion={"target": [0, 0], "prediction": [0, 1], "count": [12, -6]}),
+        "diagnostics.json cannot be read: ValueError: confusion: expected counts from 0 up",
+    ),
+    "another number of classes": (recorded_otherwise(num_classes=2), "diagnostics.json cannot be read: ValueError: confusion"),
+    "angles without bins": (
+        recorded_otherwise(angles=[{"pair": ["a", "b"], "counts": [], "mean": 1, "undirected": 0}]),
+        "diagnostics.json cannot be read: ValueError: angles: expected one number of bins from 1 up, got [0]",
+    ),
     "unknown weights": (recorded_otherwise(weights={}), "diagnostics.json cannot be read: KeyError: 'from'"),
     "other diagnostics": (rewritten("diagnostics.json", "[]"), "diagnostics.json cannot be read: TypeError"),
 }
@@ -98,6 +111,15 @@ def test_an_epoch_that_is_not_validated_yet_is_drawn_of_training_alone(tmp_path)
     run = write_run(tmp_path / "version_0")
     write_metrics(run / "metrics.csv", [{"epoch": 0, "train_loss": 1.5}])
     assert said(card(report(tmp_path, run), "Loss")) == ("Loss", "loss: 1.500 in epoch 0")
+
+
+def test_a_run_that_iprm_fit_did_not_start_is_known_by_what_a_logger_writes(tmp_path):
+    run = write_run(tmp_path / "version_0")
+    (run / "config.yaml").unlink()
+    (run / "hparams.yaml").write_text("method: iprm-linear\nlearning_rate: 0.5\n")
+    (read,) = read_runs([run])
+    assert (read.method, read.settings["model.learning_rate"]) == ("iprm-linear", 0.5)
+    assert read.missing == ["No config.yaml: only the model's settings are known."]
 
 
 def test_of_a_continued_run_the_epochs_before_it_count(tmp_path):

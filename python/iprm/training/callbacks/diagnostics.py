@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from iprm.data.loading import Loader
 from iprm.encoders.registry import evaluating
-from iprm.environment import chosen_backends, versions
+from iprm.environment import chosen_backends, device_name, versions
 from iprm.errors import InputError
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 from iprm.training.checkpoint import read_checkpoint
@@ -133,12 +133,10 @@ def _batches(trainer: L.Trainer) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
 
 
 def _environment(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-    device = module.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "versions": versions(),
         "platform": platform.platform(),
-        "device": f"{device.type}: {name}",
+        "device": device_name(module.device),
         "precision": str(trainer.precision),
         "backends": chosen_backends(),
     }
