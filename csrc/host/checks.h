@@ -51,7 +51,7 @@ inline ScalarType floating_type(const Tensor& tensor, const char* name) {
   const bool narrow = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
   STD_TORCH_CHECK(
       narrow || dtype == ScalarType::Float || dtype == ScalarType::Double,
-      name, ": expected float16, bfloat16, float32 or float64, got type ", int(dtype));
+      name, ": expected float16, bfloat16, float32 or float64, got type ", toString(dtype));
   return dtype;
 }
 
@@ -59,7 +59,7 @@ inline ScalarType floating_type(const Tensor& tensor, const char* name) {
 inline ScalarType wide_type(const Tensor& tensor, const char* name) {
   const ScalarType dtype = tensor.scalar_type();
   const bool wide = dtype == ScalarType::Float || dtype == ScalarType::Double;
-  STD_TORCH_CHECK(wide, name, ": expected float32 or float64, got type ", int(dtype));
+  STD_TORCH_CHECK(wide, name, ": expected float32 or float64, got type ", toString(dtype));
   return dtype;
 }
 
@@ -162,7 +162,7 @@ class Arguments {
     STD_TORCH_CHECK(on_gpu_ ? tensor.is_cuda() : tensor.is_cpu(), name, ": expected a tensor on ", on_gpu_ ? "a GPU" : "the CPU");
     if (on_gpu_ && !device_) device_ = tensor.get_device_index();
     STD_TORCH_CHECK(!device_ || tensor.get_device_index() == *device_, name, ": expected a tensor on GPU ", *device_);
-    STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected type ", int(dtype), ", got ", int(tensor.scalar_type()));
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected type ", toString(dtype), ", got ", toString(tensor.scalar_type()));
     if (tensor.numel() == 0) return;
     int64_t last = 0;  // element, from the first
     for (int64_t k = 0; k < tensor.dim(); ++k) {
