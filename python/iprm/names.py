@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import unicodedata
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from iprm.errors import InputError
 HEADS = ("mix", "fused")
 #: Characters that a file name cannot have or that separate folders, and the character that introduces their codes.
 QUOTED = {"%": "%25", "/": "%2F", "\\": "%5C", "\0": "%00"}
+#: Most bytes of a file name: file systems allow 255, and names are extended, as of temporary files.
+LONGEST = 200
 
 
 def check_modality(name: object) -> str:
@@ -33,8 +36,12 @@ def check_modality(name: object) -> str:
 
 
 def file_name(name: str) -> str:
-    """The name of a file or folder of a modality or method: characters that separate folders are percent-encoded."""
-    return "".join(QUOTED.get(character, character) for character in name)
+    """The name of a file or folder of a modality or method: characters that separate folders are percent-encoded, and the end
+    of a name beyond `LONGEST` bytes is replaced by a digest."""
+    name = "".join(QUOTED.get(character, character) for character in name)
+    if len(name.encode()) <= LONGEST:
+        return name
+    return name.encode()[: LONGEST - 17].decode(errors="ignore") + "~" + hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def pair_names(modalities: Sequence[str]) -> list[str]:
@@ -47,7 +54,16 @@ def pair_names(modalities: Sequence[str]) -> list[str]:
     extended = [f"{name}_{m}" for name, pair in zip(plain, itertools.combinations(modalities, 2), strict=True) for m in pair]
     if len({*plain, *extended}) == len(plain) + len(extended):
         return plain
-    return _joined([name.replace("%", "%25").replace("_", "%5F") for name in modalities])
+    return _joined([_escaped(name) for name in modalities])
+
+
+def possible_names(*modalities: str) -> tuple[str, str]:
+    """The two names of a pair, or of a pair and one of the two, that `pair_names` chooses from: plain and escaped."""
+    return "_".join(modalities), "_".join(map(_escaped, modalities))
+
+
+def _escaped(name: str) -> str:
+    return name.replace("%", "%25").replace("_", "%5F")
 
 
 def _joined(names: Sequence[str]) -> list[str]:

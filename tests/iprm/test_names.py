@@ -187,3 +187,11 @@ def test_a_file_with_a_modality_that_cannot_be_is_refused_by_name(tmp_path, name
     path = save(tmp_path, content("audio") | {f"x_{name}": np.zeros((60, 2))})
     with pytest.raises(InputError, match=r"features\.npz: array .*: modality "):
         _ = make_data("features", path=path).splits
+
+
+def test_a_name_too_long_for_a_file_is_shortened_to_one_of_its_own():
+    names = ["音声" * 100 + end for end in ("", "a", "b")] + ["x" * 300]
+    found = [file_name(f"unimodal-{name}") for name in names]
+    assert len({*found}) == 4
+    assert max(len(name.encode()) for name in found) <= 200
+    assert file_name("x" * 200) == "x" * 200

@@ -13,7 +13,7 @@ from typing import Any
 
 import iprm_kernels as ik
 from iprm.compare.run import DEFAULT_COMPARISON, Clock, Job, make_jobs, read_once
-from iprm.compare.runs import COMPARISON, TEST, read_runs, settings_of_comparison
+from iprm.compare.runs import COMPARISON, TEST, is_run, read_runs, settings_of_comparison
 from iprm.compare.sweep import Advance, default_jobs, ended_by_sigterm, sweep
 from iprm.compare.table import Comparison, Table, write
 from iprm.data import DATASETS
@@ -111,7 +111,10 @@ def _compare(folder: Path, config: dict[str, Any], asked: Sequence[str] | None, 
 
 
 def _refuse_other_files(folder: Path) -> None:
-    """Raises InputError if the folder has files that a comparison would replace, but no comparison."""
+    """Raises InputError if the folder has files that a comparison would replace but no comparison, or is within a run."""
+    run = next((path for path in (folder.resolve(), *folder.resolve().parents) if is_run(path)), None)
+    if run is not None:
+        raise InputError(f"{folder}: {run} is the folder of a run of iprm fit; choose another --output")
     found = [name for name in FILES if (folder / name).exists()]
     if found and not settings_of_comparison(folder):
         raise InputError(f"{folder}: {found[0]} there is not of a comparison, and would be replaced; choose another --output")

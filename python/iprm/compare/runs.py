@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from iprm.errors import InputError, closest
-from iprm.names import file_name
+from iprm.names import file_name, possible_names
 
 from .record import Pair, Record, read_record
 
@@ -104,7 +104,8 @@ class Run:
         if len(heads) == 2 and "weight" in self.courses:
             return {"weight": (heads[0], heads[1])}
         pairs = (pair for both in itertools.combinations(heads, 2) for pair in (both, both[::-1]))
-        return {name: pair for pair in pairs if (name := f"weight_{'_'.join(pair)}") in self.courses}
+        named = ((f"weight_{name}", pair) for pair in pairs for name in possible_names(*pair))
+        return {name: pair for name, pair in named if name in self.courses}
 
     @property
     def one_sided(self) -> dict[Pair, str]:
@@ -129,7 +130,7 @@ def label(measure: str, modalities: Sequence[str], shown: Callable[[str], str] =
         return measure
     for first, second in itertools.permutations(modalities, 2):
         for of in ("", first, second):
-            if rest == "_".join(filter(None, (first, second, of))):
+            if rest in possible_names(*filter(None, (first, second, of))):
                 pair = f"{shown(first)} × {shown(second)}"
                 return f"{SYMBOLS[kind]} {shown(of)} ({pair})" if of else f"{SYMBOLS[kind]} {pair}"
     return f"{SYMBOLS[kind]} {shown(rest)}".rstrip()

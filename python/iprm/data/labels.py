@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,12 +37,12 @@ def read_labels(place: str, y: np.ndarray) -> Labels:
     """Labels of any kind as indices of the classes that occur.
 
     Args:
-        place: of the labels, such as "features.npz: y", for messages.
+        place: where the labels are from, for messages: "features.npz: y".
         y: (N,) or (N, 1) whole numbers of any type, booleans, or words. A label of -100 is no class: see `UNLABELLED`.
 
     Raises:
-        InputError: the labels are of another shape or type, or a label is missing or no whole number; the message names
-            its row.
+        InputError: the labels are of another shape or type, or a label is missing, a number that is not whole, or a word that
+            cannot be printed; the message names its row.
     """
     kinds = _kinds(place, _one_column(place, y))
     found, codes = np.unique(kinds, return_inverse=True)
@@ -88,14 +89,16 @@ def _kinds(place: str, y: np.ndarray) -> np.ndarray:
             _refuse(place, row, y[row].item(), missing=bool(np.isnan(y[row])))
         y = y.astype(np.float64)
     elif y.dtype.kind in "USO":
-        empty = [not word.strip() for word in y.tolist()]
-        if any(empty):
-            _refuse(place, empty.index(True), "", missing=True)
         if y.dtype.kind == "S":
             try:
                 y = np.char.decode(y, "utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"{place}: a label is not UTF-8: {error}") from error
+        for row, word in enumerate(y.tolist()):
+            if not word.strip():
+                _refuse(place, row, "", missing=True)
+            if not {"Cc", "Cs"}.isdisjoint(map(unicodedata.category, word)):  # no file holds a lone surrogate
+                _refuse(place, row, word, missing=False)
     elif y.dtype.kind not in "biu":
         raise InputError(f"{place}: expected labels, whole numbers or words, got {y.dtype}")
     return y
@@ -103,7 +106,15 @@ def _kinds(place: str, y: np.ndarray) -> np.ndarray:
 
 def _of_one_type(place: str, y: np.ndarray) -> np.ndarray:
     """Objects as words, booleans, integers or floating-point numbers; words stay objects, whose lengths may differ widely."""
-    kinds = {type(label) for label in y}
+    left_out = np.array([not isinstance(label, (str, bytes)) and label == UNLABELLED for label in y], bool)
+    kinds = {type(label) for label in y[~left_out]}
+    if not kinds:
+        return y.astype(np.int64)
+    if left_out.any() and kinds in ({str}, {bool}):
+        y = np.array([str(label) for label in np.where(left_out, UNLABELLED, y)], dtype=object)
+        kinds = {str}
+    elif left_out.any() and kinds == {bytes}:
+        y = np.where(left_out, str(UNLABELLED).encode(), y)
     for kind in (str, bool, int, float):
         if kinds <= ({int, float} if kind is float else {kind}):
             try:
@@ -119,7 +130,9 @@ def _of_one_type(place: str, y: np.ndarray) -> np.ndarray:
 
 
 def _refuse(place: str, row: int, label: Any, *, missing: bool) -> None:
-    advice = f"label it, leave it out, or save {UNLABELLED} for it" if missing else "classes are whole numbers or words"
+    advice = (
+        f"label it, leave it out, or save {UNLABELLED} for it" if missing else "classes are whole numbers or printable words"
+    )
     what = "no label" if missing else "the label"
     raise InputError(f"{place}: row {row} has {what} {label!r}; {advice}")
 

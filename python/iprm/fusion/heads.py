@@ -45,10 +45,13 @@ def logits_of(name: str, head: nn.Module, x: Tensor, classes: int, training: boo
     """Calls a head, hooks included.  (B, D) -> (B, C)
 
     Raises:
-        InputError: a linear head of another width, an output that is not (B, C) logits, or in training a quantised head, which
-            would leave the features without its gradient; the message has the `name`.
+        InputError: no module, a linear head of another width, an output that is not (B, C) logits in the dtype of the features,
+            or in training a quantised head, which would leave the features without its gradient; the message has the `name`.
     """
-    if isinstance(head, nn.Linear) and not isinstance(head, nn.LazyLinear) and head.in_features != x.shape[1]:
+    if not isinstance(head, nn.Module):
+        raise InputError(f"{name}: expected a module (B, {x.shape[1]}) -> (B, {classes}), got {head!r}")
+    changed = type(head) is not nn.Linear or head._forward_pre_hooks or "forward" in head.__dict__
+    if not changed and head.in_features != x.shape[1]:
         raise _refused(name, head, f"a head for features of width {x.shape[1]}, got one for {head.in_features}")
     if training and x.requires_grad and torch.is_grad_enabled() and _quantised(head):
         raise _refused(name, head, "a head with a gradient, got a quantised one, which is for evaluation alone")
@@ -60,6 +63,10 @@ def logits_of(name: str, head: nn.Module, x: Tensor, classes: int, training: boo
         raise _refused(name, head, f"{expected}, got {tuple(logits.shape)}")
     if logits.is_quantized or not logits.is_floating_point():
         raise _refused(name, head, f"floating logits, got {logits.dtype}")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # whose layers return either type
+        return logits.to(torch.get_autocast_dtype(x.device.type))
+    if logits.dtype != x.dtype:
+        raise _refused(name, head, f"logits of the dtype of the features, {x.dtype}, got {logits.dtype}")
     return logits
 
 

@@ -16,7 +16,7 @@ from iprm.names import pair_names
 
 from .module import FusionModule
 from .output import FusionOutput
-from .repetition import History, Pass, in_backward, may_be_recomputed
+from .repetition import History, Pass, in_backward
 
 
 class PairState(FusionModule):
@@ -79,9 +79,9 @@ class PairState(FusionModule):
             known = self._history.repeated(tensors, buffer, parameters)
         if known is not None:
             return known.weight.clone(), known.drawn, known
-        # a copy: the buffer is updated before the backward pass reads this
+        # copies: the buffer is updated before the backward pass reads λ, and the caller may modify the λ of the output
         begun = Pass(buffer.clone(), self._draw(), tensors, target)
-        return begun.weight, begun.drawn, begun
+        return begun.weight.clone() if begun.sums else begun.weight, begun.drawn, begun
 
     def _end(
         self,
@@ -96,18 +96,12 @@ class PairState(FusionModule):
         rows = len(next(iter(features.values())))
         if begun is None:
             self._advance(drawn, strength, rows)
-            return True
-        if begun.kl is not None and in_backward():
-            return True
-        remembered = may_be_recomputed()
-        if begun.kl is None:
+        elif begun.kl is None:
             self._advance(drawn, strength, rows)
             self._history.measured(begun, kl, self.weight, parameters)
-        elif not remembered and not torch.equal(begun.kl, kl):
-            self._history.last = None
+        elif not in_backward() and not (begun.kl.shape == kl.shape and torch.equal(begun.kl, kl)):
+            self._history.refute()
             return False
-        if remembered:
-            self._history.remember(begun, list(features.values()))
         return True
 
     def _draw(self) -> list[int]:

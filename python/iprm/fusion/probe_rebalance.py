@@ -20,6 +20,7 @@ from .heads import plain_parameters
 from .module import IGNORE_INDEX, cross_entropy, sum_logits
 from .output import FusionOutput
 from .pair_state import PairState
+from .repetition import in_backward
 
 
 class ProbeRebalance(PairState):
@@ -40,8 +41,8 @@ class ProbeRebalance(PairState):
     initialised, KL sums and row counts are summed over all processes, in one all-reduce of 2P + 1 numbers per step. On every
     process, ω and λ are then those of the joint batch, and so are loss and gradients once they are averaged over processes.
 
-    A pass that is run again, by activation checkpointing or by a second call on the same tensors, has the gradients of the
-    first pass and updates no state: see `iprm.fusion.repetition`.
+    A pass that is run again, by activation checkpointing or by a second call on the same feature tensors, has the gradients of
+    the first pass and updates no state; `iprm.fusion.repetition` says how it is recognised, and the limits.
 
     Any head may be replaced by a module (B, D) -> (B, C), or changed by hooks or parametrisations. It is then called, the head
     of a mixture twice per step, as `iprm_kernels.probe_rebalance` describes. Plain `nn.Linear` heads are fused.
@@ -119,6 +120,8 @@ class ProbeRebalance(PairState):
             try:
                 return self._fused_step({name: features[name] for name in self.modalities}, target)
             except Exception as error:
+                if in_backward():  # torch ends a recomputation by an exception once it has all it needs
+                    raise
                 refused, self._draws = error, draws
             self._checked(features, target)  # raises an error in terms of the caller's arguments, if one is wrong
             raise refused

@@ -318,6 +318,16 @@ def test_sigterm_ends_the_processes_of_a_comparison_which_continues(tmp_path, fe
     assert [row["epoch"] for row in rows(tmp_path / "report/sum/seed=2/metrics.csv")] == [str(k) for k in range(30)]
 
 
+@pytest.mark.parametrize("below", ["", "sub/c"])
+def test_the_folder_of_a_run_is_no_place_for_a_comparison(report, below):
+    run = report / "sum/seed=0"
+    before = sorted(run.rglob("*"))
+    outcome = compare(run / below)
+    assert outcome.code == 2
+    assert "seed=0 is the folder of a run of iprm fit; choose another --output" in outcome.err
+    assert sorted(run.rglob("*")) == before
+
+
 def test_more_seeds_and_methods_join_a_comparison(tmp_path):
     folder = comparison(tmp_path, methods="sum", epochs=1)
     size = ("--methods", "concat", "--seeds", "1", "--epochs", "1", "--jobs", "1", "--output", "report")

@@ -6,8 +6,10 @@ import csv
 import itertools
 from pathlib import Path
 
+import pytest
 from iprm.compare.runs import read_runs
 from iprm.compare.table import ABSENT, Comparison, Table, comparisons, markdown, write
+from iprm.names import pair_names
 from run_folders import course, write_comparison, write_metrics, write_run, write_test
 
 
@@ -70,6 +72,24 @@ def test_lambda_of_several_pairs_has_a_table_of_its_own_by_the_names_of_the_pair
     assert [row[0] for row in weights.rows] == ["video × audio", "video × text_a", "audio × text_a"], "in their order"
     last = course(modalities, 5, mixes=True)[-1]
     assert weights.rows[1][1] == f"{last['weight_video_text_a']:.2f} ±0.00"
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_lambda_of_pairs_whose_names_are_escaped(tmp_path, recorded):
+    modalities = ("a_b", "c", "a", "b_c")  # a_b and c would have the columns of a and b_c
+    folder = write_comparison(tmp_path / "c", ("iprm",), modalities=modalities)
+    weights = {f"weight_{name}": 0.01 * k for k, name in enumerate(pair_names(modalities))}
+    for run in (folder / "iprm").iterdir():
+        write_metrics(
+            run / "metrics.csv",
+            [{k: v for k, v in course(modalities, 1, mixes=True)[0].items() if "weight" not in k} | weights],
+        )
+        if not recorded:
+            (run / "diagnostics.json").unlink()
+    _, table, *_ = comparison(folder).tables
+    pairs = [{*row[0].split(" × ")} for row in table.rows]
+    assert len(pairs) == 6
+    assert all(pair in pairs for pair in ({"a_b", "c"}, {"a", "b_c"}))
 
 
 def test_of_twelve_modalities_every_pair_has_its_lambda(tmp_path):

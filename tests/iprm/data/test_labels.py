@@ -74,7 +74,9 @@ REFUSED = {
     "NaN": (changed(4, np.nan, float), "y: row 4 has no label nan; label it, leave it out, or save -100 for it"),
     "None": (changed(4, None, object), "y: row 4 has no label None"),
     "an empty word": (changed(4, "", "U5"), "y: row 4 has no label ''"),
-    "a fraction": (changed(4, 0.5, float), "y: row 4 has the label 0.5; classes are whole numbers or words"),
+    "a fraction": (changed(4, 0.5, float), "y: row 4 has the label 0.5; classes are whole numbers or printable words"),
+    "a lone surrogate": (changed(4, "caf\udce9", object).astype(str), r"y: row 4 has the label 'caf\\udce9'; classes are"),
+    "an escape sequence": (changed(4, "\x1b[31m", "U8"), r"y: row 4 has the label '\\x1b\[31m'"),
     "infinity": (changed(4, np.inf, float), "y: row 4 has the label inf"),
     "words and numbers": (changed(4, "cat", object), "y: expected labels of one kind, got int, str"),
     "one-hot": (np.eye(3)[Y], r"y: expected shape \(N,\), got one-hot labels \(60, 3\); save y.argmax\(axis=1\)"),
@@ -103,6 +105,18 @@ def test_rows_labelled_minus_100_are_left_out(tmp_path, caplog):
     assert sum(map(len, data.splits.values())) == 40
     assert min(int(split.origin["text"].min()) for split in data.splits.values()) >= 20
     assert "20 of 60 rows have the label -100 and are left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "words", [WORDS, np.char.encode(WORDS, "utf-8"), np.array([True, False, True])], ids=["words", "bytes", "booleans"]
+)
+def test_minus_100_beside_words_marks_a_row_without_a_label(words):
+    y = words[Y].astype(object)
+    y[:20] = -100
+    labels = read_labels("y", y)
+    assert labels.names == (("False", "True") if words.dtype == bool else ("cat", "dog", "whale"))
+    assert labels.codes[:20].tolist() == [-100] * 20
+    assert labels.codes[20:].min() == 0
 
 
 def test_a_given_split_may_be_of_words_in_objects_or_bytes(tmp_path):

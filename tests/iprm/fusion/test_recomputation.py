@@ -17,7 +17,15 @@ from iprm import ProbeRebalance
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
+
+import iprm_kernels as ik
 
 B, D, C = 8, 6, 3
 PAIR, TRIO = ("x", "y"), ("audio", "text", "video")
@@ -353,9 +361,14 @@ def _update_of_the_data(fusion: ProbeRebalance) -> None:
         parameter.data.sub_(0.5 * parameter.grad)
 
 
-@pytest.mark.parametrize("update", [_step_of_an_optimizer, _update_of_the_data])
+def _step_of_a_fused_optimizer(fusion: ProbeRebalance) -> None:
+    torch.optim.SGD(fusion.parameters(), lr=0.5, fused=True).step()  # which leaves the versions of the parameters as they are
+
+
+@pytest.mark.parametrize("update", [_step_of_an_optimizer, _update_of_the_data, _step_of_a_fused_optimizer])
 @pytest.mark.parametrize("options", [{}, {"passes": 1}])
-def test_full_batch_training_moves_lambda_in_every_step(update, options):
+@pytest.mark.parametrize("way", [plainly, checkpointed(False), checkpointed(True)], ids=["plain", "hooks", "reentrant"])
+def test_full_batch_training_moves_lambda_in_every_step(update, options, way):
     """On fixed features, as on copies of them, which no pass can take for those of the last one."""
     torch.manual_seed(0)
     features, target = {name: torch.randn(B, D) for name in "xy"}, torch.randint(C, (B,))
@@ -365,12 +378,108 @@ def test_full_batch_training_moves_lambda_in_every_step(update, options):
         fusion, own = ProbeRebalance(D, C, alpha=0.3, **options), []
         for _ in range(4):
             fusion.zero_grad()
-            fusion({name: x.clone() for name, x in features.items()} if copied else features, target).loss.backward()
+            given = {name: x.clone() for name, x in features.items()} if copied else features
+            depends = torch.zeros((), requires_grad=True)  # reentrant checkpointing differentiates by its arguments alone
+            way(lambda given, _, fusion=fusion: fusion(given, target).loss, given, depends).backward()
             own.append(everything(fusion))
             update(fusion)
         assert fusion.steps == 4
         found.append(own)
     assert_identical(*found)
+
+
+def test_no_pass_is_run_twice_after_the_first_optimizer_step_that_versions_do_not_show(monkeypatch):
+    calls = []
+    operator = ik.linear_probe_rebalance
+    monkeypatch.setattr(ik, "linear_probe_rebalance", lambda *args, **options: calls.append(1) or operator(*args, **options))
+    fusion, features = ProbeRebalance(D, C), {name: torch.randn(B, D) for name in "xy"}
+    for _ in range(10):
+        fusion(features, torch.zeros(B, dtype=torch.int64)).loss.backward()
+        _step_of_a_fused_optimizer(fusion)
+    assert fusion.steps == 10
+    assert len(calls) == 11
+
+
+@pytest.mark.parametrize("saved", ["nothing", "matrix products", "sums"])
+@pytest.mark.parametrize("options", [{}, {"passes": 1}, {"mixup": "linear"}], ids=str)
+def test_selective_checkpointing(saved, options):
+    """The operators of a pass and of its recomputation are matched by their order."""
+    operators = {"nothing": (), "matrix products": (torch.ops.aten.mm, torch.ops.aten.addmm), "sums": (torch.ops.aten.sum,)}
+
+    def policy(context: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+        kept = operator.overloadpacket in operators[saved]
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(policy)
+
+    def loss_of(model: Model, own: list[Tensor]) -> Tensor:
+        return checkpoint(model, *own, use_reentrant=False, context_fn=contexts)
+
+    def made() -> Model:
+        model = Model(**options)
+        model.fusion.heads["x"] = nn.Sequential(nn.Linear(D, C), SumTo1())  # a head that sums
+        return model
+
+    given = batches(3)
+    assert_identical(steps(made(), loss_of, given), steps(made(), lambda model, own: model(*own), given))
+
+
+class SumTo1(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (1 + x.abs().sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_that_is_not_exact_finds_its_pass(reentrant):
+    """Three pending passes, recomputed in the order they were made, of features that differ by rounding."""
+    torch.manual_seed(0)
+    model, found = Model(), []
+    inputs = [[torch.randn(B, D, requires_grad=True) for _ in PAIR] for _ in range(3)]
+    target = torch.randint(C, (B,))
+
+    def noisy(x: Tensor, y: Tensor) -> Tensor:
+        passes.append(model.fusion({"x": x * (1 + 1e-6 * len(passes)), "y": y.clone()}, target.clone()))
+        return passes[-1].loss
+
+    passes: list[Any] = []
+    with set_checkpoint_early_stop(False):  # of recomputations, so that each has an output
+        losses = [checkpoint(noisy, *own, use_reentrant=reentrant) for own in inputs]
+    for loss in losses:
+        loss.backward()
+    found = [out.weight.item() for out in passes]
+    assert found[3:] == found[:3]
+    assert len({*found}) == 3
+
+
+def test_what_cannot_be_compared_is_a_new_pass():
+    fusion, meta = ProbeRebalance(D, C), ProbeRebalance(D, C).to("meta")
+    target = torch.zeros(B, dtype=torch.int64)
+    with torch.inference_mode():
+        fusion.double()
+        for _ in range(2):
+            fusion({name: torch.zeros(B, D, dtype=torch.float64) for name in "xy"}, target)
+    features = {name: torch.zeros(B, D, device="meta") for name in "xy"}
+    for _ in range(2):
+        meta(features, target.to("meta"))
+
+
+def test_the_lambda_of_the_output_is_of_the_caller():
+    torch.manual_seed(0)
+    gradients = []
+    for modified in (False, True):
+        torch.manual_seed(1)
+        fusion, x = ProbeRebalance(D, C), torch.randn(B, D, requires_grad=True)
+
+        def loss(x: Tensor, fusion: ProbeRebalance = fusion, modified: bool = modified) -> Tensor:
+            out = fusion({"x": x, "y": x.flip(0)}, torch.zeros(B, dtype=torch.int64))
+            if modified and torch._C._current_graph_task_id() == -1:
+                out.weight.fill_(0.99)
+            return out.loss
+
+        checkpoint(loss, x, use_reentrant=False).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("change", ["features", "lambda", "loaded state", "parameter"])

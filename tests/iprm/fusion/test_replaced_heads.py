@@ -344,7 +344,38 @@ def test_under_checkpointing(change, reentrant):
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
+class Padded(nn.Linear):
+    """A linear layer of its own width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_linear_head_may_change_the_width(training):
+    fusion = module(lambda own: own, ())
+    fusion.heads["x"] = Padded(D + 1, C).double()
+    fusion.mix_heads["x_y"] = nn.Linear(D + 1, C).double()
+    fusion.mix_heads["x_y"].register_forward_pre_hook(lambda _, given: F.pad(given[0], (0, 1)))
+    assert fusion.train(training)(*batch()).loss.isfinite()
+
+
+def test_autocast_may_leave_a_head_in_float32():
+    torch.manual_seed(0)
+    fusion = ProbeRebalance(D, C)
+    fusion.heads["x"] = nn.Sequential(nn.Linear(D, C), nn.LayerNorm(C))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fusion({name: torch.randn(B, D) for name in PAIR}, torch.randint(C, (B,)))
+    out.loss.backward()
+    assert out.logits.isfinite().all()
+
+
 # refused
+
+
+class Narrowed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
 
 
 class Tuple(nn.Linear):
@@ -357,6 +388,7 @@ REFUSED = [
     (nn.Linear(D + 1, C), "expected a head for features of width 6, got one for 7"),
     (Tuple(D, C), r"expected an output of shape \(10, 4\), got tuple"),
     (nn.Sequential(nn.Linear(D, C), nn.Flatten(0)), r"expected an output of shape \(10, 4\), got \(40,\)"),
+    (Narrowed(D, C), "expected logits of the dtype of the features, torch.float64, got torch.float32"),
     (nn.Sequential(nn.Linear(D, 1), nn.Flatten(0)), r"expected an output of shape \(10, 4\), got \(10,\)"),
 ]
 
@@ -371,6 +403,13 @@ def test_a_head_that_cannot_work_is_refused_by_name(name, head, message, trainin
         fusion.train(training)(*batch())
     assert str(refusal.value).startswith(f"{name} ({type(head).__name__}): ")
     assert fusion.steps == 0
+
+
+def test_a_head_that_was_taken_away_is_named():
+    fusion = module(lambda own: own, ())
+    fusion.heads["x"] = None
+    with pytest.raises(InputError, match=r"heads\['x'\]: expected a module \(B, 6\) -> \(B, 4\), got None"):
+        fusion(*batch())
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.ao, which moves to torchao
