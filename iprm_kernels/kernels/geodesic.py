@@ -135,14 +135,14 @@ def sum_length(
 ):
     """‖x̂ + ŷ‖² of rows, which are read once more."""
     DTYPE: tl.constexpr = r_x_divisor.dtype
-    b_uu = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
+    r_uu = tl.zeros((BLOCK_B,), DTYPE)
     for i_col in range(0, n_cols, BLOCK_D):
         o_cols = i_col + tl.arange(0, BLOCK_D)
         b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
         b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
         b_u = b_x * (1 / r_x_divisor)[:, None] + b_y * (1 / r_y_divisor)[:, None]
-        b_uu += b_u * b_u
-    return tl.sum(b_uu, axis=1)
+        r_uu += tl.sum(b_u * b_u, axis=1)  # not once at the end: a tile of sums spilled registers
+    return r_uu
 
 
 @triton.jit(do_not_specialize=["n_rows"])

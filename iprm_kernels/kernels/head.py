@@ -76,8 +76,8 @@ def _probe(inputs: HeadInputs, shape: dict[str, Any], state: HeadState, logits: 
     block_d = max(16, TILE[itemsize] // rows // (1 if len(features) == 2 else 4))
     programs = part_programs(batch, rows)
     sizes = (batch, width, classes)
-    multiplied: tuple[Tensor, ...] = ()
-    if projects_itself(features, classes):
+    projected = projects_itself(features, classes)
+    if projected:
         if batch:
             tile = ProductTile.of_projection(features, classes)
             head_project_kernel[(triton.cdiv(batch, tile.rows),)](
@@ -85,13 +85,13 @@ def _probe(inputs: HeadInputs, shape: dict[str, Any], state: HeadState, logits: 
                 *strides(features), *sizes, **shape, EPS=EPS, **tile.constants(features[0]),
             )  # fmt: skip
     else:
-        multiplied = tuple(features)
         project(features, heads, pairs, state)
     kl_parts = scratch(state.stats, programs, 2 * len(pairs))
     head_probe_kernel[(programs,)](
-        multiplied, offsets, probe_weight, state.stats, state.projected, state.unimodal, tuple(logits) if widened else (),
+        tuple(features), offsets, probe_weight, state.stats, state.projected, state.unimodal, tuple(logits) if widened else (),
         kl_parts,
-        *strides(features), *sizes, **shape, EPS=EPS, BLOCK_B=rows, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=num_warps,
+        *strides(features), *sizes, **shape, EPS=EPS, PROJECTED=projected,
+        BLOCK_B=rows, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=num_warps,
     )  # fmt: skip
     return kl_parts
 

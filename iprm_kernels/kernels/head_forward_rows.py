@@ -46,10 +46,23 @@ def load_stats(p_stats, o_rows, m_rows, n_rows):
 
 
 @triton.jit
-def row_stats(
-    r_xx,
-    r_yy,
-    r_xy,
+def row_stats(r_xx, r_yy, r_xy, p_stats, o_rows, m_rows, n_rows, EPS: tl.constexpr):
+    """‖x‖, ‖y‖ and c from the inner products; also stores them."""
+    r_x_norm = square_root(r_xx)
+    r_y_norm = square_root(r_yy)
+    r_c = cosine(r_xx, r_yy, r_xy, EPS)
+    o_stats = n_rows.to(tl.int64)
+    tl.store(p_stats + o_rows, r_x_norm, mask=m_rows)
+    tl.store(p_stats + o_stats + o_rows, r_y_norm, mask=m_rows)
+    tl.store(p_stats + 2 * o_stats + o_rows, r_c, mask=m_rows)
+    return r_x_norm, r_y_norm, r_c
+
+
+@triton.jit
+def near_antipode(
+    r_x_norm,
+    r_y_norm,
+    r_c,
     p_stats,
     p_features,
     row_strides,
@@ -64,11 +77,9 @@ def row_stats(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """‖x‖, ‖y‖ and the saved c from the inner products; also stores them. Near the antipode the features X and Y are read once
-    more."""
-    r_x_norm = square_root(r_xx)
-    r_y_norm = square_root(r_yy)
-    r_c = cosine(r_xx, r_yy, r_xy, EPS)
+    """c as it is saved. If a row is near the antipode, the features X and Y are read once more and its statistics replaced."""
+    # ptxas spilled a word or more with the other width, in float64 for sm_80 and with three modalities for sm_100
+    COLUMNS: tl.constexpr = 2 * BLOCK_D if r_c.dtype == tl.float64 or len(p_features) > 2 else BLOCK_D
     if tl.min(r_c, axis=0) < NEAR_ANTIPODE:
         r_uu = sum_length(
             p_features[X],
@@ -83,14 +94,11 @@ def row_stats(
             m_rows,
             n_cols,
             BLOCK_B,
-            BLOCK_D,
+            COLUMNS,
         )
         r_c = saved_cosine(r_c, r_uu, r_x_norm, r_y_norm, EPS)
-    o_stats = n_rows.to(tl.int64)
-    tl.store(p_stats + o_rows, r_x_norm, mask=m_rows)
-    tl.store(p_stats + o_stats + o_rows, r_y_norm, mask=m_rows)
-    tl.store(p_stats + 2 * o_stats + o_rows, r_c, mask=m_rows)
-    return r_x_norm, r_y_norm, r_c
+        tl.store(p_stats + 2 * n_rows.to(tl.int64) + o_rows, r_c, mask=m_rows)
+    return r_c
 
 
 @triton.jit
@@ -129,7 +137,7 @@ def cross_entropy(b, o_cols, m_cols, n_cols, r_target, counted, r_poison, SMOOTH
 
 @triton.jit(do_not_specialize=["n_rows"])
 def head_probe_kernel(
-    p_features,  # M of (B, D), or empty: then stats are already stored, and the unimodal logits include their bias
+    p_features,  # M of (B, D)
     p_biases,  # P + M of (C,) or None
     p_probing,  # (P,) λ
     p_stats,  # (P, 3, B)
@@ -145,15 +153,16 @@ def head_probe_kernel(
     MODALITIES: tl.constexpr,
     PAIRS: tl.constexpr,
     EPS: tl.constexpr,
+    PROJECTED: tl.constexpr,  # whether stats are already stored, and the unimodal logits include their bias
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """KL of both modalities of each pair from the mixture probed with λ. If torch computed the projections, the kernel first
-    computes the row statistics and adds the biases."""
+    computes the row statistics and adds the biases. Rows near the antipode get their statistics here in either case: within
+    the kernel of the projections, this second look at the features spilled registers."""
     DTYPE: tl.constexpr = p_stats.dtype.element_ty
     P: tl.constexpr = len(PAIRS)
-    PRODUCT: tl.constexpr = len(p_features) > 0
     o_classes = tl.arange(0, BLOCK_C)
     m_classes = o_classes < n_classes
     r_kl = ()
@@ -161,7 +170,7 @@ def head_probe_kernel(
         r_kl = r_kl + (tl.zeros((BLOCK_B,), DTYPE),)
     for i_rows in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_B), tl.num_programs(0)):
         o_rows, m_rows = block_rows(n_rows, i_rows, BLOCK_B)
-        if PRODUCT:
+        if not PROJECTED:
             b_squares = ()
             for _ in tl.static_range(MODALITIES):
                 b_squares = b_squares + (tl.zeros((BLOCK_B, BLOCK_D), DTYPE),)
@@ -184,7 +193,7 @@ def head_probe_kernel(
         b_logits = ()
         for m in tl.static_range(MODALITIES):
             b_u = load_block(p_unimodal[m], n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-            if PRODUCT:  # computed by torch: the bias is added in place
+            if not PROJECTED:  # computed by torch: the bias is added in place
                 b_u += load_bias(p_biases[P + m], o_classes, n_classes, DTYPE)[None, :]
                 store_block(p_unimodal[m], b_u, o_rows, m_rows, o_classes, n_classes)
                 if len(p_logits) > 0:
@@ -193,16 +202,17 @@ def head_probe_kernel(
         r_next = ()
         for k in tl.static_range(P):
             p_pair = pair_stats(p_stats, n_rows, k)
-            if PRODUCT:
+            if PROJECTED:
+                r_x_norm, r_y_norm, r_c = load_stats(p_pair, o_rows, m_rows, n_rows)
+            else:
                 r_xx = tl.sum(b_squares[PAIRS[k][0]], axis=1)
                 r_yy = tl.sum(b_squares[PAIRS[k][1]], axis=1)
                 r_xy = tl.sum(b_products[k], axis=1)
-                r_x_norm, r_y_norm, r_c = row_stats(
-                    r_xx, r_yy, r_xy, p_pair, p_features, row_strides, col_strides, o_rows, m_rows, n_rows, n_cols,
-                    PAIRS[k][0], PAIRS[k][1], EPS, BLOCK_B, BLOCK_D,
-                )  # fmt: skip
-            else:
-                r_x_norm, r_y_norm, r_c = load_stats(p_pair, o_rows, m_rows, n_rows)
+                r_x_norm, r_y_norm, r_c = row_stats(r_xx, r_yy, r_xy, p_pair, o_rows, m_rows, n_rows, EPS)
+            r_c = near_antipode(
+                r_x_norm, r_y_norm, r_c, p_pair, p_features, row_strides, col_strides, o_rows, m_rows, n_rows, n_cols,
+                PAIRS[k][0], PAIRS[k][1], EPS, BLOCK_B, BLOCK_D,
+            )  # fmt: skip
             p_a = matrix_of(p_projected, n_rows, n_classes, 2 * k)
             p_v = matrix_of(p_projected, n_rows, n_classes, 2 * k + 1)
             b_a = load_block(p_a, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)

@@ -109,6 +109,8 @@ def head_project_kernel(
             r_next = r_next + (r_products[k] + tl.sum(b_xy, axis=1),)
         r_products = r_next
     for k in tl.static_range(P):
+        p_pair = pair_stats(p_stats, n_rows, k)
+        row_stats(r_squares[PAIRS[k][0]], r_squares[PAIRS[k][1]], r_products[k], p_pair, o_rows, m_rows, n_rows, EPS)
         for side in tl.static_range(2):
             p_side = matrix_of(p_projected, n_rows, n_classes, 2 * k + side)
             store_block(p_side, b_projected[2 * k + side], o_rows, m_rows, o_classes, n_classes)
@@ -117,11 +119,6 @@ def head_project_kernel(
         store_block(p_logits[m], b_u, o_rows, m_rows, o_classes, n_classes)
         if len(p_unimodal) > 0:
             store_block(p_unimodal[m], b_u, o_rows, m_rows, o_classes, n_classes)
-    for k in tl.static_range(P):  # last, because beside the projections the second look at the features spilled registers
-        row_stats(
-            r_squares[PAIRS[k][0]], r_squares[PAIRS[k][1]], r_products[k], pair_stats(p_stats, n_rows, k), p_features,
-            row_strides, col_strides, o_rows, m_rows, n_rows, n_cols, PAIRS[k][0], PAIRS[k][1], EPS, BLOCK_B, BLOCK_D,
-        )  # fmt: skip
 
 
 @triton.jit

@@ -226,5 +226,5 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 )
 def test_compiles_without_spills(compiled: Callable[[str], str], architecture: str) -> None:
     found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled(architecture))
-    assert len(found) == 3 * len(cases.DTYPES)
+    assert len(found) == 4 * len(cases.DTYPES)  # three kernels, and a function that is not inlined
     assert set(itertools.chain(*found)) == {"0"}

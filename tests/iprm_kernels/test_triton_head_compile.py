@@ -205,7 +205,7 @@ def without_conditionals(ir: str) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("case", [(BF16, 65536, 1024, 31), (F16, 65536, 1024, 6), (BF16, 65536, 1024, 6, 3)], ids=str)
 def test_features_are_read_once_in_either_direction(case: tuple, launches: list[Launch]) -> None:
     """MBD read forward; MBD read and MBD written backward: tiles of the features, recognised by their shape. Only a block with
-    a row near the antipode reads the features of its pair once more, in a conditional of the forward pass."""
+    a row near the antipode reads the features of its pair once more, in a conditional of the probe."""
     backward(forward(*case))
     found = by_name(launches)
     modalities = (*case, 2)[4]
@@ -213,14 +213,20 @@ def test_features_are_read_once_in_either_direction(case: tuple, launches: list[
         launch = found[name]
         rows, classes, columns = (launch.arguments[f"BLOCK_{what}"] for what in "BCD")
         alike = 3 * (modalities - 1) if classes == rows else 0  # tiles of six heads then have the same shape
-        ir, conditionals = without_conditionals(launch.compile(TARGETS["sm_90"]).asm["ttir"])
+        ir = launch.compile(TARGETS["sm_90"]).asm["ttir"]
         tile = rf"tensor<{rows}x{columns}x!tt\.ptr"
         assert len(re.findall(rf"tt\.load .*{tile}", ir)) == modalities + alike
         assert len(re.findall(rf"tt\.store .*{tile}", ir)) == writes + (alike if writes else 0)
         assert len(re.findall("scf.for", ir)) == 1
-        pairs = math.comb(modalities, 2) if name == "project" else 0
-        assert [len(re.findall(rf"tt\.load .*{tile}", branch)) for branch in conditionals] == [2] * pairs
-    for name in ("probe", "rebalance", "losses", "coefficients"):
+    rows, classes, columns = (found["probe"].arguments[f"BLOCK_{what}"] for what in "BCD")
+    columns *= 2 if modalities > 2 else 1  # see near_antipode
+    assert classes != columns, "tiles of features and of logits are recognised by their shape"
+    tile = f"tensor<{rows}x{columns}x!tt.ptr"
+    ir, conditionals = without_conditionals(found["probe"].compile(TARGETS["sm_90"]).asm["ttir"])
+    assert tile not in ir
+    loads = [branch.count("tt.load") for branch in conditionals if tile in branch]
+    assert loads == [2] * math.comb(modalities, 2)
+    for name in ("rebalance", "losses", "coefficients"):
         tensors = [t for value in found[name].arguments.values() for t in (value if isinstance(value, tuple) else (value,))]
         assert not any(t.shape == (case[1], case[2]) for t in tensors if isinstance(t, torch.Tensor))
 
