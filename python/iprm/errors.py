@@ -34,6 +34,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}: {hint}(known: {', '.join(sorted(known))})"
 
 
+def counted(count: int, what: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def check_options(owner: str, given: Iterable[str], parameters: Mapping[str, inspect.Parameter]) -> None:
     """Checks the names of options of `owner` against the parameters that accept them.
 

@@ -33,7 +33,9 @@ SETTINGS = {
     "trainer.strategy=dpp": "trainer: You selected an invalid strategy name: `strategy='dpp'`",
     "trainer.strategy=ddp_spawn": "trainer.strategy: expected ddp or fsdp2, whose processes run the command, got ddp_spawn",
     "trainer.num_nodes=2": "trainer.num_nodes: 2 machines need torchrun or SLURM",
-    "trainer.precision=17": "trainer.precision",
+    "trainer.precision=17": "trainer.precision: expected 64, 32, 16, transformer-engine, transformer-engine-float16, 16-true, ",
+    "trainer.max_epochs=1.5": "trainer.max_epochs: expected a whole number or null, got 1.5; try iprm fit --help",
+    "trainer.deterministic=foo": "trainer.deterministic: expected true, false, warn or null, got foo; try iprm fit --help",
     "trainer.max_time=soon": "trainer: ",
     "trainer.gradient_clip_algorithm=norms": "trainer: `gradient_clip_algorithm` norms is invalid",
     "trainer.callbacks=NoSuchCallback": "trainer.callbacks: Expected a dot import path string: NoSuchCallback",
@@ -52,6 +54,11 @@ SETTINGS = {
     "ckpt_path=.": ".: there is no such checkpoint",
 }
 
+NOTHING = "no batch was trained on: expected trainer.max_epochs, max_steps, max_time and limit_train_batches above 0"
+SETTINGS |= dict.fromkeys(
+    ("trainer.max_epochs=0", "trainer.max_steps=0", "trainer.max_time=00:00:00:00", "trainer.limit_train_batches=0"), NOTHING
+)
+
 
 @pytest.mark.parametrize(("setting", "message"), SETTINGS.items(), ids=SETTINGS.keys())
 def test_a_setting_that_cannot_be_is_refused(tmp_path, features, setting, message):
@@ -64,6 +71,7 @@ CALLBACKS = {
     "EarlyStopping monitor val_loss patience long": "EarlyStopping': patience: Expected a int. Got value: long",
     "EarlyStopping monitr val_loss": "unknown option --trainer.callbacks.monitr: did you mean --trainer.callbacks.monitor?",
     "ModelCheckpoint save_top_k 3": "ModelCheckpoint(save_top_k=3, monitor=None) is not a valid configuration",
+    "LearningRateMonitor logging_interval foo": "logging_interval: expected step, epoch or null, got foo; try iprm fit --help",
     "StochasticWeightAveraging swa_lrs -1": "The `swa_lrs` should a positive float",
 }
 
