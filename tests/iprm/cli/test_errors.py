@@ -89,7 +89,7 @@ VALUES = {
     "a word for a whole number": (("--data.batch_size", "many"), "batch_size: Expected a int. Got value: many"),
     "a word for a number or none": (
         ("--trainer.max_epochs", "many"),
-        "trainer.max_epochs: Does not validate against any of the Union subtypes Subtypes: [int, NoneType]",
+        "trainer.max_epochs: expected a whole number or null, got many; try iprm fit --help",
     ),
     "a learning rate below 0": (("--optimizer.lr", "-1"), "optimizer.lr: expected a number from 0 up, got -1.0"),
     "no width": (("--model.feature_dim", "0"), "feature_dim: expected a whole number from 1 up, got 0"),
