@@ -63,7 +63,11 @@ TYPE_ALONE = re.compile(r"Expected an? (?!dot import path)(?P<type>.*)|Not a val
 TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 LITERAL = re.compile(r"(?:typing\.)?Literal\[(.*)\]")
 TYPES = {
-    **{"int": "a whole number", "float": "a number", "bool": "true, false", "str": "text", "dict": "a mapping"},
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true, false",
+    "str": "text",
+    "dict": "a mapping",
     "NoneType": "null",
 }
 

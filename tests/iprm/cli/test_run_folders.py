@@ -167,7 +167,7 @@ def test_a_file_of_another_kind_is_not_replaced(fitted, tmp_path, command):
     before = files(tmp_path)
     code, _, err = iprm(tmp_path, command, *arguments, "--output", "features.npz")
     assert (code, files(tmp_path)) == (2, before)
-    assert err == "iprm: features.npz: this file is of another kind, and would be replaced; choose another --output\n"
+    assert err == "iprm: features.npz: this file was not written by this command, and is not replaced; choose another --output\n"
     for _ in range(2):  # the second replaces what the first has written
         assert iprm(tmp_path, command, *arguments, "--output", "own").code == 0
 
@@ -209,6 +209,22 @@ def test_config_yaml_has_the_batch_size_that_was_found_and_the_run_resumes_with_
     assert iprm(tmp_path, "resume", RUN, "--trainer.max_epochs", "2").code == 0
     code, _, err = iprm(tmp_path, "resume", RUN, "--trainer.max_epochs", "3", *finder)
     assert (code, err) == (2, "iprm: BatchSizeFinder cannot be used in a run that starts from a checkpoint\n")
+
+
+CALLBACKS = {
+    "an enum": (("Timer", "--trainer.callbacks.duration", "00:00:01:00"), "interval", "step"),
+    "a device": (("StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.1"), "device", "cpu"),
+}
+
+
+@pytest.mark.parametrize(("callback", "name", "value"), CALLBACKS.values(), ids=CALLBACKS.keys())
+def test_a_default_of_a_callback_that_is_no_plain_value_is_written_as_one(tmp_path, recwarn, callback, name, value):
+    save(tmp_path, arrays())
+    code, _, err = iprm(tmp_path, *FIT, "--trainer.callbacks", *callback)
+    assert (code, err) == (0, "")
+    assert not [warning for warning in recwarn if "serialize" in str(warning.message)]
+    (written,) = yaml.safe_load((tmp_path / RUN / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert written["init_args"][name] == value
 
 
 # compare

@@ -170,7 +170,10 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("seed", "5", "the state has a seed of 0, this run 5"), ("batch_size", "16", "the state has a batch of 13 rows over all processes, this run 16")],
+    [
+        ("seed", "5", "the state has a seed of 0, this run 5"),
+        ("batch_size", "16", "the state has a batch of 13 rows over all processes, this run 16"),
+    ],
 )
 def test_other_data_are_refused(run, tmp_path, option, value, message):
     save(tmp_path, arrays())
