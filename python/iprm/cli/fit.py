@@ -68,7 +68,9 @@ class FitCLI(FusionCLI):
         super().instantiate_classes()
         self.model.check_training(self.datamodule.batch_size)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if self.config.ckpt_path and isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
+            if isinstance(callback, LearningRateFinder):
+                raise InputError("LearningRateFinder cannot be used: the learning rate is --optimizer.lr, which it cannot set")
+            if self.config.ckpt_path and isinstance(callback, BatchSizeFinder):
                 raise InputError(f"{type(callback).__name__} cannot be used in a run that starts from a checkpoint")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

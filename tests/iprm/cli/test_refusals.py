@@ -40,12 +40,13 @@ SETTINGS = {
     "trainer.gradient_clip_algorithm=norms": "trainer: `gradient_clip_algorithm` norms is invalid",
     "trainer.callbacks=NoSuchCallback": "trainer.callbacks: Expected a dot import path string: NoSuchCallback",
     "trainer.callbacks=EarlyStopping": "callbacks.EarlyStopping': the following arguments are required: monitor; try",
-    "trainer.callbacks=LearningRateFinder": "learning rate finder",
+    "trainer.callbacks=LearningRateFinder": "LearningRateFinder cannot be used: the learning rate is --optimizer.lr",
     "trainer.logger=NoSuchLogger": "trainer.logger: Expected a dot import path string: NoSuchLogger",
     "trainer.logger=lightning.pytorch.loggers.NoLogger": "module 'lightning.pytorch.loggers' has no attribute 'NoLogger'",
     "trainer.profiler=fast": "trainer: ",
     "trainer.default_root_dir=features.npz": "features.npz",
     "config=.": "unknown configuration '.'",
+    "config=/dev/null": "/dev/null: expected a file, got a device or pipe",
     "config=features.npz": "features.npz: not readable as YAML: 'utf-8' codec can't decode",
     "config=list.yaml": "list.yaml: expected a mapping of settings, got list",
     "trainer=features.npz": "features.npz: not readable as YAML",
@@ -84,6 +85,14 @@ def test_an_argument_of_a_callback_that_cannot_be_is_refused(tmp_path, features,
     assert message in refused(tmp_path, *FIT, f"--trainer.callbacks={name}", *options)
 
 
+@pytest.mark.parametrize("schedule", ["StepLR step_size 0", "CosineAnnealingLR T_max 0"])
+def test_a_schedule_that_divides_by_its_length_is_refused_with_its_settings(tmp_path, features, schedule):
+    name, argument, value = schedule.split()
+    message = refused(tmp_path, *FIT, f"--lr_scheduler={name}", f"--lr_scheduler.{argument}={value}")
+    assert message.startswith(f"lr_scheduler {name}: ZeroDivisionError: ")
+    assert f"{argument} {value}" in message
+
+
 def test_a_logger_whose_package_is_missing_is_refused_with_how_to_install_it(tmp_path, features, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.loggers.mlflow._MLFLOW_AVAILABLE", False)
     message = refused(tmp_path, *FIT, "--trainer.logger", "MLFlowLogger")
@@ -102,10 +111,6 @@ LATER = {
     "gradients that are not sparse": (
         ("--optimizer=SparseAdam",),
         "optimizer: SparseAdam does not support dense gradients, please consider Adam instead",
-    ),
-    "a schedule that divides by its length": (
-        ("--lr_scheduler=StepLR", "--lr_scheduler.step_size=0"),
-        "lr_scheduler: ZeroDivisionError: integer modulo by zero",
     ),
 }
 
