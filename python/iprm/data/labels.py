@@ -97,7 +97,8 @@ def _kinds(place: str, y: np.ndarray) -> np.ndarray:
             except UnicodeDecodeError as error:
                 raise InputError(f"{place}: a label is not UTF-8: {error}") from error
     elif y.dtype.kind not in "biu":
-        raise InputError(f"{place}: expected labels, whole numbers or words, got {y.dtype}")
+        advice = "; save y.astype(str)" if y.dtype.kind == "M" else ""
+        raise InputError(f"{place}: expected labels, whole numbers or words, got {y.dtype}{advice}")
     return y
 
 
