@@ -172,9 +172,10 @@ def _plain(settings: Any) -> Any:
     """A copy of settings with the defaults of some callbacks, enums and devices, as the strings that these callbacks accept."""
     if isinstance(settings, Namespace):
         return Namespace({name: _plain(value) for name, value in vars(settings).items()})
-    if type(settings) in (dict, list):
-        items = ((name, _plain(value)) for name, value in settings.items()) if isinstance(settings, dict) else map(_plain, settings)
-        return type(settings)(items)
+    if type(settings) is dict:
+        return {name: _plain(value) for name, value in settings.items()}
+    if type(settings) is list:
+        return list(map(_plain, settings))
     return settings.value if isinstance(settings, Enum) else str(settings) if isinstance(settings, torch.device) else settings
 
 

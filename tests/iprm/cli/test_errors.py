@@ -21,7 +21,7 @@ FEATURES = ("fit", "--config", "features", "--data.path", "features.npz")
 
 WORDS = {
     "a command": (("fitt",), "unknown command 'fitt': did you mean 'fit'?"),
-    "a command like no other": (("xyzzy",), "unknown command 'xyzzy': (known: check, compare, "),
+    "a command like no other": (("xyzzy",), "unknown command 'xyzzy' (known: check, compare, "),
     "a configuration": (("fit", "--config", "digts"), "unknown configuration 'digts': did you mean 'digits'?"),
     "a dataset": (("fit", "--data", "digts"), "unknown dataset 'digts': did you mean 'digits'?"),
     "a dataset after =": (("fit", "--data=features_"), "unknown dataset 'features_': did you mean 'features'?"),
@@ -58,6 +58,10 @@ WORDS = {
         "'image': unknown encoder 'cn': did you mean 'cnn'?",
     ),
     "a split": ((*DIGITS, "--data.predict_split", "tset"), "unknown split 'tset': did you mean 'test'?"),
+    "an argument without a name": (
+        ("check", "--data", "features"),
+        "unknown option --data: DATA is given without it, as in: iprm check digits",
+    ),
     "an option of info": (("info", "--halp"), "unknown option --halp: did you mean --help?"),
 }
 
