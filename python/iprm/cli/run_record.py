@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.cli import LightningArgumentParser
 
 from iprm.compare.runs import CONFIG
+from iprm.errors import InputError, unknown
 from iprm.files import Added, locked, write_atomically
 from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.checkpoint import saved_states
@@ -75,6 +76,14 @@ class RunRecord(L.Callback):
             finally:
                 if not self.begun and self._log.folder is not None:
                     added.remove(self._log.folder)
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses a callback that monitors a metric of validation that none has logged, before an epoch is trained."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            of_validation = isinstance(monitor, str) and monitor.startswith("val_") and getattr(callback, "strict", True)
+            if of_validation and monitor not in trainer.callback_metrics:
+                raise InputError(unknown(f"metric of {type(callback).__name__}", monitor, map(str, trainer.callback_metrics)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.log_dir or "")  # a collective call

@@ -73,6 +73,8 @@ CALLBACKS = {
     "EarlyStopping monitr val_loss": "unknown option --trainer.callbacks.monitr: did you mean --trainer.callbacks.monitor?",
     "ModelCheckpoint save_top_k 3": "ModelCheckpoint(save_top_k=3, monitor=None) is not a valid configuration",
     "LearningRateMonitor logging_interval foo": "logging_interval: expected step, epoch or null, got foo; try iprm fit --help",
+    "EarlyStopping monitor val_acc": "unknown metric of EarlyStopping 'val_acc': did you mean 'val_accuracy'?",
+    "ModelCheckpoint monitor val_lss": "unknown metric of ModelCheckpoint 'val_lss': did you mean 'val_loss'?",
     "StochasticWeightAveraging swa_lrs -1": "The `swa_lrs` should a positive float",
 }
 
