@@ -80,7 +80,7 @@ class RunRecord(L.Callback):
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses a callback that monitors a metric of validation that none has logged, before an epoch is trained."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
+            monitor: Any = getattr(callback, "monitor", None)
             of_validation = isinstance(monitor, str) and monitor.startswith("val_") and getattr(callback, "strict", True)
             if of_validation and monitor not in trainer.callback_metrics:
                 raise InputError(unknown(f"metric of {type(callback).__name__}", monitor, map(str, trainer.callback_metrics)))
