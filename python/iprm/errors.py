@@ -30,8 +30,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """Error message for an unknown name: ``unknown dataset 'digit': did you mean 'digits'? (known: ...)``."""
     known = list(known)
     match = closest(name, known)
-    hint = f"did you mean {match!r}? " if match else ""
-    return f"unknown {kind} {name!r}: {hint}(known: {', '.join(sorted(known))})"
+    hint = f": did you mean {match!r}?" if match else ""
+    return f"unknown {kind} {name!r}{hint} (known: {', '.join(sorted(known))})"
+
+
+def counted(count: int, what: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def check_options(owner: str, given: Iterable[str], parameters: Mapping[str, inspect.Parameter]) -> None:

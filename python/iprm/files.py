@@ -74,7 +74,7 @@ def check_output(path: Path, *marks: str) -> None:
         with path.open("rb") as file:
             beginning = file.read(4096)
         if beginning and not any(mark.encode() in beginning for mark in marks):
-            raise InputError(f"{path}: this file is of another kind, and would be replaced; choose another --output")
+            raise InputError(f"{path}: this file was not written by this command, and is not replaced; choose another --output")
     elif path.exists():
         return  # a device or pipe
     absent = _absent(path.parent)
@@ -84,6 +84,19 @@ def check_output(path: Path, *marks: str) -> None:
             pass
     finally:
         _remove_empty(absent)
+
+
+def check_outputs(folder: Path, described: str, mark: str, *others: str) -> None:
+    """Checks that several files can be written to a folder. They may replace those of an earlier call, of which the file
+    `described` has the mark; without it, none of them may exist.
+
+    Raises:
+        InputError, OSError: see `check_output`.
+    """
+    earlier = (folder / described).is_file()
+    check_output(folder / described, mark)
+    for name in others:
+        check_output(folder / name, *([""] if earlier else []))
 
 
 def _absent(folder: Path) -> list[Path]:

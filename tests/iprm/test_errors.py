@@ -33,7 +33,7 @@ def test_the_closest_is_found_whatever_the_case_and_the_dashes_or_else_none(name
     ("name", "message"),
     [
         ("digts", "unknown dataset 'digts': did you mean 'digits'? (known: av-digits, digits, features)"),
-        ("xyz", "unknown dataset 'xyz': (known: av-digits, digits, features)"),
+        ("xyz", "unknown dataset 'xyz' (known: av-digits, digits, features)"),
     ],
 )
 def test_the_message_names_what_is_known(name, message):

@@ -1,4 +1,4 @@
-"""Cache folders of matplotlib, torch and Triton, where theirs cannot be written."""
+"""Temporary cache folders for matplotlib, torch and Triton, used where their own cannot be written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pathlib import Path
 
 
 def provide_caches() -> None:
-    """Gives each cache whose folder cannot be written one that lasts as long as this process, and says so on standard error;
-    and a user without a name one, for which torch asks. Home folders are missing or read-only in many containers."""
+    """Replaces every cache folder that cannot be written by a temporary one, which is deleted when this process ends, and
+    reports this on standard error. In many containers, the home folder is missing or read-only.
+
+    Where the user has no name, LOGNAME is set, because torch reads the name to choose its cache folder.
+    """
     try:
         user = getpass.getuser()
     except (KeyError, OSError, ImportError):  # no such user; ImportError without the module pwd, before Python 3.13
@@ -21,7 +24,8 @@ def provide_caches() -> None:
     lacking = {variable: folder for variable, folder in _folders(user).items() if not _writable(folder)}
     if not lacking:
         return
-    print(f"iprm: not kept after this run: caches in {', '.join(lacking.values())}, which cannot be written", file=sys.stderr)
+    folders = ", ".join(lacking.values())
+    print(f"iprm: caches in {folders} cannot be written; temporary ones are used and deleted at the end", file=sys.stderr)
     own = tempfile.mkdtemp(prefix="iprm-caches-")
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     for variable in lacking:

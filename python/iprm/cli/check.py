@@ -10,7 +10,7 @@ from lightning.pytorch.cli import instantiate_class
 from iprm.compare.table import Table
 from iprm.data import DATASETS
 from iprm.data.quality import Report, check
-from iprm.errors import InputError
+from iprm.errors import InputError, counted
 
 from .console import plain_console, print_table
 from .fit import fit_settings
@@ -68,12 +68,8 @@ def check_command(arguments: Sequence[str]) -> int:
     for kind, lines in (("problem", problems), ("remark", remarks)):
         for line in lines:
             console.print(f"{kind}: {line}")
-    console.print(f"{data.source}: {_count(len(problems), 'problem')}, {_count(len(remarks), 'remark')}")
+    console.print(f"{data.source}: {counted(len(problems), 'problem')}, {counted(len(remarks), 'remark')}")
     return 1 if problems else 0
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def class_table(report: Report) -> Table:

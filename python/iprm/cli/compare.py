@@ -117,7 +117,8 @@ def _refuse_other_files(folder: Path) -> None:
         raise InputError(f"{folder}: {run} is the folder of a run of iprm fit; choose another --output")
     found = [name for name in FILES if (folder / name).exists()]
     if found and not settings_of_comparison(folder):
-        raise InputError(f"{folder}: {found[0]} there is not of a comparison, and would be replaced; choose another --output")
+        what = f"{found[0]} there was not written by iprm compare, and is not replaced"
+        raise InputError(f"{folder}: {what}; choose another --output")
 
 
 def _dense(table: Table) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from iprm.files import check_outputs
 from iprm.inference.export import BATCHES, export
 from iprm.inference.model import load_inference
 
@@ -33,6 +34,7 @@ def export_command(arguments: Sequence[str]) -> int:
     """Runs `iprm export` and returns the exit code."""
     given = parser().parse_args(arguments)
     model = load_inference(given.ckpt_path, given.encoder)
+    check_outputs(given.output, "model.json", '{\n  "modalities": [', "model.pt2", "model.safetensors")
     difference = export(model, given.output)
     print(f"largest difference from the checkpoint's logits, at {', '.join(map(str, BATCHES))} rows: {difference:.1e}")
     print(f"exported: {given.output}")

@@ -18,6 +18,7 @@ from iprm.errors import InputError
 from iprm.training.callbacks.best_checkpoint import BestCheckpoint, best_checkpoint
 from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.callbacks.diagnostics import Diagnostics
+from iprm.training.callbacks.run_state import batches_of
 from iprm.training.checkpoint import logged_steps, read_checkpoint
 from iprm.training.finite import NonFiniteError
 from iprm.training.lightning import quiet_lightning
@@ -27,6 +28,7 @@ from .run_record import RunRecord
 
 #: Exit codes of a run stopped by SIGTERM and by an interrupt, by the convention of shells: 128 + the number of the signal.
 STOPPED, INTERRUPTED = 143, 130
+LIMITS = "trainer.max_epochs, max_steps, max_time and limit_train_batches above 0"
 
 
 def fit_command(arguments: Sequence[str]) -> int:
@@ -66,7 +68,9 @@ class FitCLI(FusionCLI):
         super().instantiate_classes()
         self.model.check_training(self.datamodule.batch_size)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if self.config.ckpt_path and isinstance(callback, (BatchSizeFinder, LearningRateFinder)):
+            if isinstance(callback, LearningRateFinder):
+                raise InputError("LearningRateFinder cannot be used: the learning rate is --optimizer.lr, which it cannot set")
+            if self.config.ckpt_path and isinstance(callback, BatchSizeFinder):
                 raise InputError(f"{type(callback).__name__} cannot be used in a run that starts from a checkpoint")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -105,6 +109,7 @@ class FitCLI(FusionCLI):
         """Trains. A run that is refused leaves every file as it was.
 
         Raises:
+            InputError: with these settings, no batch is trained on.
             SystemExit: with `STOPPED` or `INTERRUPTED`, after a line that says how to continue.
         """
         with self.record.kept() if self.record else contextlib.nullcontext():
@@ -121,6 +126,13 @@ class FitCLI(FusionCLI):
                     ended = "interrupted" if interrupted else "stopped by SIGTERM"
                     print(f"{ended}; to continue: iprm resume {shlex.quote(str(folder))}", file=sys.stderr)
                 raise SystemExit(INTERRUPTED if interrupted else STOPPED) from end
+        if self.record.begun if self.record else batches_of(self.trainer):
+            return
+        if self.folder is None or not batches_of(self.trainer):
+            limits = "trainer.max_epochs, max_steps and max_time beyond the checkpoint" if self.config.ckpt_path else LIMITS
+            raise InputError(f"no batch was trained on: expected {limits}")
+        if self.says_how_to_continue and self.trainer.is_global_zero:
+            print("this run has ended; for more: --trainer.max_epochs, or the limit that it had")
 
     def execute(self) -> None:
         kept = best_checkpoint(self.trainer)

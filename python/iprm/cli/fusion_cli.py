@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
@@ -35,6 +38,9 @@ from .trainer_settings import check_processes, check_trainer_settings
 
 class SettingsParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser, with the dataset as a required setting."""
+
+    def dump(self, cfg: Any, *args: Any, **options: Any) -> str:
+        return super().dump(_plain(cfg), *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if self.exit_on_error and message.endswith("arguments are required: data"):
@@ -160,6 +166,17 @@ def _num_classes(data: MultimodalData) -> int:
 
 def _classes(data: MultimodalData) -> list[str]:
     return list(data.classes)
+
+
+def _plain(settings: Any) -> Any:
+    """A copy of settings with the defaults of some callbacks, enums and devices, as the strings that these callbacks accept."""
+    if isinstance(settings, Namespace):
+        return Namespace({name: _plain(value) for name, value in vars(settings).items()})
+    if type(settings) is dict:
+        return {name: _plain(value) for name, value in settings.items()}
+    if type(settings) is list:
+        return list(map(_plain, settings))
+    return settings.value if isinstance(settings, Enum) else str(settings) if isinstance(settings, torch.device) else settings
 
 
 def as_list(given: Any) -> list[Any]:

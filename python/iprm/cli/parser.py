@@ -50,6 +50,9 @@ class OneLineErrors:
             known = [f"{key}.{parameter}" for parameter in inspect.signature(pkgutil.resolve_name(path)).parameters]
         name = ".".join(filter(None, (group or key, name)))
         meant = closest(name, known)
+        if meant == name:  # it has a place, and no name
+            example = next(line.strip() for line in self.epilog.splitlines() if line.strip().startswith(self.prog))
+            return f"unknown option --{name}: {name.upper()} is given without it, as in: {example}"
         return f"unknown option --{name}" + (f": did you mean --{meant}?" if meant else f"; try {self.prog} --help")
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from iprm.compare.table import Table
 from iprm.environment import chosen_backends, device_name, versions
-from iprm.files import created
+from iprm.files import check_outputs, created
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Profile, StageProfiler
 from iprm.training.callbacks.run_state import RunState
@@ -70,6 +70,8 @@ class ProfileCLI(FusionCLI):
             self._profile()
             return
         folder = Path(self.config.output or f"runs/profile-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        if self.config.output is not None:
+            check_outputs(folder, "profile.json", '{\n  "stages": {', "profile.png")
         with created(folder, anew=self.config.output is None) as folder:  # before the work rather than after it
             self._write(folder, self._profile())
 

@@ -55,14 +55,25 @@ def _message(error: Exception, spoken: bool) -> str:
 #: jsonargparse's message of a value that none of several types accepts, without another such message within it.
 UNION = re.compile(
     r"(?: *- Expected a path but .*\n *- )?Does not validate against any of the Union subtypes\n *Subtypes: .*\n *Errors:\n"
-    r"(?P<errors>(?:(?!.*Does not validate).*\n)*?) *Given value type: .*\n *Given value: .*"
+    r"(?P<errors>(?:(?!.*Does not validate).*\n)*?) *Given value type: .*\n *Given value: (?P<value>.*)"
 )
 #: Reasons within it that say no more than the type.
-TYPE_ALONE = re.compile(r"Expected an? (?!dot import path)|Not a valid subclass")
+TYPE_ALONE = re.compile(r"Expected an? (?!dot import path)(?P<type>.*)|Not a valid subclass")
+#: The forms of types within it, and words for them.
+TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+LITERAL = re.compile(r"(?:typing\.)?Literal\[(.*)\]")
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true, false",
+    "str": "text",
+    "dict": "a mapping",
+    "NoneType": "null",
+}
 
 
 def brief(message: str) -> str:
-    """A message of jsonargparse, reduced to the first reason that says more than the expected type, if there is one."""
+    """A message of jsonargparse, reduced to the first reason that says more than the expected type, or to the types."""
     while (shorter := UNION.sub(_first_reason, message)) != message:
         message = shorter
     return message
@@ -71,7 +82,16 @@ def brief(message: str) -> str:
 def _first_reason(union: re.Match[str]) -> str:
     margin = re.match(" *", union["errors"])
     reasons = re.split(rf"^{margin[0] if margin else ''}- ", union["errors"], flags=re.MULTILINE)[1:]
-    return next((reason.rstrip() for reason in reasons if not TYPE_ALONE.match(reason)), union[0])
+    types = [TYPE.sub(r"\1", match["type"]) for match in map(TYPE_ALONE.match, reasons) if match and match["type"]]
+    telling = next((reason.rstrip() for reason in reasons if not TYPE_ALONE.match(reason)), None)
+    if telling and not (telling.startswith("Expected a dot import path") and {"int", "float"}.intersection(types)):
+        return telling
+    words: list[str] = []
+    for name in types:
+        literal = LITERAL.fullmatch(name)
+        words += literal[1].replace("'", "").split(", ") if literal else [TYPES.get(name, name)]
+    *first, last = dict.fromkeys(words) or [""]
+    return f"expected {', '.join(first)}{' or ' if first else ''}{last}, got {union['value']}" if last else union[0]
 
 
 def error_of_user(error: BaseException) -> BaseException | None:

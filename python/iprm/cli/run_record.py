@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.cli import LightningArgumentParser
 
 from iprm.compare.runs import CONFIG
+from iprm.errors import InputError, unknown
 from iprm.files import Added, locked, write_atomically
 from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.checkpoint import saved_states
@@ -36,7 +37,7 @@ class RunRecord(L.Callback):
 
     def __init__(self, log: RunLog, parser: LightningArgumentParser, config: Any) -> None:
         self._log, self.parser, self.config = log, parser, config
-        self._begun = False
+        self.begun = False  # whether training has begun
         self._before: str | None = None  # config.yaml of the run that is resumed
         self._locks = contextlib.ExitStack()
         self._locked = False
@@ -52,8 +53,8 @@ class RunRecord(L.Callback):
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Context of a run, in which no other process can resume it. If an exception leaves the context before training has
-        begun, the files that the run has added are removed; if a setting is refused later, config.yaml is as it was.
+        """Context of a run, in which no other process can resume it. If training has not begun when the context ends, the files
+        that the run has added are removed; if a setting is refused later, config.yaml is as it was.
 
         Raises:
             InputError: another process trains in the folder.
@@ -69,15 +70,25 @@ class RunRecord(L.Callback):
             try:
                 yield
             except BaseException as error:
-                if not self._begun and self._log.folder is not None:
-                    added.remove(self._log.folder)
-                elif self._before is not None and refusal(error):
+                if self._before is not None and refusal(error):
                     write_atomically(self.folder / CONFIG, self._before)
                 raise
+            finally:
+                if not self.begun and self._log.folder is not None:
+                    added.remove(self._log.folder)
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses a callback that monitors a metric of validation that none has logged, before an epoch is trained."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor: Any = getattr(callback, "monitor", None)
+            of_validation = isinstance(monitor, str) and monitor.startswith("val_") and getattr(callback, "strict", True)
+            if of_validation and monitor not in trainer.callback_metrics:
+                raise InputError(unknown(f"metric of {type(callback).__name__}", monitor, map(str, trainer.callback_metrics)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.log_dir or "")  # a collective call
         if not trainer.is_global_zero:
+            self.begun = True
             return
         folder.mkdir(parents=True, exist_ok=True)
         if not self._locked:
@@ -85,7 +96,7 @@ class RunRecord(L.Callback):
         config = folder / CONFIG
         self._before = config.read_text(encoding="utf-8") if config.is_file() else None
         write_atomically(config, self.parser.dump(self._settings(trainer), skip_unset=False))
-        self._begun = True
+        self.begun = True
 
     def _lock(self, folder: Path) -> None:
         self._locks.enter_context(locked(folder, "run"))

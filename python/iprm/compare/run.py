@@ -19,9 +19,10 @@ from iprm.data.module import MultimodalData
 from iprm.errors import InputError
 from iprm.files import write_atomically
 from iprm.names import file_name
+from iprm.training.checkpoint import saved_states
 from iprm.training.classifier import FusionClassifier
 
-from .runs import CONFIG, TEST, flattened, read_settings, settings_of_comparison
+from .runs import CONFIG, DISPLAY, FAILED, TEST, flattened, read_settings, settings_of_comparison
 
 #: Methods of a comparison if none are named, after one unimodal method per modality.
 DEFAULT_COMPARISON = ("concat", "sum", "weight", "joint", "iprm")
@@ -62,12 +63,12 @@ def make_jobs(
         settings = copy.deepcopy(dict(config)) | {"seed_everything": seed}
         settings["model"]["method"], settings["data"]["init_args"]["seed"] = name, seed
         jobs.append(Job(name, seed, folder / file_name(name) / f"seed={seed}", settings))
-        if (jobs[-1].folder / CONFIG).is_file():
+        if _began(jobs[-1].folder):
             _refuse_other(jobs[-1].folder, "run", read_settings(jobs[-1].folder / CONFIG, []), jobs[-1].config)
         if seed == seeds[0] and (jobs[-1].folder / TEST).is_file():
             _refuse_other_data(jobs[-1].folder, data)
     before = dict(flattened(settings_of_comparison(folder).get("settings", {})))
-    if before:  # its methods may be others than those of these runs
+    if before and any(map(_began, folder.glob("*/seed=*"))):  # its methods may be others than those of these runs
         _refuse_other(
             folder, "comparison", before, {name: value for name, value in config.items() if name != "seed_everything"}
         )
@@ -76,14 +77,29 @@ def make_jobs(
 
 #: Settings that differ between the runs of a comparison.
 DIFFERENT = ("model.method", "data.init_args.seed")
+#: Most characters of a value in a message.
+MOST_CHARACTERS = 80
+
+
+def _began(folder: Path) -> bool:
+    """Whether a folder has a run that would be kept or resumed, rather than one that has failed before it saved a state."""
+    return (folder / CONFIG).is_file() and (bool(saved_states(folder)) or not (folder / FAILED).is_file())
 
 
 def _refuse_other(folder: Path, what: str, there: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     here = dict(flattened(config))
     for name in dict.fromkeys((*here, *there)):
         was, asked = there.get(name), here.get(name)
-        if name.partition(".")[0] in config and was != asked and (what == "run" or name not in DIFFERENT):
-            raise InputError(f"{folder}: {name} of this {what} is {was!r}, not {asked!r}; choose another --output")
+        if name in DISPLAY or (what == "comparison" and name in DIFFERENT):
+            continue
+        if name.partition(".")[0] in config and was != asked:
+            is_not = f"{_shortened(was)}, not {_shortened(asked)}"
+            raise InputError(f"{folder}: {name} of this {what} is {is_not}; choose another --output")
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def _refuse_other_data(folder: Path, data: MultimodalData) -> None:

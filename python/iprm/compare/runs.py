@@ -24,6 +24,8 @@ MODEL = "hparams.yaml"  # of a run that was not started by iprm fit
 TEST, FAILED = "test.json", "failed.txt"  # of a run of a comparison
 COMPARISON = "settings.json"  # in <comparison>, above <comparison>/<method>/seed=<k>
 FILES = (METRICS, CONFIG, DIAGNOSTICS)
+#: Settings that change what is shown during a run, and not the run.
+DISPLAY = ("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps")
 SYMBOLS = {"weight": "λ", "strength": "ω"}
 #: Prefixes of columns of metrics.csv that are not measures of the method.
 NO_MEASURE = ("train_", "val_", "test_", "lr-")

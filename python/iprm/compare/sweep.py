@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from iprm.data.loading import available_cores
 from iprm.streams import write_any_text
+from iprm.training.checkpoint import saved_states
 
 from .run import Job
 from .runs import CONFIG, FAILED
@@ -59,7 +60,7 @@ def _attempt(train: Train, job: Job, advance: Advance) -> None:
         train(job, advance)
     except Exception as error:
         job.folder.mkdir(parents=True, exist_ok=True)
-        if not (job.folder / CONFIG).is_file():  # it failed before its first step
+        if not saved_states(job.folder):  # it failed before its first step; the file may be of an earlier attempt
             (job.folder / CONFIG).write_text(yaml.safe_dump(job.config, sort_keys=False), encoding="utf-8")
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         (job.folder / FAILED).write_text(f"{reason}\n\n{traceback.format_exc()}", encoding="utf-8")

@@ -22,6 +22,8 @@ def find_config(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
+    if Path(name).exists() and not Path(name).is_dir():
+        raise InputError(f"{name}: expected a file, got a device or pipe")
     if name not in shipped():
         raise InputError(f"{unknown('configuration', name, shipped())}; nor is there such a file")
     return Path(str(resources.files(__name__) / f"{name}.yaml"))

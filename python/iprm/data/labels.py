@@ -1,4 +1,4 @@
-"""Labels of any kind as class indices, and the names of the classes."""
+"""Converts labels (numbers, booleans or words) to class indices; the labels become the names of the classes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MOST_NAMES = 10
 
 
 class Labels(NamedTuple):
-    """codes: (N,) int64, indices into `names`, or `UNLABELLED`; names: of the classes that occur.
+    """Class indices of N rows, and the names of the classes.
 
-    Classes are in the order of their numbers, or for words in alphabetical order; words that are all whole numbers are in the
-    order of these numbers.
+    codes: (N,) int64, indices into `names`, or `UNLABELLED`; names: one per class that occurs. Numbers are sorted by value and
+    words alphabetically, except words that are all whole numbers, which are sorted by value.
     """
 
     codes: np.ndarray
@@ -34,10 +34,10 @@ class Labels(NamedTuple):
 
 
 def read_labels(place: str, y: np.ndarray) -> Labels:
-    """Labels of any kind as indices of the classes that occur.
+    """Converts labels to indices of the classes that occur.
 
     Args:
-        place: where the labels are from, for messages: "features.npz: y".
+        place: where the labels are, such as "features.npz: y", for messages.
         y: (N,) or (N, 1) whole numbers of any type, booleans, or words. A label of -100 is no class: see `UNLABELLED`.
 
     Raises:
@@ -100,7 +100,8 @@ def _kinds(place: str, y: np.ndarray) -> np.ndarray:
             if not {"Cc", "Cs"}.isdisjoint(map(unicodedata.category, word)):  # no file holds a lone surrogate
                 _refuse(place, row, word, missing=False)
     elif y.dtype.kind not in "biu":
-        raise InputError(f"{place}: expected labels, whole numbers or words, got {y.dtype}")
+        advice = "; save y.astype(str)" if y.dtype.kind == "M" else ""
+        raise InputError(f"{place}: expected labels, whole numbers or words, got {y.dtype}{advice}")
     return y
 
 

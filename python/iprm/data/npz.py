@@ -96,6 +96,8 @@ def read_array(path: Path, archive: zipfile.ZipFile, name: str, *, plain_objects
             return read_plain_objects(content, shape)
         except Exception as error:  # the content may be anything
             why = f"it is of objects, and {str(error) or type(error).__name__}"
+            if "stringdtype" in why:  # numpy saves text of this type by pickling it
+                raise InputError(f"{path}: array {name!r} is of StringDType; save {name}.astype(str)") from error
     raise InputError(f"{path}: array {name!r} cannot be read without running code it holds: {why}")
 
 

@@ -110,7 +110,7 @@ def lines(
         low, high = ([line.band[epoch][side] for epoch in sorted(line.band)] for side in (0, 1))
         axes.fill_between(sorted(line.band), low, high, color=PALETTE[line.colour % len(PALETTE)], alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g} %" if percents else f"{y:.4g}"))
     if weights:

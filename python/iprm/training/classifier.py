@@ -39,7 +39,7 @@ from iprm.methods.rule import GRADIENTS, SEVERAL_UPDATES, VALIDATION, Update
 from .cuda_graphs import GraphedStep
 from .finite import FiniteGuard, check_state
 from .metrics import EpochMeans, EpochMetrics
-from .optim import LR_SCHEDULER, OPTIMIZER, Configured, make_optimizer, make_scheduler
+from .optim import LR_SCHEDULER, OPTIMIZER, Configured, check_scheduler, make_optimizer, make_scheduler
 
 
 class FusionClassifier(L.LightningModule):
@@ -217,7 +217,7 @@ class FusionClassifier(L.LightningModule):
         """
         optimizer = make_optimizer(parameter_groups(self.model, self.rule, self.modality_options), self.optimizer_settings)
         if self.scheduler_settings is not None:
-            make_scheduler(optimizer, self.scheduler_settings, epochs=100)  # any number: the checks do not depend on it
+            check_scheduler(optimizer, self.scheduler_settings, epochs=100)  # any number: the checks do not depend on it
         if rows == 1 and any(isinstance(module, _BatchNorm) for module in self.encoders.modules()):
             raise InputError("batch_size: expected at least 2 to train encoders that normalise over a batch, got 1")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -132,6 +133,24 @@ def make_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int |
         raise InputError(f"lr_scheduler: {error}") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"lr_scheduler {cls.__name__}: {error}") from error
+
+
+def check_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int | None) -> None:
+    """Checks that a learning rate schedule can be made and stepped. `optimizer` is changed.
+
+    Raises:
+        InputError: see `make_scheduler`; or the first step divides by zero.
+    """
+    try:
+        scheduler = make_scheduler(optimizer, settings, epochs)
+        if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a schedule that is stepped before the optimiser
+                scheduler.step()
+    except ArithmeticError as error:
+        cls, arguments = checked("lr_scheduler", LRScheduler, settings)
+        given = ", ".join(f"{name} {value}" for name, value in arguments.items())
+        raise InputError(f"lr_scheduler {cls.__name__}: {type(error).__name__}: {error}; with {given}") from error
 
 
 class Configured:

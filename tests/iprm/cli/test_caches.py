@@ -53,7 +53,8 @@ def test_without_a_home_and_a_name_every_cache_has_a_folder_of_the_run(environme
     environment.setattr(pwd, "getpwuid", nobody)
     names, said = replaced(capsys)
     assert names == {"MPLCONFIGDIR", "TRITON_CACHE_DIR"}
-    assert said == "iprm: not kept after this run: caches in ~/.config/matplotlib, ~/.triton/cache, which cannot be written\n"
+    folders = "~/.config/matplotlib, ~/.triton/cache"
+    assert said == f"iprm: caches in {folders} cannot be written; temporary ones are used and deleted at the end\n"
     assert all(Path(os.environ[name]).parent.parent == tmp_path for name in names)
     assert getpass.getuser() == f"uid_{os.getuid()}"
     assert replaced(capsys) == (set(), ""), "the processes of this run have the same"

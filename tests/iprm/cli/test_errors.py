@@ -21,7 +21,7 @@ FEATURES = ("fit", "--config", "features", "--data.path", "features.npz")
 
 WORDS = {
     "a command": (("fitt",), "unknown command 'fitt': did you mean 'fit'?"),
-    "a command like no other": (("xyzzy",), "unknown command 'xyzzy': (known: check, compare, "),
+    "a command like no other": (("xyzzy",), "unknown command 'xyzzy' (known: check, compare, "),
     "a configuration": (("fit", "--config", "digts"), "unknown configuration 'digts': did you mean 'digits'?"),
     "a dataset": (("fit", "--data", "digts"), "unknown dataset 'digts': did you mean 'digits'?"),
     "a dataset after =": (("fit", "--data=features_"), "unknown dataset 'features_': did you mean 'features'?"),
@@ -58,6 +58,10 @@ WORDS = {
         "'image': unknown encoder 'cn': did you mean 'cnn'?",
     ),
     "a split": ((*DIGITS, "--data.predict_split", "tset"), "unknown split 'tset': did you mean 'test'?"),
+    "an argument without a name": (
+        ("check", "--data", "features"),
+        "unknown option --data: DATA is given without it, as in: iprm check digits",
+    ),
     "an option of info": (("info", "--halp"), "unknown option --halp: did you mean --help?"),
 }
 
@@ -89,7 +93,7 @@ VALUES = {
     "a word for a whole number": (("--data.batch_size", "many"), "batch_size: Expected a int. Got value: many"),
     "a word for a number or none": (
         ("--trainer.max_epochs", "many"),
-        "trainer.max_epochs: Does not validate against any of the Union subtypes Subtypes: [int, NoneType]",
+        "trainer.max_epochs: expected a whole number or null, got many; try iprm fit --help",
     ),
     "a learning rate below 0": (("--optimizer.lr", "-1"), "optimizer.lr: expected a number from 0 up, got -1.0"),
     "no width": (("--model.feature_dim", "0"), "feature_dim: expected a whole number from 1 up, got 0"),

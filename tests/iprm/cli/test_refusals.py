@@ -33,17 +33,20 @@ SETTINGS = {
     "trainer.strategy=dpp": "trainer: You selected an invalid strategy name: `strategy='dpp'`",
     "trainer.strategy=ddp_spawn": "trainer.strategy: expected ddp or fsdp2, whose processes run the command, got ddp_spawn",
     "trainer.num_nodes=2": "trainer.num_nodes: 2 machines need torchrun or SLURM",
-    "trainer.precision=17": "trainer.precision",
+    "trainer.precision=17": "trainer.precision: expected 64, 32, 16, transformer-engine, transformer-engine-float16, 16-true, ",
+    "trainer.max_epochs=1.5": "trainer.max_epochs: expected a whole number or null, got 1.5; try iprm fit --help",
+    "trainer.deterministic=foo": "trainer.deterministic: expected true, false, warn or null, got foo; try iprm fit --help",
     "trainer.max_time=soon": "trainer: ",
     "trainer.gradient_clip_algorithm=norms": "trainer: `gradient_clip_algorithm` norms is invalid",
     "trainer.callbacks=NoSuchCallback": "trainer.callbacks: Expected a dot import path string: NoSuchCallback",
     "trainer.callbacks=EarlyStopping": "callbacks.EarlyStopping': the following arguments are required: monitor; try",
-    "trainer.callbacks=LearningRateFinder": "learning rate finder",
+    "trainer.callbacks=LearningRateFinder": "LearningRateFinder cannot be used: the learning rate is --optimizer.lr",
     "trainer.logger=NoSuchLogger": "trainer.logger: Expected a dot import path string: NoSuchLogger",
     "trainer.logger=lightning.pytorch.loggers.NoLogger": "module 'lightning.pytorch.loggers' has no attribute 'NoLogger'",
     "trainer.profiler=fast": "trainer: ",
     "trainer.default_root_dir=features.npz": "features.npz",
     "config=.": "unknown configuration '.'",
+    "config=/dev/null": "/dev/null: expected a file, got a device or pipe",
     "config=features.npz": "features.npz: not readable as YAML: 'utf-8' codec can't decode",
     "config=list.yaml": "list.yaml: expected a mapping of settings, got list",
     "trainer=features.npz": "features.npz: not readable as YAML",
@@ -51,6 +54,11 @@ SETTINGS = {
     "data.path=.": ".: there is no such file",
     "ckpt_path=.": ".: there is no such checkpoint",
 }
+
+NOTHING = "no batch was trained on: expected trainer.max_epochs, max_steps, max_time and limit_train_batches above 0"
+SETTINGS |= dict.fromkeys(
+    ("trainer.max_epochs=0", "trainer.max_steps=0", "trainer.max_time=00:00:00:00", "trainer.limit_train_batches=0"), NOTHING
+)
 
 
 @pytest.mark.parametrize(("setting", "message"), SETTINGS.items(), ids=SETTINGS.keys())
@@ -64,6 +72,9 @@ CALLBACKS = {
     "EarlyStopping monitor val_loss patience long": "EarlyStopping': patience: Expected a int. Got value: long",
     "EarlyStopping monitr val_loss": "unknown option --trainer.callbacks.monitr: did you mean --trainer.callbacks.monitor?",
     "ModelCheckpoint save_top_k 3": "ModelCheckpoint(save_top_k=3, monitor=None) is not a valid configuration",
+    "LearningRateMonitor logging_interval foo": "logging_interval: expected step, epoch or null, got foo; try iprm fit --help",
+    "EarlyStopping monitor val_acc": "unknown metric of EarlyStopping 'val_acc': did you mean 'val_accuracy'?",
+    "ModelCheckpoint monitor val_lss": "unknown metric of ModelCheckpoint 'val_lss': did you mean 'val_loss'?",
     "StochasticWeightAveraging swa_lrs -1": "The `swa_lrs` should a positive float",
 }
 
@@ -74,6 +85,14 @@ def test_an_argument_of_a_callback_that_cannot_be_is_refused(tmp_path, features,
     pairs = zip(given[::2], given[1::2], strict=True)
     options = [f"--trainer.callbacks.{option}={value}" for option, value in pairs]
     assert message in refused(tmp_path, *FIT, f"--trainer.callbacks={name}", *options)
+
+
+@pytest.mark.parametrize("schedule", ["StepLR step_size 0", "CosineAnnealingLR T_max 0"])
+def test_a_schedule_that_divides_by_its_length_is_refused_with_its_settings(tmp_path, features, schedule):
+    name, argument, value = schedule.split()
+    message = refused(tmp_path, *FIT, f"--lr_scheduler={name}", f"--lr_scheduler.{argument}={value}")
+    assert message.startswith(f"lr_scheduler {name}: ZeroDivisionError: ")
+    assert f"{argument} {value}" in message
 
 
 def test_a_logger_whose_package_is_missing_is_refused_with_how_to_install_it(tmp_path, features, monkeypatch):
@@ -94,10 +113,6 @@ LATER = {
     "gradients that are not sparse": (
         ("--optimizer=SparseAdam",),
         "optimizer: SparseAdam does not support dense gradients, please consider Adam instead",
-    ),
-    "a schedule that divides by its length": (
-        ("--lr_scheduler=StepLR", "--lr_scheduler.step_size=0"),
-        "lr_scheduler: ZeroDivisionError: integer modulo by zero",
     ),
 }
 

@@ -167,7 +167,8 @@ def test_a_file_of_another_kind_is_not_replaced(fitted, tmp_path, command):
     before = files(tmp_path)
     code, _, err = iprm(tmp_path, command, *arguments, "--output", "features.npz")
     assert (code, files(tmp_path)) == (2, before)
-    assert err == "iprm: features.npz: this file is of another kind, and would be replaced; choose another --output\n"
+    message = "features.npz: this file was not written by this command, and is not replaced; choose another --output"
+    assert err == f"iprm: {message}\n"
     for _ in range(2):  # the second replaces what the first has written
         assert iprm(tmp_path, command, *arguments, "--output", "own").code == 0
 
@@ -211,6 +212,22 @@ def test_config_yaml_has_the_batch_size_that_was_found_and_the_run_resumes_with_
     assert (code, err) == (2, "iprm: BatchSizeFinder cannot be used in a run that starts from a checkpoint\n")
 
 
+CALLBACKS = {
+    "an enum": (("Timer", "--trainer.callbacks.duration", "00:00:01:00"), "interval", "step"),
+    "a device": (("StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.1"), "device", "cpu"),
+}
+
+
+@pytest.mark.parametrize(("callback", "name", "value"), CALLBACKS.values(), ids=CALLBACKS.keys())
+def test_a_default_of_a_callback_that_is_no_plain_value_is_written_as_one(tmp_path, recwarn, callback, name, value):
+    save(tmp_path, arrays())
+    code, _, err = iprm(tmp_path, *FIT, "--trainer.callbacks", *callback)
+    assert (code, err) == (0, "")
+    assert not [warning for warning in recwarn if "serialize" in str(warning.message)]
+    (written,) = yaml.safe_load((tmp_path / RUN / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert written["init_args"][name] == value
+
+
 # compare
 
 
@@ -225,7 +242,7 @@ def test_compare_replaces_no_file_that_is_not_of_a_comparison(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/plot.png").write_text("mine")
     before = files(tmp_path)
-    message = "iprm: mine: plot.png there is not of a comparison, and would be replaced; choose another --output\n"
+    message = "iprm: mine: plot.png there was not written by iprm compare, and is not replaced; choose another --output\n"
     assert compare(tmp_path, "--output", "mine") == (2, message)
     assert files(tmp_path) == before
 
@@ -243,6 +260,20 @@ def test_compare_resumes_no_comparison_of_other_methods_with_other_settings_and_
     assert code == 2
     assert err.startswith("iprm: report/sum/seed=0: this run is of other data: its train split was {'rows': ")
     assert files(tmp_path / "report") == before
+
+
+def test_a_run_that_failed_before_it_saved_a_state_may_be_repeated_with_other_settings(tmp_path):
+    save(tmp_path, arrays())
+    assert compare(tmp_path, "--output", "report", "--trainer.val_check_interval", "100") == (1, "")
+    assert compare(tmp_path, "--output", "report", "--trainer.val_check_interval", "200") == (1, "")
+    settings = yaml.safe_load((tmp_path / "report/sum/seed=0/config.yaml").read_text())
+    assert settings["trainer"]["val_check_interval"] == 200
+    assert compare(tmp_path, "--output", "report") == (0, "")
+    assert compare(tmp_path, "--output", "report", "--trainer.enable_progress_bar", "false") == (0, "")
+    early = ("--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val_loss")
+    code, err = compare(tmp_path, "--output", "report", *early)
+    assert (code, len(err) < 250) == (2, True)
+    assert err.startswith("iprm: report/sum/seed=0: trainer.callbacks of this run is None, not [{'class_path': ")
 
 
 def test_a_comparison_is_not_continued_by_two_processes_at_once(tmp_path):

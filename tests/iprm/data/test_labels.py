@@ -83,13 +83,18 @@ REFUSED = {
     "one-hot booleans": (np.eye(3, dtype=bool)[Y], r"got one-hot labels \(60, 3\); save y.argmax"),
     "several labels a row": (np.ones((60, 3), int), r"y: expected shape \(N,\) of one label per row, got \(60, 3\)"),
     "a single number": (np.array(3), r"y: expected shape \(N,\) of one label per row, got \(\)"),
-    "dates": (np.zeros(60, "M8[D]"), r"y: expected labels, whole numbers or words, got datetime64\[D\]"),
+    "dates": (np.zeros(60, "M8[D]"), r"y: expected labels, whole numbers or words, got datetime64\[D\]; save y.astype\(str\)"),
     "complex numbers": (np.zeros(60, complex), "y: expected labels, whole numbers or words, got complex128"),
     "no label at all": (np.full(60, -100), "y: every row has the label -100"),
     **{f"all {label}": (np.full(60, label), f"all rows are of class {label}; ") for label in (0, 5, 2**40, "cat", -1)},
 }
 
 
+if hasattr(np.dtypes, "StringDType"):  # numpy 2
+    REFUSED["words of any length"] = (Y.astype("T"), r"array 'y' is of StringDType; save y.astype\(str\)")
+
+
+@pytest.mark.filterwarnings("ignore:Custom dtypes are saved as python objects")
 @pytest.mark.parametrize(("y", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_labels_that_cannot_be_classes_are_refused_by_row_with_what_to_do(tmp_path, y, message):
     with pytest.raises(InputError, match=message):

@@ -106,7 +106,7 @@ def test_a_process_that_can_import_torch_alone_predicts_with_it(of_two):
     assert (run.returncode, run.stdout) == (0, "logits probabilities logits_by\n"), run.stderr
 
 
-def test_the_command_writes_three_files_and_prints_how_near_they_are(tmp_path):
+def test_the_command_writes_three_files_again_if_asked_and_prints_how_near_they_are(tmp_path, monkeypatch):
     checkpoint(tmp_path)
     code, out, err = iprm(tmp_path, "export", "--ckpt_path", "model.ckpt", "--output", "new/folder")
     assert (code, err) == (0, "")
@@ -115,6 +115,21 @@ def test_the_command_writes_three_files_and_prints_how_near_they_are(tmp_path):
     assert 0 <= float(first.split()[-1]) <= export.BOUND
     assert last == "exported: new/folder"
     assert sorted(file.name for file in (tmp_path / "new/folder").iterdir()) == FILES
+    monkeypatch.setattr("iprm.cli.export.export", lambda *_: 0.0)
+    assert iprm(tmp_path, "export", "--ckpt_path", "model.ckpt", "--output", "new/folder").code == 0
+
+
+def test_the_command_replaces_no_files_but_its_own(tmp_path):
+    checkpoint(tmp_path)
+    for name in FILES:
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text('{"mine": 1}')
+        code, _, err = iprm(tmp_path, "export", "--ckpt_path", "model.ckpt", "--output", folder.name)
+        where = f"{folder.name}/{name}"
+        message = f"iprm: {where}: this file was not written by this command, and is not replaced; choose another --output\n"
+        assert (code, err) == (2, message)
+        assert [file.read_text() for file in folder.iterdir()] == ['{"mine": 1}']
 
 
 def test_the_description_says_what_goes_in_what_comes_out_and_the_sum_of_both_files(tmp_path):

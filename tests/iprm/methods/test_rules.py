@@ -312,7 +312,7 @@ def test_measures_tell_what_a_rule_did():
         ("ogm", {"modulate": "linear"}, "modulate: expected one of 'auto', 'conv', 'all', got 'linear'"),
         ("ogm", {"window": 3}, "window: expected the first and the last epoch, got 3"),
         ("ogm", {"form": "mine"}, "form: expected one of 'paper', 'released', got 'mine'"),
-        ("ogm", {"fusion": "weight"}, r"unknown fusion 'weight': \(known: concat, sum\)"),
+        ("ogm", {"fusion": "weight"}, r"unknown fusion 'weight' \(known: concat, sum\)"),
         ("mslr", {"schedule": "smooth"}, "schedule: expected one of 'window', 'keep', 'cumulative', got 'smooth'"),
         ("mslr", {"initial": {"video": 1.0}}, "initial: expected a modality of audio, image, got 'video'"),
         ("mslr", {"initial": {"audio": 0.0}}, "initial of 'audio': expected a number above 0, got 0.0"),

@@ -436,6 +436,19 @@ def test_settings_of_fit_can_be_given_and_those_that_end_or_save_a_run_are_left_
     assert found["batches"] == 8
 
 
+def test_it_replaces_its_own_files_and_no_others(tmp_path, features):
+    profile = ("profile", "--config", "features", "--data.path", features, "--steps", "1", "--output")
+    for name in ("profile.json", "profile.png"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text('{"mine": 1}')
+        code, _, err = iprm(tmp_path, *profile, folder.name)
+        assert (code, "profile.json" in err or "profile.png" in err) == (2, True)
+        assert [file.read_text() for file in folder.iterdir()] == ['{"mine": 1}']
+    for _ in range(2):
+        assert iprm(tmp_path, *profile, "own").code == 0
+
+
 def test_without_a_folder_it_writes_into_one_of_its_own_below_runs(tmp_path, features):
     code, out, _ = iprm(tmp_path, "profile", "--config", "features", "--data.path", features, "--steps", "1")
     assert code == 0

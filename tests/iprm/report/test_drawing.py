@@ -148,6 +148,13 @@ def test_the_plot_has_the_accuracy_of_every_method_and_the_course_of_its_measure
     assert lines["iprm: ω audio"] == pytest.approx([row["strength_audio"] for row in expected])
 
 
+def test_after_one_epoch_the_axis_of_epochs_has_whole_numbers(tmp_path):
+    found = comparison(tmp_path / "c", "concat", "iprm", seeds=[0], epochs=1)
+    assert found.title == "features: 1 seed, 1 epoch"
+    _, measured = figures.comparison_figure(found).axes
+    assert all(tick == round(tick) for tick in measured.get_xticks())
+
+
 def test_without_a_method_that_measures_anything_the_plot_says_so(tmp_path):
     _, measured = figures.comparison_figure(comparison(tmp_path / "c", "sum", "concat")).axes
     assert [text.get_text() for text in measured.texts] == ["none of these methods measures weights"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -169,7 +170,10 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("seed", "5", "its seed was 0, this run's is 5"), ("batch_size", "16", "its rows a step was 13, this run's is 16")],
+    [
+        ("seed", "5", "the state has a seed of 0, this run 5"),
+        ("batch_size", "16", "the state has a batch of 13 rows over all processes, this run 16"),
+    ],
 )
 def test_other_data_are_refused(run, tmp_path, option, value, message):
     save(tmp_path, arrays())
@@ -189,6 +193,61 @@ REFUSED = {
     ),
     "a value that cannot be": ("--trainer.accumulate_grad_batches", "0"),
 }
+
+
+OWN = {
+    "seed_everything 5": "seed_everything: this run has 0, and cannot be resumed with 5;",
+    "optimizer SGD optimizer.lr 0.1": "optimizer.lr: this run has 0.01, and cannot be resumed with 0.1;",
+    "optimizer AdamW": "optimizer: this run has 'torch.optim.SGD', and cannot be resumed with 'torch.optim.AdamW';",
+    "lr_scheduler null": "lr_scheduler: this run has 'iprm.training.optim.StepAtFraction', and cannot be resumed with None;",
+    "lr_scheduler.gamma 0.5": "lr_scheduler.gamma: this run has 0.1, and cannot be resumed with 0.5;",
+    "model.modality_options {audio: {freeze: true}}": "model.modality_options: this run has None,",
+    "trainer.accumulate_grad_batches 2": "trainer.accumulate_grad_batches: this run has 1,",
+    "trainer.precision 16-true": "trainer.precision: this run has None, and cannot be resumed with '16-true';",
+    "trainer.overfit_batches 1": "trainer.overfit_batches: this run has 0.0, and cannot be resumed with 1;",
+    "trainer.limit_train_batches 0": "trainer.limit_train_batches: this run has None, and cannot be resumed with 0;",
+    "trainer.enable_checkpointing false": "trainer.enable_checkpointing: a run cannot be resumed with False,",
+    "trainer.logger false": "trainer.logger: a run cannot be resumed with False,",
+    "trainer.fast_dev_run true": "trainer.fast_dev_run: a run cannot be resumed with True,",
+    "trainer.fast_dev_run 2": "trainer.fast_dev_run: this run has False, and cannot be resumed with 2;",
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), OWN.items(), ids=OWN.keys())
+def test_a_setting_that_would_change_the_run_is_refused_by_name(run, tmp_path, settings, message):
+    save(tmp_path, arrays())
+    before = files(run)
+    words = settings.split(maxsplit=1) if "{" in settings else settings.split()
+    given = [f"--{name}={value}" for name, value in zip(words[::2], words[1::2], strict=True)]
+    with pytest.raises(InputError, match=f"^iprm: {re.escape(message)}"):
+        resumed(run, tmp_path, "--trainer.max_epochs", "6", *given)
+    assert files(run) == before
+
+
+def test_length_display_and_callbacks_of_a_run_may_be_changed(run, tmp_path):
+    save(tmp_path, arrays())
+    callback = ("--trainer.callbacks", "LearningRateMonitor", "--trainer.callbacks.logging_interval", "epoch")
+    settings = ("--trainer.enable_model_summary", "false", "--trainer.max_time", "01:00:00:00")
+    resumed(run, tmp_path, "--trainer.max_epochs", "6", *callback, *settings, "--optimizer.lr", "0.01", "--state.keep", "3")
+    assert "lr-" in (run / "metrics.csv").read_text()
+
+
+def test_a_run_that_has_ended_is_left_as_it_is(run, tmp_path):
+    before = files(run)
+    message = f"{run}: this run has ended after 5 epochs; for more: --trainer.max_epochs 10\n"
+    assert iprm(tmp_path, "resume", str(run)) == (0, message, "")
+    assert files(run) == before
+
+
+def test_a_run_that_has_ended_at_its_last_step_is_left_as_it_is(tmp_path):
+    save(tmp_path, arrays())
+    limit = ("--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--state.every_n_batches", "1")
+    data = ("--data", "features", "--data.path", "features.npz", "--data.batch_size", "13")
+    assert iprm(tmp_path, "fit", *data, *limit, "--trainer.enable_progress_bar", "false").code == 0
+    before = files(tmp_path)
+    message = "this run has ended; for more: --trainer.max_epochs, or the limit that it had\n"
+    assert iprm(tmp_path, "resume", "runs/fit/version_0") == (0, message, "")
+    assert files(tmp_path) == before
 
 
 def files(folder: Path) -> dict[Path, bytes | None]:
@@ -221,7 +280,7 @@ def test_a_run_is_not_resumed_by_two_processes_at_once(run, tmp_path):
 
 def test_other_values_of_as_many_rows_with_the_same_labels_are_refused(run, tmp_path):
     save(tmp_path, arrays() | {"x_text": arrays()["x_text"] + 1})
-    with pytest.raises(InputError, match="the state is of other data: its train split was"):
+    with pytest.raises(InputError, match="the state has a train split of"):
         resumed(run, tmp_path)
 
 

@@ -25,6 +25,8 @@ from .csv_logger import RunLog
 
 #: Batches between all-reduces of the SIGTERM flag, each of which synchronises with the GPU.
 ASK_EVERY = 20
+#: Key of the state under which the rows of a batch are saved, over all processes.
+ROWS = "rows a step"
 
 
 class RunState(L.Callback):
@@ -132,7 +134,8 @@ class RunState(L.Callback):
         there, here = state["data"], self._data()
         for name, was in there.items() if there != self._saved_data else ():
             if name in here and was != here[name]:
-                raise InputError(f"the state is of other data: its {name} was {was}, this run's is {here[name]}")
+                what = f"batch of {was} rows over all processes" if name == ROWS else f"{name} of {was}"
+                raise InputError(f"other data: the state has a {what}, this run {here[name]}")
         self._restored, self._at_epoch_start = state["generators"], state["at_epoch_start"]
         for log in self._logs():
             log.restore(state["metrics"])
@@ -143,7 +146,7 @@ class RunState(L.Callback):
         if not isinstance(data, MultimodalData):
             return {}
         splits = {f"{name} split": described for name, described in data.describe().items()}
-        return {"seed": data.seed, "rows a step": data.batch_size * world_size(), **splits}
+        return {"seed": data.seed, ROWS: data.batch_size * world_size(), **splits}
 
     def _logs(self) -> list[RunLog]:
         """The run's metrics.csv, if it has one."""
