@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import platform
@@ -20,7 +21,8 @@ from iprm.data import DATASETS
 from iprm.data.module import MultimodalData
 from iprm.environment import versions
 from iprm.errors import InputError
-from iprm.files import created, locked, write_atomically
+from iprm.files import created, replacing, write_atomically
+from iprm.locks import locked
 from iprm.methods import METHODS
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 from iprm.training.checkpoint import saved_states, state_to_resume
@@ -101,9 +103,11 @@ def _compare(folder: Path, config: dict[str, Any], asked: Sequence[str] | None, 
         with ended_by_sigterm():
             sweep(pending, _train, given.jobs or default_jobs(len(pending)))
     except BaseException:
-        finished = any((job.folder / TEST).is_file() for job in jobs)
-        done = f"{len(_report(folder).finished) if finished else 0} of {len(jobs)} runs are finished"
-        report = f"; their report: {folder}" if finished else ""
+        finished = sum((job.folder / TEST).is_file() for job in jobs)
+        report = ""
+        with contextlib.suppress(OSError):  # the disk may be full
+            report = f"; their report: {_report(folder).folder}" if finished else ""
+        done = f"{finished} of {len(jobs)} runs are finished"
         again = f"to continue, repeat the command with --output {shlex.quote(str(folder))}"
         print(f"iprm: {done}{report}; {again}", file=sys.stderr)
         raise
@@ -150,7 +154,8 @@ def _report(folder: Path) -> Comparison:
 
     comparison = Comparison(folder, read_runs([folder]))
     write(comparison)
-    comparison_figure(comparison).savefig(folder / "plot.png", dpi=150)
+    with replacing(folder / "plot.png", "wb") as file:
+        comparison_figure(comparison).savefig(file, dpi=150)
     return comparison
 
 

@@ -20,7 +20,7 @@ from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.callbacks.diagnostics import Diagnostics
 from iprm.training.checkpoint import logged_steps, read_checkpoint
 from iprm.training.finite import NonFiniteError
-from iprm.training.lightning import quiet_lightning
+from iprm.training.lightning import quiet_lightning, survive_full_disk
 
 from .fusion_cli import FusionCLI, as_list, run
 from .run_record import RunRecord
@@ -91,7 +91,7 @@ class FitCLI(FusionCLI):
         if self.folder is None:
             return RunLog(root)
         folder = self.folder.absolute()
-        return RunLog(folder.parents[1], folder.parent.name, folder.name)
+        return RunLog(folder.parent, "", folder.name)  # the folder may be in the root
 
     def _loggers(self, log: RunLog, given: Any) -> list[Logger]:
         """`log` and the configured loggers, by default TensorBoard."""
@@ -147,6 +147,13 @@ class _Events(TensorBoardLogger):
     @property
     def version(self) -> int | str:
         return self._log.version
+
+    @property
+    def experiment(self) -> Any:
+        new, writer = self._experiment is None, super().experiment
+        if new and self._experiment is not None:
+            survive_full_disk(writer)
+        return writer
 
 
 class _Parsed(FitCLI):

@@ -18,6 +18,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from iprm.data.loading import available_cores
+from iprm.files import FULL, write_atomically
 from iprm.streams import write_any_text
 
 from .run import Job
@@ -40,7 +41,8 @@ def default_jobs(runs: int) -> int:
 def sweep(jobs: Sequence[Job], train: Train, processes: int) -> None:
     """Trains every job, `processes` at a time, under a progress bar that counts epochs.
 
-    If a job raises an Exception, failed.txt in its folder states the reason, and the other jobs continue.
+    If a job raises an Exception, failed.txt in its folder states the reason, and the other jobs continue. A full disk
+    ends them all.
 
     Args:
         train: called with a job and a function that counts epochs; pickled by name if there are several processes.
@@ -58,11 +60,12 @@ def _attempt(train: Train, job: Job, advance: Advance) -> None:
     try:
         train(job, advance)
     except Exception as error:
-        job.folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise  # the next run could not write either
         if not (job.folder / CONFIG).is_file():  # it failed before its first step
-            (job.folder / CONFIG).write_text(yaml.safe_dump(job.config, sort_keys=False), encoding="utf-8")
+            write_atomically(job.folder / CONFIG, yaml.safe_dump(job.config, sort_keys=False))
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        (job.folder / FAILED).write_text(f"{reason}\n\n{traceback.format_exc()}", encoding="utf-8")
+        write_atomically(job.folder / FAILED, f"{reason}\n\n{traceback.format_exc()}")
 
 
 @contextmanager

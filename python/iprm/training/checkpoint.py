@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +13,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from iprm.errors import InputError
+from iprm.files import remove_abandoned, replacing
 
 STATES = "states"
-#: Seconds without a write after which a partial file is considered abandoned: a running save writes continually.
-ABANDONED = 3600
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,19 +29,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)  # a remote file system
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_parts(path.parent)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
-            try:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    Path(file.name).unlink()
-                raise
+        remove_abandoned(Path(path).parent, "*.ckpt")
+        with replacing(Path(path), "wb") as file:
+            torch.save(checkpoint, file)
         return None
 
     def load_checkpoint(
@@ -54,14 +40,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return _read(path, ("state_dict",), "Lightning checkpoint of tensors and plain values alone")
-
-
-def _remove_parts(folder: Path) -> None:
-    """Removes temporary files that killed saves have left in a folder."""
-    for part in folder.glob(".*.????????.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > ABANDONED:
-                part.unlink()
 
 
 def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:

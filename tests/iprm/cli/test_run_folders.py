@@ -12,9 +12,10 @@ import yaml
 from command import iprm
 from feature_files import arrays, save
 from forked import run_at_once
-from iprm import files as iprm_files
+from iprm import locks
 from iprm.compare import run as compared
-from iprm.files import check_output, created, locked, new_folder, write_atomically
+from iprm.files import check_output, created, new_folder, write_atomically
+from iprm.locks import locked
 from iprm.training.callbacks.csv_logger import RunLog
 from run_folders import write_comparison, write_run
 
@@ -98,7 +99,7 @@ def test_a_lock_ends_with_its_context_and_is_not_held_by_a_forked_process(tmp_pa
     with locked(tmp_path, "run"):
         child = os.fork()
         if child == 0:
-            os._exit(len(iprm_files._handles))
+            os._exit(len(locks._handles))
         assert os.waitpid(child, 0)[1] == 0
     with locked(tmp_path, "run"):
         pass

@@ -17,7 +17,7 @@ from command import iprm
 from feature_files import arrays, save
 from forked import run_commands
 from iprm.errors import InputError
-from iprm.files import locked
+from iprm.locks import locked
 from iprm.training.callbacks.run_state import RunState
 from iprm.training.checkpoint import AtomicCheckpointIO, read_checkpoint, state_to_resume
 from run_contents import RUN, difference, left

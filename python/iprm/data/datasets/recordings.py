@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -17,6 +16,7 @@ import torch
 from rich.progress import track
 
 from iprm.errors import InputError
+from iprm.files import replacing
 
 from .riff import declared_frames
 from .spectrogram import LogMel
@@ -128,19 +128,13 @@ def _cached(cache: Path, key: str) -> np.ndarray | None:
 
 
 def _store(cache: Path, key: str, spectrograms: np.ndarray) -> None:
-    """Writes a temporary file and renames it, so that a reader sees the old file or the new one, never a partial one."""
-    part = cache.with_suffix(f".{os.getpid()}.part")
     try:
         if cache.parts[0] == "~":
             raise FileNotFoundError("there is no home folder")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with replacing(cache, "wb") as file:
             np.savez(file, key=np.array(key), spectrograms=spectrograms)
-        part.replace(cache)
     except OSError as error:
         log.warning("%s: the spectrograms cannot be cached: %s", cache, error)
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def _compute(files: list[Path], log_mel: LogMel) -> np.ndarray:
