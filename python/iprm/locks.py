@@ -78,8 +78,9 @@ def _lock(path: Path, folder: Path, what: str, deadline: float) -> int:
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, _this_process(), 0)
                 return handle
-            if held and time.monotonic() >= deadline:
-                raise InputError(f"{folder}: another process is using this {what}; wait until it has ended{_holder(handle)}")
+            holder, late = _holder(handle), time.monotonic() - deadline
+            if held and (late > 1 or (late >= 0 and holder)):  # a process that has just locked it has not written yet
+                raise InputError(f"{folder}: another process is using this {what}; wait until it has ended{holder}")
         except BaseException:
             os.close(handle)
             raise

@@ -54,6 +54,8 @@ examples:
 METHOD_NAMES = ", ".join([*(name for name in METHODS if name != "unimodal"), "unimodal-<modality>"])
 #: Files that a comparison writes to its folder, and replaces when it is repeated.
 FILES = ("summary.md", "runs.csv", "history.csv", "plot.png", COMPARISON)
+#: Seconds that a run waits for the process of an earlier comparison, which saves its state after that comparison was killed.
+PATIENCE = 60
 #: Settings of `iprm fit` that differ between runs, and the option of this command that determines each.
 OWN = {"model.method": "--methods", "data.seed": "--seeds", "data.init_args.seed": "--seeds"}
 
@@ -189,8 +191,9 @@ class _ComparedRun(FitCLI):
 
 def run_fit(config: dict[str, Any], folder: Path, advance: Advance) -> None:
     """Runs `_ComparedRun` in this folder; a run that it already holds resumes from its last state."""
-    state = str(state_to_resume(folder)) if saved_states(folder) else None
-    run(_ComparedRun, {**config, "ckpt_path": state}, folder=folder, advance=advance)
+    with locked(folder, "run", PATIENCE):
+        state = str(state_to_resume(folder)) if saved_states(folder) else None
+        run(_ComparedRun, {**config, "ckpt_path": state}, folder=folder, advance=advance)
 
 
 def _train(job: Job, advance: Advance) -> None:

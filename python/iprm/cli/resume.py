@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from iprm.locks import locked
 from iprm.training.checkpoint import state_to_resume
+from iprm.training.lightning import first_process
 
 from .fit import FitCLI
 from .fusion_cli import run
@@ -40,6 +43,7 @@ def resume_command(arguments: Sequence[str]) -> int:
     flags = [argument for argument in arguments if argument in ("-h", "--help", "--previous")]
     run_and_settings = [argument for argument in arguments if argument not in flags]
     given = parser().parse_args([*flags, *run_and_settings[:1]])
-    state = state_to_resume(given.run, given.previous)
-    settings = ["--config", str(given.run / "config.yaml"), "--ckpt_path", str(state), *run_and_settings[1:]]
-    return run(FitCLI, settings, folder=given.run)
+    with locked(given.run, "run") if first_process() else contextlib.nullcontext():  # or another could replace the state
+        state = state_to_resume(given.run, given.previous)
+        settings = ["--config", str(given.run / "config.yaml"), "--ckpt_path", str(state), *run_and_settings[1:]]
+        return run(FitCLI, settings, folder=given.run)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -129,6 +131,15 @@ def _start_worker(epochs: Any, start_method: str) -> None:
     signal.signal(signal.SIGTERM, _end)
     logging.getLogger("iprm.data.quality").setLevel(logging.ERROR)  # the parent has already logged these warnings
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Waits for the end of the parent, after which this process would train on; it then saves its state and ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _attempt_in_worker(train: Train, job: Job) -> None:

@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
@@ -22,7 +23,7 @@ import pytest
 import torch
 from command import Outcome, iprm, table
 from feature_files import arrays, save, without
-from forked import write_start_method
+from forked import start, write_start_method
 from iprm.cli import compare as command
 from iprm.cli.main import main
 from iprm.compare import run as compared
@@ -316,6 +317,58 @@ def test_sigterm_ends_the_processes_of_a_comparison_which_continues(tmp_path, fe
     assert len(rows(tmp_path / "report/runs.csv")) == int(finished)
     assert iprm(tmp_path, *size).code == 0
     assert [row["epoch"] for row in rows(tmp_path / "report/sum/seed=2/metrics.csv")] == [str(k) for k in range(30)]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_comparison_that_was_killed_keeps_the_runs_that_had_ended_and_continues(tmp_path, features, jobs):
+    """The processes of a killed comparison save their states and end; the same command, at once, waits for them."""
+    size = (*ARGUMENTS, "--methods", "sum", "--seeds", "3", "--epochs", "30", "--jobs", str(jobs), "--output", "report")
+    with started(tmp_path, *size) as killed:
+        waited_for(lambda: any(tmp_path.glob("report/sum/*/test.json")))
+        killed.kill()
+        killed.join()
+    ended = {path: path.stat().st_mtime_ns for path in tmp_path.glob("report/sum/*/test.json")}
+    assert 1 <= len(ended) < 3
+    assert all(json.loads(path.read_text())["metrics"] for path in ended)
+    assert iprm(tmp_path, "report", "report").code == 0
+    code, out, err = iprm(tmp_path, *size)
+    assert (code, err) == (0, "")
+    assert "failed" not in out
+    assert {path: path.stat().st_mtime_ns for path in ended} == ended
+    for seed in range(3):
+        assert [row["epoch"] for row in rows(tmp_path / f"report/sum/seed={seed}/metrics.csv")] == [str(k) for k in range(30)]
+    assert not list(tmp_path.rglob(".iprm.lock"))
+
+
+def test_a_process_of_a_comparison_ends_with_its_parent(tmp_path, features):
+    size = (*ARGUMENTS, "--methods", "sum", "--seeds", "2", "--epochs", "100000", "--jobs", "2", "--output", "report")
+    with started(tmp_path, *size) as killed:
+        holders = waited_for(lambda: [p for p in tmp_path.glob("report/sum/*/.iprm.lock") if p.read_text()], 2)
+        processes = [int(path.read_text().split()[1]) for path in holders]
+        assert killed.pid not in processes
+        killed.kill()
+        killed.join()
+    waited_for(lambda: [process for process in processes if not Path(f"/proc/{process}").exists()], 2)
+
+
+@contextlib.contextmanager
+def started(folder: Path, *arguments: str):
+    """A process that runs `iprm ARGUMENTS`."""
+    process = start(folder, *arguments)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def waited_for(found, count: int = 1):
+    """What the function returns when it is of this length or, if it is a truth value, true."""
+    for _ in range(1200):
+        value = found()
+        if value and (value is True or len(value) == count):
+            return value
+        time.sleep(0.05)
+    raise AssertionError("waited a minute in vain")
 
 
 def test_more_seeds_and_methods_join_a_comparison(tmp_path):
