@@ -20,7 +20,7 @@ from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.callbacks.diagnostics import Diagnostics
 from iprm.training.checkpoint import logged_steps, read_checkpoint
 from iprm.training.finite import NonFiniteError
-from iprm.training.lightning import quiet_lightning, survive_full_disk
+from iprm.training.lightning import first_process, quiet_lightning, survive_full_disk
 
 from .fusion_cli import FusionCLI, as_list, run
 from .run_record import RunRecord
@@ -143,6 +143,7 @@ class _Events(TensorBoardLogger):
     def __init__(self, log: RunLog, purge_step: int | None) -> None:
         super().__init__(log.save_dir, log.name, default_hp_metric=False, purge_step=purge_step)
         self._log = log
+        self._survives = False  # a full disk
 
     @property
     def version(self) -> int | str:
@@ -150,9 +151,10 @@ class _Events(TensorBoardLogger):
 
     @property
     def experiment(self) -> Any:
-        new, writer = self._experiment is None, super().experiment
-        if new and self._experiment is not None:
+        writer = super().experiment
+        if first_process() and not self._survives:
             survive_full_disk(writer)
+            self._survives = True
         return writer
 
 
