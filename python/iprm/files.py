@@ -9,13 +9,14 @@ import glob
 import itertools
 import os
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import InputError
+from .errors import InputError, UnreadableError
 
 #: Errors of a full disk or quota.
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -81,6 +82,35 @@ def remove_abandoned(folder: Path, names: str) -> None:
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > ABANDONED:
                 part.unlink()
+
+
+#: Parts of the messages of torch's errors of memory, which are RuntimeErrors.
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Context in which a file is read.
+
+    Raises:
+        UnreadableError: the path is that of a folder, or of a device or pipe, which a reader would wait for; or the system or a
+            lack of memory prevents reading. The message states the cause.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise UnreadableError(f"{path}: expected a file, got a device or pipe")
+        with path.open("rb") as file:
+            file.read(1)
+        yield
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(part in str(error) for part in NO_MEMORY):
+            raise
+        raise UnreadableError(f"{path}: cannot be read: not enough memory") from error
 
 
 def new_folder(candidates: Iterable[Path]) -> Path:

@@ -21,7 +21,7 @@ from iprm.data import DATASETS
 from iprm.data.module import MultimodalData
 from iprm.environment import versions
 from iprm.errors import InputError
-from iprm.files import created, replacing, write_atomically
+from iprm.files import created, reading, replacing, write_atomically
 from iprm.locks import locked
 from iprm.methods import METHODS
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
@@ -119,6 +119,9 @@ def _compare(folder: Path, config: dict[str, Any], asked: Sequence[str] | None, 
 def _refuse_other_files(folder: Path) -> None:
     """Raises InputError if the folder has files that a comparison would replace, but no comparison."""
     found = [name for name in FILES if (folder / name).exists()]
+    if COMPARISON in found:
+        with reading(folder / COMPARISON):
+            pass
     if found and not settings_of_comparison(folder):
         raise InputError(f"{folder}: {found[0]} there is not of a comparison, and would be replaced; choose another --output")
 

@@ -17,7 +17,7 @@ import torch
 
 from iprm.data.module import MultimodalData
 from iprm.errors import InputError
-from iprm.files import write_atomically
+from iprm.files import reading, write_atomically
 from iprm.names import file_name
 from iprm.training.classifier import FusionClassifier
 
@@ -87,9 +87,11 @@ def _refuse_other(folder: Path, what: str, there: Mapping[str, Any], config: Map
 
 
 def _refuse_other_data(folder: Path, data: MultimodalData) -> None:
+    with reading(folder / TEST):
+        text = (folder / TEST).read_bytes()
     try:
-        splits = dict(json.loads((folder / TEST).read_text(encoding="utf-8"))["splits"])
-    except (OSError, ValueError, TypeError, LookupError):
+        splits = dict(json.loads(text)["splits"])
+    except (ValueError, TypeError, LookupError):
         return  # damaged, or of an earlier version
     for name, here in data.describe().items():
         if splits.get(name, here) != here:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from iprm.errors import InputError
-from iprm.files import remove_abandoned, replacing
+from iprm.errors import InputError, UnreadableError
+from iprm.files import reading, remove_abandoned, replacing
 
 STATES = "states"
 
@@ -61,16 +60,22 @@ def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = Fal
     The checksum of every member of the archive is verified first, because torch's own reader ignores them: one flipped bit
     would otherwise be one silently changed weight. The checksums of 100 MB take 32 ms where loading takes 47 (one core).
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.exists():
         raise InputError(f"{path}: there is no such checkpoint")
     content = damaged = None
     # the readers raise many errors for broken archives and pickles: BadZipFile, IndexError, AttributeError, AssertionError
-    with contextlib.suppress(Exception):
-        if zipfile.is_zipfile(path):  # for other files torch.load would try its legacy formats
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if not damaged:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    try:
+        with reading(path):
+            if zipfile.is_zipfile(path):  # for other files torch.load would try its legacy formats
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()
+                if not damaged:
+                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except InputError:
+        raise
+    except Exception:
+        content = None
     if damaged:
         raise InputError(f"{path}: damaged: the content of {damaged} does not match its checksum")
     if not (isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in parts)):
@@ -105,6 +110,7 @@ def state_to_resume(run: Path, previous: bool = False) -> Path:
         read_checkpoint(state)
     except InputError as error:
         command = shlex.join(["iprm", "resume", str(run), "--previous"])
-        other = f"; to resume from the state before it: {command}" if not previous and states[1:] else ""
+        damaged = not isinstance(error, UnreadableError)
+        other = f"; to resume from the state before it: {command}" if damaged and not previous and states[1:] else ""
         raise InputError(f"{error}{other}") from error
     return state

@@ -16,7 +16,7 @@ import torch
 from rich.progress import track
 
 from iprm.errors import InputError
-from iprm.files import replacing
+from iprm.files import reading, replacing
 
 from .riff import declared_frames
 from .spectrogram import LogMel
@@ -149,7 +149,8 @@ def _spectrogram(file: Path, log_mel: LogMel) -> np.ndarray:
             rate, frames = recording.samplerate, recording.frames
             samples = recording.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
-        raise InputError(f"{file}: not a readable recording: {error}") from error
+        with reading(file):
+            raise InputError(f"{file}: not a readable recording: {error}") from error
     declared = max(frames, declared_frames(file) or 0)
     if len(samples) < declared:
         raise InputError(f"{file}: truncated: its header declares {declared} frames, and the file has {len(samples)}")
