@@ -14,6 +14,7 @@ from feature_files import arrays, save
 from forked import run_at_once
 from holder import held
 from iprm import locks
+from iprm.cli.fit import FitCLI
 from iprm.compare import run as compared
 from iprm.files import check_output, created, new_folder
 from iprm.locks import LOCK, locked
@@ -202,6 +203,14 @@ def test_config_yaml_has_the_batch_size_that_was_found_and_the_run_resumes_with_
     assert iprm(tmp_path, "resume", RUN, "--trainer.max_epochs", "2").code == 0
     code, _, err = iprm(tmp_path, "resume", RUN, "--trainer.max_epochs", "3", *finder)
     assert (code, err) == (2, "iprm: BatchSizeFinder cannot be used in a run that starts from a checkpoint\n")
+
+
+def test_the_folder_of_a_run_that_is_resumed_may_be_in_the_root():
+    """As that of a volume."""
+    cli = object.__new__(FitCLI)
+    for folder in ("/run", "/runs/fit", "/runs/fit/version_0"):
+        cli.folder = Path(folder)
+        assert cli._log("runs").log_dir == folder
 
 
 # compare

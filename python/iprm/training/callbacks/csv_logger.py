@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from iprm.files import new_folder, replacing
 from iprm.training.lightning import first_process, next_version
 
-#: Largest share of the time of a run that writing its file takes: 10^5 epochs of a second would otherwise write it 10^5 times.
+#: Largest share of the time of a run that writing its file takes: 10^5 rows of 14 columns take 1.5 s on one core, and would be
+#: written after every epoch.
 SHARE = 0.02
 
 
