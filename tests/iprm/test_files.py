@@ -28,6 +28,8 @@ from iprm.training.callbacks import csv_logger
 from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.checkpoint import AtomicCheckpointIO
 from matplotlib.figure import Figure
+from rights import without_rights
+from run_folders import write_run
 
 RUN = "runs/fit/version_0"
 #: Calls that write the file that is their first or second argument.
@@ -161,6 +163,16 @@ def test_any_name_of_a_file_can_be_written_twice(tmp_path, name):
 def test_a_folder_is_refused_by_name(tmp_path):
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         write_atomically(tmp_path, "a")
+
+
+def test_an_output_without_the_right_to_write_is_not_replaced(tmp_path):
+    write_run(tmp_path / "run")
+    assert command(tmp_path, "report", "run").code == 0
+    (tmp_path / "report.html").chmod(0o444)
+    before = (tmp_path / "report.html").stat().st_mtime_ns
+    outcome = without_rights(tmp_path, "report", "run")
+    assert outcome == (2, "", "iprm: [Errno 13] Permission denied: 'report.html'\n")
+    assert (tmp_path / "report.html").stat().st_mtime_ns == before
 
 
 # a disk that is full
