@@ -43,6 +43,7 @@ def export(model: Inference, folder: Path) -> float:
         InputError: that difference is above `BOUND`.
     """
     program = exported(model)
+    folder.mkdir(parents=True, exist_ok=True)
     graph = io.BytesIO()  # torch ends the process if it cannot write its last bytes to a file
     torch.export.save(program, graph)
     difference = largest_difference(model, torch.export.load(graph).module())
