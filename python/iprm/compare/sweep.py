@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from iprm.data.loading import available_cores
+from iprm.errors import InputError
 from iprm.files import FULL, write_atomically
 from iprm.streams import write_any_text
 
@@ -48,6 +50,9 @@ def sweep(jobs: Sequence[Job], train: Train, processes: int) -> None:
 
     Args:
         train: called with a job and a function that counts epochs; pickled by name if there are several processes.
+
+    Raises:
+        InputError: one of several processes was killed.
     """
     with _progress(sum(max(0, job.config["trainer"]["max_epochs"] or 0) for job in jobs)) as advance:
         if processes == 1:
@@ -110,6 +115,10 @@ def _in_parallel(jobs: Sequence[Job], train: Train, processes: int, advance: Adv
                     advance(epochs.get())
                 for future in done:
                     future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"one of {processes} processes was killed, perhaps for a lack of memory; --jobs N starts N at once"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             while multiprocessing.active_children():  # repeated: a worker may save its state and take its next job

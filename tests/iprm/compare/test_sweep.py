@@ -340,15 +340,43 @@ def test_a_comparison_that_was_killed_keeps_the_runs_that_had_ended_and_continue
     assert not list(tmp_path.rglob(".iprm.lock"))
 
 
+ENDLESS = (*ARGUMENTS, "--methods", "sum", "--seeds", "2", "--epochs", "100000", "--jobs", "2", "--output", "report")
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The processes that train the two runs of `ENDLESS`."""
+    locks = waited_for(lambda: [lock for lock in folder.glob("report/sum/*/.iprm.lock") if lock.read_text()], 2)
+    return [int(lock.read_text().split()[1]) for lock in locks]
+
+
+def is_running(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
 def test_a_process_of_a_comparison_ends_with_its_parent(tmp_path, features):
-    size = (*ARGUMENTS, "--methods", "sum", "--seeds", "2", "--epochs", "100000", "--jobs", "2", "--output", "report")
-    with started(tmp_path, *size) as killed:
-        holders = waited_for(lambda: [p for p in tmp_path.glob("report/sum/*/.iprm.lock") if p.read_text()], 2)
-        processes = [int(path.read_text().split()[1]) for path in holders]
+    with started(tmp_path, *ENDLESS) as killed:
+        processes = processes_of(tmp_path)
         assert killed.pid not in processes
         killed.kill()
         killed.join()
-    waited_for(lambda: [process for process in processes if not Path(f"/proc/{process}").exists()], 2)
+        try:
+            waited_for(lambda: not any(map(is_running, processes)))
+        finally:
+            for process in filter(is_running, processes):
+                os.kill(process, signal.SIGKILL)
+
+
+def test_a_process_of_a_comparison_that_is_killed_ends_it_with_one_line(tmp_path, features):
+    with started(tmp_path, *ENDLESS) as comparison:
+        processes = processes_of(tmp_path)
+        os.kill(processes[0], signal.SIGKILL)
+        comparison.join(60)
+        assert comparison.exitcode == 2
+    assert (tmp_path / "log.txt").read_text().splitlines()[-2:] == [
+        "iprm: 0 of 2 runs are finished; to continue, repeat the command with --output report",
+        "iprm: one of 2 processes was killed, perhaps for a lack of memory; --jobs N starts N at once",
+    ]
+    waited_for(lambda: not any(map(is_running, processes)))
 
 
 @contextlib.contextmanager
