@@ -43,7 +43,7 @@ def broken_disk(path: Path) -> None:
 
 CAUSES = {
     denied: "cannot be read: Permission denied",
-    folder: "cannot be read: Is a directory",
+    folder: "there is no such checkpoint; it is a folder",
     pipe: "expected a file, got a device or pipe",
     broken_disk: "cannot be read: Input/output error",
 }
@@ -134,6 +134,11 @@ def test_a_comparison_whose_files_cannot_be_read_is_not_taken_for_another(tmp_pa
     test.symlink_to("/proc/self/mem")
     with pytest.raises(InputError, match=r"test\.json: cannot be read: Input/output error"):
         _refuse_other_data(test.parent, Features(features))
+
+
+def test_a_folder_is_not_read_as_a_file(tmp_path):
+    with pytest.raises(UnreadableError, match=f"{tmp_path}: cannot be read: Is a directory"), reading(tmp_path):
+        pass
 
 
 def test_a_file_that_can_be_read_is(tmp_path):

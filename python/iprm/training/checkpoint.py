@@ -61,8 +61,8 @@ def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = Fal
     would otherwise be one silently changed weight. The checksums of 100 MB take 32 ms where loading takes 47 (one core).
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: there is no such checkpoint")
+    if not path.exists() or path.is_dir():
+        raise InputError(f"{path}: there is no such checkpoint" + ("; it is a folder" if path.is_dir() else ""))
     content = damaged = None
     # the readers raise many errors for broken archives and pickles: BadZipFile, IndexError, AttributeError, AssertionError
     try:
