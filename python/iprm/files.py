@@ -106,7 +106,9 @@ def reading(path: Path) -> Iterator[None]:
             file.read(1)
         yield
     except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if error.errno in (None, errno.EINVAL):  # of a position that damaged content has named
+            raise
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from error
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(part in str(error) for part in NO_MEMORY):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -85,8 +86,9 @@ def test_a_lack_of_memory_is_told_as_one(model, monkeypatch, error):
         read_checkpoint(model)
 
 
-def test_another_error_of_torch_is_one_of_the_content(model, monkeypatch):
-    monkeypatch.setattr(torch, "load", raising(RuntimeError("PytorchStreamReader failed")))
+@pytest.mark.parametrize("error", [RuntimeError("PytorchStreamReader failed"), OSError(errno.EINVAL, "Invalid argument")])
+def test_another_error_of_torch_is_one_of_the_content(model, monkeypatch, error):
+    monkeypatch.setattr(torch, "load", raising(error))
     with pytest.raises(InputError, match="not a checkpoint of iprm fit") as raised:
         read_checkpoint(model)
     assert not isinstance(raised.value, UnreadableError)
