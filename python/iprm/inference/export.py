@@ -52,8 +52,8 @@ def export(model: Inference, folder: Path) -> float:
     contents = {"model.pt2": graph.getvalue(), "model.safetensors": save(weights_read(program))}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     description = json.dumps(describe(model) | {"sha256": digests}, indent=2, ensure_ascii=False) + "\n"
-    with contextlib.ExitStack() as files:  # the description, which has the digests, is the last to be renamed
-        for name, content in reversed({**contents, "model.json": description.encode()}.items()):
+    with contextlib.ExitStack() as files:  # the last to be written is the first to be renamed: the digests of the others
+        for name, content in {**contents, "model.json": description.encode()}.items():
             files.enter_context(replacing(folder / name, "wb")).write(content)
     return difference
 
