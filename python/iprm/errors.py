@@ -19,6 +19,10 @@ class InputError(ValueError):
     """
 
 
+class UnreadableError(InputError):
+    """A file that cannot be read, for a reason other than its content: permission, the disk, memory."""
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The entry of `known` closest to `name`, or None if none is similar."""
     by_folded = {entry.casefold().replace("-", "_"): entry for entry in known}

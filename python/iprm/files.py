@@ -1,32 +1,118 @@
-"""Files that are written completely or not at all, folders that one process creates or locks, and the removal of what a command
-that failed has added."""
+"""Files that are written completely or not at all, folders that one process creates, and the removal of what a command that
+failed has added."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import itertools
 import os
+import secrets
+import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
-from .errors import InputError
+from .errors import InputError, UnreadableError
 
-try:
-    import fcntl
-except ImportError:  # Windows, where no folder is locked
-    fcntl = None  # type: ignore[assignment]
+#: Errors of a full disk or quota.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+#: Seconds without a write after which a temporary file is considered abandoned: a running save writes continually.
+ABANDONED = 3600
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a temporary file in the same folder and renames it: other processes see the old content or the new."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Yields a new file, which replaces `path` when the context ends; after an exception, `path` is as it was.
+
+    The file is written beside `path`, flushed to disk and renamed. Other processes, and those after a kill at any moment, see
+    the old content or the new. The mode is that of the file that is replaced, or follows the umask. A link remains one, and its
+    target is replaced. A device or pipe is written to directly. Missing folders are created.
+
+    A temporary file that a killed process has left is removed by a later write of the same file, see `ABANDONED`.
+
+    Args:
+        path: the file.
+        mode: as in `open`: "w" for text in UTF-8, whose line ends are not translated; "wb" or "w+b" for bytes.
+
+    Raises:
+        OSError: the file cannot be written, for example to a full disk; the error names `path`.
+    """
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if path.exists() and not path.is_file():
+        with path.open(mode, **text) as file:  # type: ignore[call-overload]
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    name = os.fsdecode(os.fsencode(target.name)[:200])  # so that the temporary name is no longer than a name may be
+    remove_abandoned(target.parent, glob.escape(name))
+    part = target.with_name(f".{name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        with part.open(mode.replace("w", "x"), **text) as file:  # type: ignore[call-overload]
+            if target.exists():
+                part.chmod(target.stat().st_mode & 0o777)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        cause: BaseException | None = error
+        while isinstance(cause, RuntimeError):  # torch.save raises one while it handles the error of the file
+            cause = cause.__context__
+        if isinstance(cause, OSError) and cause.errno and (cause.filename is None or str(cause.filename) == str(part)):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file by this text or these bytes; see `replacing`."""
+    with replacing(path, "w" if isinstance(content, str) else "wb") as file:
+        file.write(content)
+
+
+def remove_abandoned(folder: Path, names: str) -> None:
+    """Removes temporary files that killed processes have left in a folder, of files whose names match the pattern."""
+    for part in folder.glob(f".{names}.????????.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
+
+
+#: Parts of the messages of torch's errors of memory, which are RuntimeErrors.
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Context in which a file is read.
+
+    Raises:
+        UnreadableError: the path is that of a folder, or of a device or pipe, which a reader would wait for; or the system or a
+            lack of memory prevents reading. The message states the cause.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise UnreadableError(f"{path}: expected a file, got a device or pipe")
+        with path.open("rb") as file:
+            file.read(1)
+        yield
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # of a position that damaged content has named
+            raise
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(part in str(error) for part in NO_MEMORY):
+            raise
+        raise UnreadableError(f"{path}: cannot be read: not enough memory") from error
 
 
 def new_folder(candidates: Iterable[Path]) -> Path:
@@ -71,7 +157,7 @@ def check_output(path: Path, *marks: str) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.is_file():
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # refused if it is not writable
             beginning = file.read(4096)
         if beginning and not any(mark.encode() in beginning for mark in marks):
             raise InputError(f"{path}: this file was not written by this command, and is not replaced; choose another --output")
@@ -127,49 +213,3 @@ class Added:
             with contextlib.suppress(OSError):
                 path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         _remove_empty(self._absent if folder == self.folder else [folder, *self._absent])
-
-
-@contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Within the context, no other process can lock the folder. The system releases the lock if this process is killed.
-
-    On Windows, and on file systems without locks, every process gets the lock.
-
-    Args:
-        folder: the folder; it is not locked if it does not exist.
-        what: what uses it, for the message: "run".
-
-    Raises:
-        InputError: another process has locked the folder.
-    """
-    if fcntl is None or not folder.is_dir():
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    _handles.add(handle)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{folder}: another process is using this {what}; wait until it has ended") from error
-        except OSError:  # no locks on this file system
-            pass
-        yield
-    finally:
-        _handles.discard(handle)
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked just now may not have closed its copy yet
-        os.close(handle)
-
-
-_handles: set[int] = set()  # a forked process, such as a worker of a DataLoader, would keep the lock of a killed parent
-
-
-def _close_handles() -> None:
-    for handle in _handles:
-        os.close(handle)
-    _handles.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_handles)

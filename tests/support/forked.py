@@ -42,6 +42,11 @@ def run_at_once(commands: Sequence[Command], timeout: float = 120) -> list[int]:
     return _ended(started, timeout)
 
 
+def start(folder: Path, *arguments: str) -> ForkServerProcess:
+    """Starts `iprm ARGUMENTS` in the folder, with log.txt for its output."""
+    return _started(_command, folder, "log.txt", arguments, {})
+
+
 def run_command_on_ranks(folder: Path, processes: int, *arguments: str, timeout: float = 120) -> list[tuple[int, str]]:
     """Exit code and output of `iprm ARGUMENTS` on every rank of a group, started as torchrun starts it on one machine."""
     with socket.socket() as free:

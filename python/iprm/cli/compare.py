@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import platform
@@ -20,7 +21,8 @@ from iprm.data import DATASETS
 from iprm.data.module import MultimodalData
 from iprm.environment import versions
 from iprm.errors import InputError
-from iprm.files import created, locked, write_atomically
+from iprm.files import created, reading, replacing, write_atomically
+from iprm.locks import locked
 from iprm.methods import METHODS
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 from iprm.training.checkpoint import saved_states, state_to_resume
@@ -52,6 +54,8 @@ examples:
 METHOD_NAMES = ", ".join([*(name for name in METHODS if name != "unimodal"), "unimodal-<modality>"])
 #: Files that a comparison writes to its folder, and replaces when it is repeated.
 FILES = ("summary.md", "runs.csv", "history.csv", "plot.png", COMPARISON)
+#: Seconds that a run waits for the process of an earlier comparison, which saves its state after that comparison was killed.
+PATIENCE = 60
 #: Settings of `iprm fit` that differ between runs, and the option of this command that determines each.
 OWN = {"model.method": "--methods", "data.seed": "--seeds", "data.init_args.seed": "--seeds"}
 
@@ -101,9 +105,11 @@ def _compare(folder: Path, config: dict[str, Any], asked: Sequence[str] | None, 
         with ended_by_sigterm():
             sweep(pending, _train, given.jobs or default_jobs(len(pending)))
     except BaseException:
-        finished = any((job.folder / TEST).is_file() for job in jobs)
-        done = f"{len(_report(folder).finished) if finished else 0} of {len(jobs)} runs are finished"
-        report = f"; their report: {folder}" if finished else ""
+        finished = sum((job.folder / TEST).is_file() for job in jobs)
+        report = ""
+        with contextlib.suppress(OSError):  # the disk may be full
+            report = f"; their report: {_report(folder).folder}" if finished else ""
+        done = f"{finished} of {len(jobs)} runs are finished"
         again = f"to continue, repeat the command with --output {shlex.quote(str(folder))}"
         print(f"iprm: {done}{report}; {again}", file=sys.stderr)
         raise
@@ -116,6 +122,9 @@ def _refuse_other_files(folder: Path) -> None:
     if run is not None:
         raise InputError(f"{folder}: {run} is the folder of a run of iprm fit; choose another --output")
     found = [name for name in FILES if (folder / name).exists()]
+    if COMPARISON in found:
+        with reading(folder / COMPARISON):
+            pass
     if found and not settings_of_comparison(folder):
         what = f"{found[0]} there was not written by iprm compare, and is not replaced"
         raise InputError(f"{folder}: {what}; choose another --output")
@@ -154,7 +163,8 @@ def _report(folder: Path) -> Comparison:
 
     comparison = Comparison(folder, read_runs([folder]))
     write(comparison)
-    comparison_figure(comparison).savefig(folder / "plot.png", dpi=150)
+    with replacing(folder / "plot.png", "wb") as file:
+        comparison_figure(comparison).savefig(file, dpi=150)
     return comparison
 
 
@@ -188,8 +198,9 @@ class _ComparedRun(FitCLI):
 
 def run_fit(config: dict[str, Any], folder: Path, advance: Advance) -> None:
     """Runs `_ComparedRun` in this folder; a run that it already holds resumes from its last state."""
-    state = str(state_to_resume(folder)) if saved_states(folder) else None
-    run(_ComparedRun, {**config, "ckpt_path": state}, folder=folder, advance=advance)
+    with locked(folder, "run", PATIENCE):
+        state = str(state_to_resume(folder)) if saved_states(folder) else None
+        run(_ComparedRun, {**config, "ckpt_path": state}, folder=folder, advance=advance)
 
 
 def _train(job: Job, advance: Advance) -> None:

@@ -21,7 +21,7 @@ from iprm.training.callbacks.diagnostics import Diagnostics
 from iprm.training.callbacks.run_state import batches_of
 from iprm.training.checkpoint import logged_steps, read_checkpoint
 from iprm.training.finite import NonFiniteError
-from iprm.training.lightning import quiet_lightning
+from iprm.training.lightning import first_process, quiet_lightning, survive_full_disk
 
 from .fusion_cli import FusionCLI, as_list, run
 from .run_record import RunRecord
@@ -95,7 +95,7 @@ class FitCLI(FusionCLI):
         if self.folder is None:
             return RunLog(root)
         folder = self.folder.absolute()
-        return RunLog(folder.parents[1], folder.parent.name, folder.name)
+        return RunLog(folder.parent, "", folder.name)  # the folder may be in the root
 
     def _loggers(self, log: RunLog, given: Any) -> list[Logger]:
         """`log` and the configured loggers, by default TensorBoard."""
@@ -155,10 +155,19 @@ class _Events(TensorBoardLogger):
     def __init__(self, log: RunLog, purge_step: int | None) -> None:
         super().__init__(log.save_dir, log.name, default_hp_metric=False, purge_step=purge_step)
         self._log = log
+        self._survives = False  # a full disk
 
     @property
     def version(self) -> int | str:
         return self._log.version
+
+    @property
+    def experiment(self) -> Any:
+        writer = super().experiment
+        if first_process() and not self._survives:
+            survive_full_disk(writer)
+            self._survives = True
+        return writer
 
 
 class _Parsed(FitCLI):

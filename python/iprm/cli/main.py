@@ -73,6 +73,9 @@ def _exit_code(arguments: list[str]) -> int:
             raise
         print(f"iprm: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(": ".join(["iprm: not enough memory", *filter(None, [str(error)])]), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as end:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from iprm.encoders.description import each
-from iprm.files import check_output
+from iprm.files import check_output, replacing
 from iprm.inference.inputs import Piece, Source, find_samples, gathered, joined
 from iprm.inference.model import Inference, load_inference
 from iprm.inference.predictions import cells, columns, write_predictions
@@ -105,21 +104,17 @@ def parser() -> Parser:
 
 
 def write_sample_predictions(path: Path, model: Inference, sources: Sequence[Source], batch_size: int) -> int:
-    """Writes the CSV under a temporary name, renames it when it is complete, and returns the number of rows.
+    """Writes the CSV, completely or not at all, and returns the number of rows.
 
     Raises:
         InputError: a file is damaged, or a value is not finite.
     """
     count = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".predictions-") as folder:
-        unfinished = Path(folder) / path.name
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "row", *columns(model.classes)])
-            for count, row in enumerate(_rows(model, sources, batch_size), 1):  # noqa: B007 - the number of rows is returned
-                writer.writerow(row)
-        unfinished.replace(path)
+    with replacing(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "row", *columns(model.classes)])
+        for count, row in enumerate(_rows(model, sources, batch_size), 1):  # noqa: B007 - the number of rows is returned
+            writer.writerow(row)
     return count
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from iprm.compare.table import Table
 from iprm.environment import chosen_backends, device_name, versions
-from iprm.files import check_outputs, created
+from iprm.files import check_outputs, created, write_atomically
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Profile, StageProfiler
 from iprm.training.callbacks.run_state import RunState
@@ -92,7 +92,7 @@ class ProfileCLI(FusionCLI):
             "threads": torch.get_num_threads(),
             "backends": chosen_backends(),
         }
-        (folder / "profile.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_atomically(folder / "profile.json", json.dumps(content, indent=2) + "\n")
         title = f"{type(self.datamodule).__name__}, {self.model.hparams['method']}: {profile.rows} rows per batch"
         plot(folder / "profile.png", profile, title)
         print_table(stage_table(profile, title), ruled=[len(profile.stages) - 1])

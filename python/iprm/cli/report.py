@@ -7,7 +7,7 @@ from pathlib import Path
 
 from iprm.compare.runs import read_runs
 from iprm.environment import versions
-from iprm.files import check_output
+from iprm.files import check_output, write_atomically
 from iprm.report.render import render
 
 from .parser import Parser
@@ -49,8 +49,7 @@ def report_command(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
     runs = read_runs(given.runs)
     check_output(given.output, "iprm report</title>")
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(render(runs, versions()["iprm-kernels"]), encoding="utf-8")
+    write_atomically(given.output, render(runs, versions()["iprm-kernels"]))
     for run in runs:
         for word in run.missing:
             print(f"{run.folder}: {word}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from iprm.compare.runs import CONFIG, DISPLAY, read_run
 from iprm.errors import InputError, counted
+from iprm.locks import locked
 from iprm.training.checkpoint import state_to_resume
+from iprm.training.lightning import first_process
 
 from .fit import FitCLI
 from .fusion_cli import run
@@ -60,12 +63,14 @@ def resume_command(arguments: Sequence[str]) -> int:
     flags = [argument for argument in arguments if argument in ("-h", "--help", "--previous")]
     run_and_settings = [argument for argument in arguments if argument not in flags]
     given = parser().parse_args([*flags, *run_and_settings[:1]])
-    state = state_to_resume(given.run, given.previous)
-    if len(run_and_settings) == 1 and not given.previous and (epochs := _ended_after(given.run)):
-        print(f"{given.run}: this run has ended after {counted(epochs, 'epoch')}; for more: --trainer.max_epochs {2 * epochs}")
-        return 0
-    settings = ["--config", str(given.run / CONFIG), "--ckpt_path", str(state), *run_and_settings[1:]]
-    return run(ResumeCLI, settings, folder=given.run)
+    with locked(given.run, "run") if first_process() else contextlib.nullcontext():  # or another could replace the state
+        state = state_to_resume(given.run, given.previous)
+        if len(run_and_settings) == 1 and not given.previous and (epochs := _ended_after(given.run)):
+            more = f"--trainer.max_epochs {2 * epochs}"
+            print(f"{given.run}: this run has ended after {counted(epochs, 'epoch')}; for more: {more}")
+            return 0
+        settings = ["--config", str(given.run / CONFIG), "--ckpt_path", str(state), *run_and_settings[1:]]
+        return run(ResumeCLI, settings, folder=given.run)
 
 
 def _ended_after(folder: Path) -> int:

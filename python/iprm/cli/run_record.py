@@ -14,7 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from iprm.compare.runs import CONFIG
 from iprm.errors import InputError, unknown
-from iprm.files import Added, locked, write_atomically
+from iprm.files import FULL, Added, write_atomically
+from iprm.locks import locked
 from iprm.training.callbacks.csv_logger import RunLog
 from iprm.training.checkpoint import saved_states
 from iprm.training.lightning import first_process
@@ -72,6 +73,8 @@ class RunRecord(L.Callback):
             except BaseException as error:
                 if self._before is not None and refusal(error):
                     write_atomically(self.folder / CONFIG, self._before)
+                if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+                    raise OSError(error.errno, error.strerror, str(folder or self._log.save_dir)) from None
                 raise
             finally:
                 if not self.begun and self._log.folder is not None:

@@ -17,7 +17,7 @@ import torch
 
 from iprm.data.module import MultimodalData
 from iprm.errors import InputError
-from iprm.files import write_atomically
+from iprm.files import reading, write_atomically
 from iprm.names import file_name
 from iprm.training.checkpoint import saved_states
 from iprm.training.classifier import FusionClassifier
@@ -103,9 +103,11 @@ def _shortened(value: Any) -> str:
 
 
 def _refuse_other_data(folder: Path, data: MultimodalData) -> None:
+    with reading(folder / TEST):
+        text = (folder / TEST).read_bytes()
     try:
-        splits = dict(json.loads((folder / TEST).read_text(encoding="utf-8"))["splits"])
-    except (OSError, ValueError, TypeError, LookupError):
+        splits = dict(json.loads(text)["splits"])
+    except (ValueError, TypeError, LookupError):
         return  # damaged, or of an earlier version
     for name, here in data.describe().items():
         if splits.get(name, here) != here:

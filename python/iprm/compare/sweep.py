@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +21,8 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from iprm.data.loading import available_cores
+from iprm.errors import InputError
+from iprm.files import FULL, write_atomically
 from iprm.streams import write_any_text
 from iprm.training.checkpoint import saved_states
 
@@ -41,10 +46,14 @@ def default_jobs(runs: int) -> int:
 def sweep(jobs: Sequence[Job], train: Train, processes: int) -> None:
     """Trains every job, `processes` at a time, under a progress bar that counts epochs.
 
-    If a job raises an Exception, failed.txt in its folder states the reason, and the other jobs continue.
+    If a job raises an Exception, failed.txt in its folder states the reason, and the other jobs continue. A full disk
+    ends them all.
 
     Args:
         train: called with a job and a function that counts epochs; pickled by name if there are several processes.
+
+    Raises:
+        InputError: one of several processes was killed.
     """
     with _progress(sum(max(0, job.config["trainer"]["max_epochs"] or 0) for job in jobs)) as advance:
         if processes == 1:
@@ -59,11 +68,13 @@ def _attempt(train: Train, job: Job, advance: Advance) -> None:
     try:
         train(job, advance)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise  # the next run could not write either
         job.folder.mkdir(parents=True, exist_ok=True)
         if not saved_states(job.folder):  # it failed before its first step; the file may be of an earlier attempt
-            (job.folder / CONFIG).write_text(yaml.safe_dump(job.config, sort_keys=False), encoding="utf-8")
+            write_atomically(job.folder / CONFIG, yaml.safe_dump(job.config, sort_keys=False))
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        (job.folder / FAILED).write_text(f"{reason}\n\n{traceback.format_exc()}", encoding="utf-8")
+        write_atomically(job.folder / FAILED, f"{reason}\n\n{traceback.format_exc()}")
 
 
 @contextmanager
@@ -106,6 +117,10 @@ def _in_parallel(jobs: Sequence[Job], train: Train, processes: int, advance: Adv
                     advance(epochs.get())
                 for future in done:
                     future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"one of {processes} processes was killed, perhaps for a lack of memory; --jobs N starts N at once"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             while multiprocessing.active_children():  # repeated: a worker may save its state and take its next job
@@ -127,6 +142,15 @@ def _start_worker(epochs: Any, start_method: str) -> None:
     signal.signal(signal.SIGTERM, _end)
     logging.getLogger("iprm.data.quality").setLevel(logging.ERROR)  # the parent has already logged these warnings
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Waits for the end of the parent, after which this process would train on; it then saves its state and ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _attempt_in_worker(train: Train, job: Job) -> None:

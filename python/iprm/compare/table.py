@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from iprm.errors import counted
+from iprm.files import replacing, write_atomically
 
 from .record import Pair
 from .runs import SYMBOLS, Run, settings_of_comparison
@@ -146,7 +147,7 @@ def write(comparison: Comparison) -> None:
     parts = [f"# {comparison.title}\n\n{markdown(first)}", *(f"## {table.title}\n\n{markdown(table)}" for table in others)]
     parts += ["".join(f"Note: {note}\n" for note in comparison.notes)] if comparison.notes else []
     parts += ["## Failed\n\n" + "".join(f"- {run}\n" for run in comparison.failed)] if comparison.failed else []
-    (comparison.folder / "summary.md").write_text("\n".join(parts), encoding="utf-8")
+    write_atomically(comparison.folder / "summary.md", "\n".join(parts))
     _write_csv(comparison.folder / "runs.csv", [_run_row(run) for run in comparison.finished])
     _write_csv(comparison.folder / "history.csv", [row for run in comparison.finished for row in _epoch_rows(run)])
 
@@ -165,7 +166,7 @@ def _epoch_rows(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

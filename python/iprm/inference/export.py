@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import iprm_kernels as ik
 from iprm.encoders.description import Input, InputSpec, each, flat, nested, plain
 from iprm.environment import versions
 from iprm.errors import InputError
+from iprm.files import replacing
 
 from .model import Inference
 
@@ -42,18 +44,17 @@ def export(model: Inference, folder: Path) -> float:
     """
     program = exported(model)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as name:
-        graph, weights, description = (Path(name) / f"model.{kind}" for kind in ("pt2", "safetensors", "json"))
-        torch.export.save(program, graph)
-        difference = largest_difference(model, torch.export.load(graph).module())
-        if not difference <= BOUND:
-            raise InputError(f"the exported graph differs from the checkpoint's logits by {difference:.1e}, beyond {BOUND:.1e}")
-        weights.write_bytes(save(weights_read(program)))
-        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (graph, weights)}
-        content = describe(model) | {"sha256": digests}
-        description.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for file in (graph, weights, description):
-            file.replace(folder / file.name)
+    graph = io.BytesIO()  # torch ends the process if it cannot write its last bytes to a file
+    torch.export.save(program, graph)
+    difference = largest_difference(model, torch.export.load(graph).module())
+    if not difference <= BOUND:
+        raise InputError(f"the exported graph differs from the checkpoint's logits by {difference:.1e}, beyond {BOUND:.1e}")
+    contents = {"model.pt2": graph.getvalue(), "model.safetensors": save(weights_read(program))}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    description = json.dumps(describe(model) | {"sha256": digests}, indent=2, ensure_ascii=False) + "\n"
+    with contextlib.ExitStack() as files:  # the last to be written is the first to be renamed: the digests of the others
+        for name, content in {**contents, "model.json": description.encode()}.items():
+            files.enter_context(replacing(folder / name, "wb")).write(content)
     return difference
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iprm.files import replacing
+
 
 def write_predictions(path: Path, batches: Sequence[dict[str, Tensor]], classes: Sequence[str]) -> None:
     """Writes one CSV row per sample: row, target, prediction, and the probability p_<class> of every class.
@@ -21,8 +23,7 @@ def write_predictions(path: Path, batches: Sequence[dict[str, Tensor]], classes:
     """
     probability = torch.cat([batch["probability"] for batch in batches])
     target = torch.cat([batch["target"] for batch in batches])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as file:
         writer = csv.writer(file)
         writer.writerow(["row", "target", *columns(classes)])
         for row, (t, predicted) in enumerate(zip(target.tolist(), cells(probability, classes), strict=True)):

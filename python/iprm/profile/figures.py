@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from iprm.files import replacing
+
 from .profiler import Profile
 
 
@@ -21,4 +23,5 @@ def plot(path: Path, profile: Profile, title: str) -> None:
         axes.invert_yaxis()
         axes.set(title=title, xlabel=f"ms of {sum(milliseconds):.2f} ms per batch")
         axes.margins(x=0.1)
-        figure.savefig(path, dpi=150)
+        with replacing(path, "wb") as file:
+            figure.savefig(file, dpi=150)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shlex
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +11,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from iprm.errors import InputError
+from iprm.errors import InputError, UnreadableError
+from iprm.files import reading, remove_abandoned, replacing
 
 STATES = "states"
-#: Seconds without a write after which a partial file is considered abandoned: a running save writes continually.
-ABANDONED = 3600
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,19 +28,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)  # a remote file system
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_parts(path.parent)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
-            try:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    Path(file.name).unlink()
-                raise
+        remove_abandoned(Path(path).parent, "*.ckpt")
+        with replacing(Path(path), "wb") as file:
+            torch.save(checkpoint, file)
         return None
 
     def load_checkpoint(
@@ -54,14 +39,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return _read(path, ("state_dict",), "Lightning checkpoint of tensors and plain values alone")
-
-
-def _remove_parts(folder: Path) -> None:
-    """Removes temporary files that killed saves have left in a folder."""
-    for part in folder.glob(".*.????????.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > ABANDONED:
-                part.unlink()
 
 
 def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -83,16 +60,22 @@ def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = Fal
     The checksum of every member of the archive is verified first, because torch's own reader ignores them: one flipped bit
     would otherwise be one silently changed weight. The checksums of 100 MB take 32 ms where loading takes 47 (one core).
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: there is no such checkpoint")
+    path = Path(path)
+    if not path.exists() or path.is_dir():
+        raise InputError(f"{path}: there is no such checkpoint" + ("; it is a folder" if path.is_dir() else ""))
     content = damaged = None
     # the readers raise many errors for broken archives and pickles: BadZipFile, IndexError, AttributeError, AssertionError
-    with contextlib.suppress(Exception):
-        if zipfile.is_zipfile(path):  # for other files torch.load would try its legacy formats
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if not damaged:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    try:
+        with reading(path):
+            if zipfile.is_zipfile(path):  # for other files torch.load would try its legacy formats
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()
+                if not damaged:
+                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except InputError:
+        raise
+    except Exception:
+        content = None
     if damaged:
         raise InputError(f"{path}: damaged: the content of {damaged} does not match its checksum")
     if not (isinstance(content, dict) and all(isinstance(content.get(name), dict) for name in parts)):
@@ -127,6 +110,7 @@ def state_to_resume(run: Path, previous: bool = False) -> Path:
         read_checkpoint(state)
     except InputError as error:
         command = shlex.join(["iprm", "resume", str(run), "--previous"])
-        other = f"; to resume from the state before it: {command}" if not previous and states[1:] else ""
+        damaged = not isinstance(error, UnreadableError)
+        other = f"; to resume from the state before it: {command}" if damaged and not previous and states[1:] else ""
         raise InputError(f"{error}{other}") from error
     return state

@@ -1,7 +1,7 @@
-"""Undocumented names of Lightning, which no other file touches, and the warnings that are silenced.
+"""Undocumented names of Lightning and tensorboardX, which no other file touches, and the warnings that are silenced.
 
-Each function says which names of Lightning 2.6 it needs, and why. tests/iprm/training/test_lightning.py has one test per name;
-pyproject.toml excludes the next minor version, which may change them.
+Each function says which names of Lightning 2.6 or tensorboardX 2.6 it needs, and why. tests/iprm/training/test_lightning.py has
+one test per name; pyproject.toml excludes the next minor version of Lightning, which may change them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
@@ -81,6 +81,25 @@ def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
     Name: `_TrainingEpochLoop._broadcast_sigterm_tensor`. Its answer is read back from the GPU, which waits for every step.
     """
     setattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)  # noqa: B010 - mypy refuses to assign a method
+
+
+def survive_full_disk(writer: Any) -> None:
+    """What this `tensorboardX.SummaryWriter` cannot write is lost. Otherwise its thread would end with a traceback, and the run
+    would wait forever when its queue is full. The run ends at the next file of its own that cannot be written.
+
+    Name: `EventFileWriter._ev_writer`. The writer of the package tensorboard, which Lightning prefers, has none.
+    """
+
+    def surviving(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with contextlib.suppress(OSError):
+                return function(*arguments)
+
+        return call
+
+    events = getattr(writer.file_writer.event_writer, "_ev_writer", None)
+    for name in ("write_event", "flush", "close") if events else ():
+        setattr(events, name, surviving(getattr(events, name)))
 
 
 def to_device(trainer: L.Trainer, batch: Any) -> Any:

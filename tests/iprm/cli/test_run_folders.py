@@ -12,9 +12,12 @@ import yaml
 from command import iprm
 from feature_files import arrays, save
 from forked import run_at_once
-from iprm import files as iprm_files
+from holder import held
+from iprm import locks
+from iprm.cli.fit import FitCLI
 from iprm.compare import run as compared
-from iprm.files import check_output, created, locked, new_folder, write_atomically
+from iprm.files import check_output, created, new_folder
+from iprm.locks import LOCK, locked
 from iprm.training.callbacks.csv_logger import RunLog
 from run_folders import write_comparison, write_run
 
@@ -98,19 +101,10 @@ def test_a_lock_ends_with_its_context_and_is_not_held_by_a_forked_process(tmp_pa
     with locked(tmp_path, "run"):
         child = os.fork()
         if child == 0:
-            os._exit(len(iprm_files._handles))
+            os._exit(len(locks._handles))
         assert os.waitpid(child, 0)[1] == 0
     with locked(tmp_path, "run"):
         pass
-
-
-def test_a_write_that_fails_leaves_the_old_content(tmp_path):
-    path = tmp_path / "settings.json"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \udcff")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # test and predict
@@ -228,6 +222,14 @@ def test_a_default_of_a_callback_that_is_no_plain_value_is_written_as_one(tmp_pa
     assert written["init_args"][name] == value
 
 
+def test_the_folder_of_a_run_that_is_resumed_may_be_in_the_root():
+    """As that of a volume."""
+    cli = object.__new__(FitCLI)
+    for folder in ("/run", "/runs/fit", "/runs/fit/version_0"):
+        cli.folder = Path(folder)
+        assert cli._log("runs").log_dir == folder
+
+
 # compare
 
 
@@ -280,7 +282,8 @@ def test_a_comparison_is_not_continued_by_two_processes_at_once(tmp_path):
     save(tmp_path, arrays())
     write_comparison(tmp_path / "report")
     before = files(tmp_path)
-    with locked(tmp_path / "report", "comparison"):
+    with held(tmp_path / "report"):
         code, err = compare(tmp_path, "--output", "report")
+        (tmp_path / "report" / LOCK).unlink()
     assert (code, files(tmp_path)) == (2, before)
-    assert err == "iprm: report: another process is using this comparison; wait until it has ended\n"
+    assert err.startswith("iprm: report: another process is using this comparison; wait until it has ended (process ")

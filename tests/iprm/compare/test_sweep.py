@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
@@ -22,7 +23,7 @@ import pytest
 import torch
 from command import Outcome, iprm, table
 from feature_files import arrays, save, without
-from forked import write_start_method
+from forked import start, write_start_method
 from iprm.cli import compare as command
 from iprm.cli.main import main
 from iprm.compare import run as compared
@@ -326,6 +327,86 @@ def test_the_folder_of_a_run_is_no_place_for_a_comparison(report, below):
     assert outcome.code == 2
     assert "seed=0 is the folder of a run of iprm fit; choose another --output" in outcome.err
     assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_comparison_that_was_killed_keeps_the_runs_that_had_ended_and_continues(tmp_path, features, jobs):
+    """The processes of a killed comparison save their states and end; the same command, at once, waits for them."""
+    size = (*ARGUMENTS, "--methods", "sum", "--seeds", "3", "--epochs", "30", "--jobs", str(jobs), "--output", "report")
+    with started(tmp_path, *size) as killed:
+        waited_for(lambda: any(tmp_path.glob("report/sum/*/test.json")))
+        killed.kill()
+        killed.join()
+    ended = {path: path.stat().st_mtime_ns for path in tmp_path.glob("report/sum/*/test.json")}
+    assert 1 <= len(ended) < 3
+    assert all(json.loads(path.read_text())["metrics"] for path in ended)
+    assert iprm(tmp_path, "report", "report").code == 0
+    code, out, err = iprm(tmp_path, *size)
+    assert (code, err) == (0, "")
+    assert "failed" not in out
+    assert {path: path.stat().st_mtime_ns for path in ended} == ended
+    for seed in range(3):
+        assert [row["epoch"] for row in rows(tmp_path / f"report/sum/seed={seed}/metrics.csv")] == [str(k) for k in range(30)]
+    assert not list(tmp_path.rglob(".iprm.lock"))
+
+
+ENDLESS = (*ARGUMENTS, "--methods", "sum", "--seeds", "2", "--epochs", "100000", "--jobs", "2", "--output", "report")
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The processes that train the two runs of `ENDLESS`."""
+    locks = waited_for(lambda: [lock for lock in folder.glob("report/sum/*/.iprm.lock") if lock.read_text()], 2)
+    return [int(lock.read_text().split()[1]) for lock in locks]
+
+
+def is_running(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
+def test_a_process_of_a_comparison_ends_with_its_parent(tmp_path, features):
+    with started(tmp_path, *ENDLESS) as killed:
+        processes = processes_of(tmp_path)
+        assert killed.pid not in processes
+        killed.kill()
+        killed.join()
+        try:
+            waited_for(lambda: not any(map(is_running, processes)))
+        finally:
+            for process in filter(is_running, processes):
+                os.kill(process, signal.SIGKILL)
+
+
+def test_a_process_of_a_comparison_that_is_killed_ends_it_with_one_line(tmp_path, features):
+    with started(tmp_path, *ENDLESS) as comparison:
+        processes = processes_of(tmp_path)
+        os.kill(processes[0], signal.SIGKILL)
+        comparison.join(60)
+        assert comparison.exitcode == 2
+    assert (tmp_path / "log.txt").read_text().splitlines()[-2:] == [
+        "iprm: 0 of 2 runs are finished; to continue, repeat the command with --output report",
+        "iprm: one of 2 processes was killed, perhaps for a lack of memory; --jobs N starts N at once",
+    ]
+    waited_for(lambda: not any(map(is_running, processes)))
+
+
+@contextlib.contextmanager
+def started(folder: Path, *arguments: str):
+    """A process that runs `iprm ARGUMENTS`."""
+    process = start(folder, *arguments)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def waited_for(found, count: int = 1):
+    """What the function returns when it is of this length or, if it is a truth value, true."""
+    for _ in range(1200):
+        value = found()
+        if value and (value is True or len(value) == count):
+            return value
+        time.sleep(0.05)
+    raise AssertionError("waited a minute in vain")
 
 
 def test_more_seeds_and_methods_join_a_comparison(tmp_path):

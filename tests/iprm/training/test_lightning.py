@@ -7,6 +7,7 @@ import ast
 import functools
 import importlib
 import pkgutil
+import resource
 from pathlib import Path
 
 import iprm
@@ -20,6 +21,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.rank_zero import WarningCache
+from tensorboardX import SummaryWriter
 from training import classifier, fit, trainer
 
 
@@ -184,6 +186,27 @@ def test_next_version_is_the_number_after_the_highest(tmp_path):
 
 
 # names elsewhere
+
+
+def test_ev_writer_is_what_writes_and_a_full_disk_neither_ends_its_thread_nor_the_run(tmp_path, monkeypatch):
+    """Without this, the tenth event after the end of the thread would wait forever."""
+    monkeypatch.setattr("threading.excepthook", lambda error: pytest.fail(str(error)))
+    writer = SummaryWriter(str(tmp_path))
+    lightning.survive_full_disk(writer)
+    events = writer.file_writer.event_writer._ev_writer
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        for step in range(100):
+            writer.add_scalar("loss", 1.0, step)
+        with pytest.raises(OSError, match="File too large"):
+            type(events).flush(events)
+        writer.flush()
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == 0
 
 
 @functools.cache

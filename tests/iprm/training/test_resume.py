@@ -17,8 +17,9 @@ import torch
 from command import iprm
 from feature_files import arrays, save
 from forked import run_commands
+from holder import held
 from iprm.errors import InputError
-from iprm.files import locked
+from iprm.locks import LOCK
 from iprm.training.callbacks.run_state import RunState
 from iprm.training.checkpoint import AtomicCheckpointIO, read_checkpoint, state_to_resume
 from run_contents import RUN, difference, left
@@ -273,8 +274,10 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run, tmp_path, options):
 def test_a_run_is_not_resumed_by_two_processes_at_once(run, tmp_path):
     save(tmp_path, arrays())
     before = files(run)
-    with locked(run, "run"), pytest.raises(InputError, match=f"{run}: another process is using this run"):
-        resumed(run, tmp_path)
+    with held(run):
+        with pytest.raises(InputError, match=f"{run}: another process is using this run"):
+            resumed(run, tmp_path)
+        (run / LOCK).unlink()
     assert files(run) == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -17,6 +16,7 @@ import torch
 from rich.progress import track
 
 from iprm.errors import InputError
+from iprm.files import reading, replacing
 
 from .riff import declared_frames
 from .spectrogram import LogMel
@@ -128,19 +128,13 @@ def _cached(cache: Path, key: str) -> np.ndarray | None:
 
 
 def _store(cache: Path, key: str, spectrograms: np.ndarray) -> None:
-    """Writes a temporary file and renames it, so that a reader sees the old file or the new one, never a partial one."""
-    part = cache.with_suffix(f".{os.getpid()}.part")
     try:
         if cache.parts[0] == "~":
             raise FileNotFoundError("there is no home folder")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with replacing(cache, "wb") as file:
             np.savez(file, key=np.array(key), spectrograms=spectrograms)
-        part.replace(cache)
     except OSError as error:
         log.warning("%s: the spectrograms cannot be cached: %s", cache, error)
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def _compute(files: list[Path], log_mel: LogMel) -> np.ndarray:
@@ -155,7 +149,8 @@ def _spectrogram(file: Path, log_mel: LogMel) -> np.ndarray:
             rate, frames = recording.samplerate, recording.frames
             samples = recording.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
-        raise InputError(f"{file}: not a readable recording: {error}") from error
+        with reading(file):
+            raise InputError(f"{file}: not a readable recording: {error}") from error
     declared = max(frames, declared_frames(file) or 0)
     if len(samples) < declared:
         raise InputError(f"{file}: truncated: its header declares {declared} frames, and the file has {len(samples)}")

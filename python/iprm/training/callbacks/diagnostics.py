@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from iprm.data.loading import Loader
 from iprm.encoders.registry import evaluating
 from iprm.environment import chosen_backends, device_name, versions
 from iprm.errors import InputError
+from iprm.files import write_atomically
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 from iprm.training.checkpoint import read_checkpoint
 from iprm.training.classifier import FusionClassifier
@@ -87,7 +87,7 @@ class Diagnostics(Callback):
                 **_environment(trainer, pl_module),
             }
         try:
-            _write(Path(folder) / FILE, record)
+            write_atomically(Path(folder) / FILE, json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
             rank_zero_warn(f"Diagnostics: not written: {error}")
 
@@ -140,11 +140,3 @@ def _environment(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any
         "precision": str(trainer.precision),
         "backends": chosen_backends(),
     }
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """Writes atomically, because a report may read the file at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
