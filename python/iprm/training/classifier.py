@@ -39,7 +39,7 @@ from iprm.methods.rule import GRADIENTS, SEVERAL_UPDATES, VALIDATION, Update
 from .cuda_graphs import GraphedStep
 from .finite import FiniteGuard, check_state
 from .metrics import EpochMeans, EpochMetrics
-from .optim import LR_SCHEDULER, OPTIMIZER, Configured, make_optimizer, make_scheduler
+from .optim import LR_SCHEDULER, OPTIMIZER, Configured, check_methods, make_optimizer, make_scheduler
 
 
 class FusionClassifier(L.LightningModule):
@@ -233,6 +233,8 @@ class FusionClassifier(L.LightningModule):
     # training
 
     def on_train_start(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            check_methods(config.scheduler)
         if self._configured is not None:  # None if a subclass overrides configure_optimizers
             self._configured.apply()
         if self.graphed is not None:
@@ -320,6 +322,8 @@ class FusionClassifier(L.LightningModule):
                 raise InputError(f"the checkpoint is of a model with {name} {settings[name]!r}, this one has {here!r}")
         means = checkpoint.get("epoch_means", [])
         self._restored_means = means if len(means) == world_size() else []
+        for state in self._restored_means:
+            EpochMeans().load_state_dict(state, torch.device("cpu"))  # which checks it, before anything is restored
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As `torch.nn.Module.load_state_dict`.

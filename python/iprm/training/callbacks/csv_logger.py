@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from iprm.errors import InputError
 from iprm.files import new_folder
 from iprm.training.lightning import first_process, next_version
 
@@ -67,7 +68,14 @@ class RunLog(CSVLogger):
 
     def restore(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Replaces all rows by `rows`; logging continues after them. The file is not written before the next row: the run may
-        be refused."""
+        be refused.
+
+        Raises:
+            InputError: a row is no mapping of names to numbers.
+        """
+        for row in rows:
+            if not isinstance(row, Mapping) or not all(type(v) in (int, float) and type(n) is str for n, v in row.items()):
+                raise InputError(f"the checkpoint's metrics have the row {row!r}, expected names and numbers")
         self.rows = [dict(row) for row in rows]
 
     @rank_zero_only
