@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from iprm import streams
 from iprm.errors import InputError, unknown
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the output has ended, as after `iprm info | head -1`."""
     streams.write_any_text()
     try:
-        code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
+        with _own_modules():
+            code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:  # of writing; Python would write again at exit what could not be written
@@ -63,9 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+@contextlib.contextmanager
+def _own_modules() -> Iterator[None]:
+    """Within the context, a user's own datasets and encoders are imported from the folder where the command was started, after
+    all other folders. Its path is absolute: the parser changes into the folder of a configuration, which may be anybody's."""
+    before = sys.path[:]
+    with contextlib.suppress(FileNotFoundError):  # the folder has been removed
+        here = os.getcwd()
+        sys.path[:] = dict.fromkeys([*map(os.path.abspath, before), here])
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def _exit_code(arguments: list[str]) -> int:
-    if "" not in sys.path:  # the current folder, for a user's own datasets; last, so that it shadows no other module
-        sys.path.append("")
     try:
         return _dispatch(arguments)
     except (InputError, OSError) as error:
