@@ -70,21 +70,22 @@ def checkpoint_with(**more: Any) -> bytes:
 
 
 class Cost(NamedTuple):
-    """What a function returned, or the error that it raised, and what it took; `outcome` is None if it did not end in time."""
+    """What a function returned, or the error that it raised, and the seconds of a core and the MiB that it took; `outcome` is
+    None if it did not end in time."""
 
     outcome: Any
     seconds: float
     mib: float
 
 
-def cost_of(function: Callable[..., Any], *arguments: Any, seconds: float = 10, imports: float = 20) -> Cost:
-    """Runs a function in a process of its own, which is killed after `seconds`."""
+def cost_of(function: Callable[..., Any], *arguments: Any, timeout: float = 40) -> Cost:
+    """Runs a function in a process of its own, which is killed after `timeout` seconds."""
     ours, theirs = _context.Pipe()
     process = _context.Process(target=_measured, args=(theirs, function, arguments))
     process.start()
     theirs.close()
     try:
-        found = ours.recv() if ours.poll(seconds + imports) else None  # the server imports once
+        found = ours.recv() if ours.poll(timeout) else None
     except EOFError:  # it was killed
         found = None
     process.kill()
@@ -95,12 +96,12 @@ def cost_of(function: Callable[..., Any], *arguments: Any, seconds: float = 10, 
 def _measured(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, begun = _resident("VmRSS"), time.perf_counter()
+    before, begun = _resident("VmRSS"), time.process_time()
     try:
         outcome = function(*arguments)
     except Exception as error:
         outcome = error
-    took = time.perf_counter() - begun, (_resident("VmHWM") - before) / 1024
+    took = time.process_time() - begun, (_resident("VmHWM") - before) / 1024
     try:
         pipe.send((outcome, *took))
     except Exception:

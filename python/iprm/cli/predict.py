@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from iprm.encoders.description import each
+from iprm.errors import InputError
 from iprm.files import check_output
 from iprm.inference.inputs import Piece, Source, find_samples, gathered, joined
 from iprm.inference.model import Inference, load_inference
@@ -108,7 +109,7 @@ def write_sample_predictions(path: Path, model: Inference, sources: Sequence[Sou
     """Writes the CSV under a temporary name, renames it when it is complete, and returns the number of rows.
 
     Raises:
-        InputError: a file is damaged, or a value is not finite.
+        InputError: a file is damaged, or a value or prediction is not finite.
     """
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,11 @@ def _rows(model: Inference, sources: Sequence[Source], batch_size: int) -> Itera
     pieces = (piece for source in sources for piece in source.read(batch_size))
     for batch in gathered(pieces, batch_size):
         places = [(piece.source, piece.first_row + row) for piece in batch for row in range(piece.rows)]
-        for place, predicted in zip(places, cells(_probabilities(model, batch), model.classes), strict=True):
+        probability = _probabilities(model, batch)
+        if not bool((finite := probability.isfinite().all(1)).all()):
+            source, row = places[finite.tolist().index(False)]
+            raise InputError(f"{source}, row {row}: the prediction of this checkpoint is not finite")
+        for place, predicted in zip(places, cells(probability, model.classes), strict=True):
             yield [*place, *predicted]
 
 

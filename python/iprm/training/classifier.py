@@ -393,10 +393,19 @@ class FusionClassifier(L.LightningModule):
         metrics.reset()
         return values
 
+    def on_predict_start(self) -> None:
+        self.evaluation_guard.place = "predicted batch"
+
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """probability (B, C) and target (B,): what `iprm predict` writes."""
         inputs, target = batch
-        return {"probability": self(inputs).logits.float().softmax(1), "target": target}
+        features, output = self.model.with_features(inputs)
+        output = self.driver.predicted(output)
+        self.evaluation_guard.watch(batch_idx, inputs, features, output)
+        return {"probability": output.logits.float().softmax(1), "target": target}
+
+    def on_predict_epoch_end(self) -> None:
+        self.evaluation_guard.look()
 
 
 def _class_names(classes: Sequence[str] | None, num_classes: int) -> list[str] | None:

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from checkpoints import checkpoint
+from checkpoints import TWO, checkpoint, inputs_of
+from command import iprm
 from forged import MIB, Call, Stored, checkpoint_with, cost_of, forge, pickled, tensor
 from iprm.errors import InputError, plain_values
 from iprm.training.checkpoint import AtomicCheckpointIO, read_checkpoint
@@ -220,3 +222,39 @@ def test_every_plain_value_and_tensor_is_read_as_it_was_saved(tmp_path):
         found = read_checkpoint(tmp_path / "all.ckpt", mmap=mmap)
         assert str(found) == str(torch.load(tmp_path / "all.ckpt", weights_only=True))
         assert str(found["numbers"]) == str(content["numbers"])
+
+
+MODALITIES = {f"m{n}": {"shape": [1], "dtype": "float32"} for n in range(100_000)}
+HEAD = "fusion.mix_heads.image_sound.weight"
+
+
+def filled(value: float) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["state_dict"].update({HEAD: torch.full_like(content["state_dict"][HEAD], value)})
+
+
+MODELS = {
+    "weights that are not a number": (
+        lambda c: c["state_dict"].update({HEAD: c["state_dict"][HEAD] * float("nan")}),
+        "not finite",
+    ),
+    "weights without bound": (filled(3e38), "not finite"),
+    "a hundred thousand modalities": (lambda c: c["hyper_parameters"].update(inputs=MODALITIES), "at most 256 modalities"),
+    "a billion classes": (lambda c: c["hyper_parameters"].update(num_classes=10**9, classes=None), "cannot be made"),
+    "features of a trillion": (lambda c: c["hyper_parameters"].update(feature_dim=10**12), "cannot be made"),
+    "an encoder of theirs": (lambda c: c["hyper_parameters"].update(encoders={"image": "theirs.Encoder"}), "imported and run"),
+}
+
+
+@pytest.mark.parametrize("command", ["predict", "export"])
+@pytest.mark.parametrize(("edit", "message"), MODELS.values(), ids=MODELS.keys())
+def test_a_hostile_model_is_refused_and_nothing_written(sealed, tmp_path, edit, message, command):
+    content = read_checkpoint(sealed)
+    edit(content)
+    AtomicCheckpointIO().save_checkpoint(content, tmp_path / "model.ckpt")
+    np.savez(tmp_path / "new.npz", **{f"x_{name}": x.numpy() for name, x in inputs_of(TWO, 9).items()})
+    options = ("--input", "new.npz", "--output", "p.csv") if command == "predict" else ("--output", "exported")
+    outcome, seconds, mib = cost_of(iprm, tmp_path, command, "--ckpt_path", "model.ckpt", *options)
+    assert (outcome.code, outcome.err.count("\n"), message in outcome.err) == (2, 1, True), outcome
+    assert seconds < 10
+    assert mib < 300
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model.ckpt", "new.npz"]
