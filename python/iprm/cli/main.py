@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             streams.drop(sys.stderr)
             return streams.UNREAD
-        print(f"iprm: {error}", file=sys.stderr)
+        _say(error)
         return 2
     return code
 
@@ -86,7 +87,7 @@ def _exit_code(arguments: list[str]) -> int:
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError) and not streams.has_readers():
             raise
-        print(f"iprm: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except KeyboardInterrupt:
         return _interrupted()
@@ -96,6 +97,12 @@ def _exit_code(arguments: list[str]) -> int:
         if isinstance(end.__context__, BrokenPipeError):  # Rich exits with 1
             return streams.UNREAD
         return end.code if isinstance(end.code, int) else 0  # --help and --print_config exit
+
+
+def _say(error: Exception) -> None:
+    first, *others = map(str, error.args) if isinstance(error, InputError) and error.args else [str(error)]
+    for line in (f"iprm: {first}", *others):
+        streams.say(line, error=True)
 
 
 def _interrupted() -> int:
@@ -130,6 +137,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Runs a command whose module has imported Lightning."""
+    import rich
+
     import iprm_kernels as ik
     from iprm.environment import check_variables
     from iprm.training.finite import NonFiniteError
@@ -137,12 +146,16 @@ def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) ->
     from .refusals import error_of_user, refusal
 
     check_variables()
+    rich.reconfigure(markup=False, emoji=False)  # Lightning prints names of metrics, which contain those of modalities
+    warnings = logging.StreamHandler()
+    warnings.setFormatter(streams.PrintableFormatter())
+    logging.getLogger("iprm").addHandler(warnings)
     try:
         return command(arguments)
     except ik.BackendUnavailableError as error:
         raise InputError(str(error)) from error
     except NonFiniteError as error:
-        print(f"iprm: stopped at {error}", file=sys.stderr)
+        print(streams.printable(f"iprm: stopped at {error}"), file=sys.stderr)
         return 1
     except Exception as error:
         if (reason := refusal(error)) is not None:
@@ -150,3 +163,5 @@ def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) ->
         if (own := error_of_user(error)) is None or own is error:
             raise
         raise own from None  # jsonargparse has wrapped it
+    finally:
+        logging.getLogger("iprm").removeHandler(warnings)

@@ -18,6 +18,7 @@ from iprm.files import check_output
 from iprm.inference.inputs import Piece, Source, find_samples, gathered, joined
 from iprm.inference.model import Inference, load_inference
 from iprm.inference.predictions import cells, columns, write_predictions
+from iprm.streams import cell
 
 from .fusion_cli import FusionCLI, run
 from .parser import Parser, add_checkpoint_options, at_least_one
@@ -133,7 +134,7 @@ def _rows(model: Inference, sources: Sequence[Source], batch_size: int) -> Itera
             source, row = places[finite.tolist().index(False)]
             raise InputError(f"{source}, row {row}: the prediction of this checkpoint is not finite")
         for place, predicted in zip(places, cells(probability, model.classes), strict=True):
-            yield [*place, *predicted]
+            yield [*map(cell, place), *predicted]
 
 
 @torch.inference_mode()

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from iprm.streams import cell
+
 from .record import Pair
 from .runs import SYMBOLS, Run, settings_of_comparison
 
@@ -164,6 +166,5 @@ def _epoch_rows(run: Run) -> Iterator[dict[str, Any]]:
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        csv.writer(file).writerows([[*map(cell, names)], *([cell(row.get(name)) for name in names] for row in rows)])

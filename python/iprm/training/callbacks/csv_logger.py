@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from iprm.errors import InputError
 from iprm.files import new_folder
+from iprm.streams import cell
 from iprm.training.lightning import first_process, next_version
 
 
@@ -93,8 +94,7 @@ class RunLog(CSVLogger):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
-            writer.writeheader()
-            writer.writerows(self.rows)
+            names = list(dict.fromkeys(name for row in self.rows for name in row))
+            csv.writer(file).writerows([[*map(cell, names)], *([row.get(name) for name in names] for row in self.rows)])
         part.replace(path)
         self._changed, self._last = False, time.monotonic()
