@@ -15,6 +15,8 @@ DESCRIPTION = """\
 Continues a run of iprm fit from its last saved state: after a crash, a kill, a scheduler's SIGTERM, or an interrupt. The
 final weights, metrics and checkpoints equal those of an uninterrupted run. States are saved at the beginning of every
 epoch, and within an epoch at the interval given to iprm fit (--state.every_n_batches N). Settings of iprm fit may follow.
+
+RUN/config.yaml names classes, which are imported: read it before you resume a run that others have handed you.
 """
 
 EXAMPLES = """\

@@ -168,3 +168,17 @@ def test_what_is_no_checkpoint_is_not_removed(folder, name):
     assert path.exists()
     AtomicCheckpointIO().remove_checkpoint(folder.parent / "precious/thesis.ckpt")
     assert not (folder.parent / "precious/thesis.ckpt").exists()
+
+
+@pytest.mark.parametrize("command", ["predict", "test"])
+def test_predictions_that_are_not_finite_are_an_error(folder, command):
+    best = next((folder / RUN / "checkpoints").glob("best-*.ckpt"))
+    change(best, lambda content: content["state_dict"].update({name: x * float("nan") for name, x in weights(content)}))
+    code, out, err = iprm(folder, command, "--config", f"{RUN}/config.yaml", "--ckpt_path", str(best))
+    assert (code, err.count("\n"), "not finite" in err) == (1, 1, True), err
+    assert "predictions" not in out
+    assert not (folder / "predictions.csv").exists()
+
+
+def weights(content: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, x) for name, x in content["state_dict"].items() if x.is_floating_point()]
