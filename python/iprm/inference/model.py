@@ -66,8 +66,9 @@ def load_inference(path: str | Path, encoders: Collection[str] = ()) -> Inferenc
     known = set(options_of(FusionClassifier))
     settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known - SPEEDS}
     try:
-        if len(settings["inputs"]) > MOST_MODALITIES:  # each takes time to build, and each pair memory
-            raise InputError(f"expected at most {MOST_MODALITIES} modalities, got {len(settings['inputs'])}")
+        inputs = settings["inputs"]
+        if isinstance(inputs, Mapping) and len(inputs) > MOST_MODALITIES:  # each takes time to build, and each pair memory
+            raise InputError(f"expected at most {MOST_MODALITIES} modalities, got {len(inputs)}")
         for modality, cls in imported_classes(settings.get("encoders")).items():
             if cls not in encoders:
                 raise InputError(
