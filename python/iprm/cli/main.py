@@ -30,6 +30,9 @@ COMMANDS = {
 #: Commands that import neither Lightning nor torch when they start.
 LIGHT = ("report", "info")
 
+#: Characters of a line of an error, which may quote values of a file.
+LONGEST = 4000
+
 HELP = f"""\
 usage: iprm COMMAND [OPTIONS]
 
@@ -102,7 +105,7 @@ def _exit_code(arguments: list[str]) -> int:
 def _say(error: Exception) -> None:
     first, *others = map(str, error.args) if isinstance(error, InputError) and error.args else [str(error)]
     for line in (f"iprm: {first}", *others):
-        streams.say(line, error=True)
+        streams.say(line if len(line) <= LONGEST else f"{line[:LONGEST]}...", error=True)
 
 
 def _interrupted() -> int:

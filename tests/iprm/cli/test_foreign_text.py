@@ -61,6 +61,10 @@ def test_an_error_is_one_line_of_plain_text(tmp_path, arguments):
     check_plain(err.rstrip("\n"))
 
 
+def test_an_error_does_not_quote_megabytes(tmp_path):
+    assert len(iprm(tmp_path, "fit", "--config", "x" * 10**6).err) < 5000
+
+
 def test_arrays_of_any_name_are_refused_or_checked_in_plain_text(tmp_path):
     for name in (f"x_a{ESCAPE}", "x_a\u202e"):
         np.savez(tmp_path / "names.npz", **arrays(), **{name: np.zeros((39, 3), np.float32)})
