@@ -15,8 +15,11 @@ from typing import Any
 class InputError(ValueError):
     """An invalid user input. The message names the argument, what was expected and what was given.
 
-    The command line prints only the message, without a traceback, and exits with code 2.
+    The command line prints only the message, without a traceback, and exits with code 2. Each argument is a line of its own.
     """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class UnreadableError(InputError):

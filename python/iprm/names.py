@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from iprm.errors import InputError
+from iprm.streams import OBEYED
 
 #: Names of heads beside those of the modalities, in `FusionOutput.logits_by` and in columns such as ``val_accuracy_mix``.
 HEADS = ("mix", "fused")
@@ -21,14 +22,14 @@ def check_modality(name: object) -> str:
     """Returns the name of a modality: any text that a column of a table can be named by.
 
     Raises:
-        InputError: the name is no text, is empty, has control characters (such as a line feed), or is the name of another
-            head.
+        InputError: the name is no text, is empty, has control characters (such as a line feed or a mark of writing direction),
+            or is the name of another head.
     """
     if not isinstance(name, str):
         raise InputError(f"modality {name!r}: expected a name, got {type(name).__name__}")
     if not name.strip():
         raise InputError(f"modality {name!r}: expected a name, got an empty one")
-    if not {"Cc", "Cs", "Zl", "Zp"}.isdisjoint(map(unicodedata.category, name)):
+    if not {"Cc", "Cs", "Zl", "Zp"}.isdisjoint(map(unicodedata.category, name)) or OBEYED.search(name):
         raise InputError(f"modality {name!r}: expected a name without control characters and line breaks")
     if name in HEADS:
         raise InputError(f"modality {name!r}: the name of a head of the fused prediction; expected another name")

@@ -1,10 +1,13 @@
-"""Standard output and error: in encodings that lack some characters, and after their reader has ended."""
+"""Standard output and error: text of others, encodings that lack some characters, and readers that have ended; and text that
+a spreadsheet would compute."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import logging
 import os
+import re
 import select
 import sys
 from typing import Any
@@ -14,6 +17,10 @@ UNREAD = 141
 #: Name of the error handler of `ascii_instead`, for `str.encode`.
 ASCII = "iprm.ascii"
 #: What is written instead of a character that an encoding lacks. Other characters are written as \\xNN, \\uNNNN or \\UNNNNNNNN.
+#: Characters that a terminal obeys: controls, which begin escape sequences, line separators, and marks of writing direction.
+OBEYED = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+#: Beginnings of a cell that a spreadsheet takes for a formula, in two widths.
+FORMULA = re.compile("[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
 REPLACED = {"λ": "lambda", "ω": "omega", "θ": "theta", "Σ": "sum", "α": "alpha", "ρ": "rho"}
 REPLACED |= {
     "±": "+-",
@@ -53,10 +60,36 @@ def write_any_text() -> None:
             stream.reconfigure(errors=ASCII)
 
 
-def printable(text: str) -> str:
-    """The text as standard output shows it after `write_any_text`. A character may become several."""
+def printable(text: str, keep: str = "\n") -> str:
+    """The text as standard output shows it after `write_any_text`, with every character that a terminal would obey, except
+    those of `keep`, as its escape sequence: ``\\x1b``. A character may become several."""
+    text = OBEYED.sub(lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode("ascii"), text)
     encoding = getattr(sys.stdout, "encoding", None)
     return text.encode(encoding, ASCII).decode(encoding, "surrogateescape") if encoding else text
+
+
+def say(line: str, *, error: bool = False) -> None:
+    """Prints one line, which may hold names from files of others, on standard output or error."""
+    print(printable(line, keep=""), file=sys.stderr if error else sys.stdout)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats log records, whose messages may hold names from files of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def cell(value: Any) -> Any:
+    """A value for a CSV file: text that a spreadsheet would compute, such as ``=1+2``, follows an apostrophe. Numbers, also as
+    text, are unchanged."""
+    if not isinstance(value, str) or not FORMULA.match(value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def has_readers() -> bool:

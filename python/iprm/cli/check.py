@@ -11,8 +11,9 @@ from iprm.compare.table import Table
 from iprm.data import DATASETS
 from iprm.data.quality import Report, check
 from iprm.errors import InputError, counted
+from iprm.streams import say
 
-from .console import plain_console, print_table
+from .console import print_table
 from .fit import fit_settings
 from .parser import PATH, Parser, dataset_arguments, divided
 
@@ -57,18 +58,17 @@ def check_command(arguments: Sequence[str]) -> int:
     try:
         report = check(data.source, data.inspect(faults))
     except InputError as error:
-        raise InputError("\n".join([*faults, str(error)])) from error
+        raise InputError(*faults, str(error)) from error
     classes, modalities = class_table(report), modality_table(report)
     print_table(classes, ruled=[len(classes.rows) - 2])
     lasts = [place for place, (row, after) in enumerate(itertools.pairwise(modalities.rows)) if row[0] != after[0]]
     print_table(modalities, names=2, left=4, ruled=lasts)
-    console = plain_console()
     problems = [*faults, *(finding.what for finding in report.findings if finding.problem)]
     remarks = [finding.what for finding in report.findings if not finding.problem]
     for kind, lines in (("problem", problems), ("remark", remarks)):
         for line in lines:
-            console.print(f"{kind}: {line}")
-    console.print(f"{data.source}: {counted(len(problems), 'problem')}, {counted(len(remarks), 'remark')}")
+            say(f"{kind}: {line}")
+    say(f"{data.source}: {counted(len(problems), 'problem')}, {counted(len(remarks), 'remark')}")
     return 1 if problems else 0
 
 

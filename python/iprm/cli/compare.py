@@ -24,11 +24,12 @@ from iprm.errors import InputError
 from iprm.files import created, reading, replacing, write_atomically
 from iprm.locks import locked
 from iprm.methods import METHODS
+from iprm.streams import say
 from iprm.training.callbacks.best_checkpoint import best_checkpoint
 from iprm.training.checkpoint import saved_states, state_to_resume
 from iprm.training.lightning import quiet_lightning
 
-from .console import plain_console, print_table
+from .console import print_table
 from .fit import FitCLI, fit_settings
 from .fusion_cli import as_list, run
 from .parser import PATH, Parser, at_least_one, dataset_arguments, divided
@@ -85,12 +86,11 @@ def compare_command(arguments: Sequence[str]) -> int:
         comparison = _compare(folder, config, asked, given)
     for table in comparison.tables:
         print_table(_dense(table))
-    console = plain_console()
     for note in comparison.notes:
-        console.print(f"note: {note}")
+        say(f"note: {note}")
     for failure in comparison.failed:
-        console.print(f"failed: {failure}")
-    console.print(f"report: {folder}")
+        say(f"failed: {failure}")
+    say(f"report: {folder}")
     return 1 if comparison.failed else 0
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from iprm import streams
 from iprm.errors import InputError, unknown
@@ -26,6 +29,9 @@ COMMANDS = {
 }
 #: Commands that import neither Lightning nor torch when they start.
 LIGHT = ("report", "info")
+
+#: Characters of a line of an error, which may quote values of a file.
+LONGEST = 4000
 
 HELP = f"""\
 usage: iprm COMMAND [OPTIONS]
@@ -50,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the output has ended, as after `iprm info | head -1`."""
     streams.write_any_text()
     try:
-        code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
+        with _own_modules():
+            code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:  # of writing; Python would write again at exit what could not be written
@@ -58,20 +65,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             streams.drop(sys.stderr)
             return streams.UNREAD
-        print(f"iprm: {error}", file=sys.stderr)
+        _say(error)
         return 2
     return code
 
 
+@contextlib.contextmanager
+def _own_modules() -> Iterator[None]:
+    """Within the context, a user's own datasets and encoders are imported from the folder where the command was started, after
+    all other folders. Its path is absolute: the parser changes into the folder of a configuration, which may be anybody's."""
+    before = sys.path[:]
+    with contextlib.suppress(FileNotFoundError):  # the folder has been removed
+        here = os.getcwd()
+        sys.path[:] = dict.fromkeys([*map(os.path.abspath, before), here])
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def _exit_code(arguments: list[str]) -> int:
-    if "" not in sys.path:  # the current folder, for a user's own datasets; last, so that it shadows no other module
-        sys.path.append("")
     try:
         return _dispatch(arguments)
     except (InputError, OSError) as error:
         if isinstance(error, BrokenPipeError) and not streams.has_readers():
             raise
-        print(f"iprm: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except MemoryError as error:
         print(": ".join(["iprm: not enough memory", *filter(None, [str(error)])]), file=sys.stderr)
@@ -84,6 +103,12 @@ def _exit_code(arguments: list[str]) -> int:
         if isinstance(end.__context__, BrokenPipeError):  # Rich exits with 1
             return streams.UNREAD
         return end.code if isinstance(end.code, int) else 0  # --help and --print_config exit
+
+
+def _say(error: Exception) -> None:
+    first, *others = map(str, error.args) if isinstance(error, InputError) and error.args else [str(error)]
+    for line in (f"iprm: {first}", *others):
+        streams.say(line if len(line) <= LONGEST else f"{line[:LONGEST]}...", error=True)
 
 
 def _interrupted() -> int:
@@ -118,6 +143,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Runs a command whose module has imported Lightning."""
+    import rich
+
     import iprm_kernels as ik
     from iprm.environment import check_variables
     from iprm.training.finite import NonFiniteError
@@ -125,12 +152,16 @@ def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) ->
     from .refusals import error_of_user, refusal
 
     check_variables()
+    rich.reconfigure(markup=False, emoji=False)  # Lightning prints names of metrics, which contain those of modalities
+    warnings = logging.StreamHandler()
+    warnings.setFormatter(streams.PrintableFormatter())
+    logging.getLogger("iprm").addHandler(warnings)
     try:
         return command(arguments)
     except ik.BackendUnavailableError as error:
         raise InputError(str(error)) from error
     except NonFiniteError as error:
-        print(f"iprm: stopped at {error}", file=sys.stderr)
+        print(streams.printable(f"iprm: stopped at {error}"), file=sys.stderr)
         return 1
     except Exception as error:
         if (reason := refusal(error)) is not None:
@@ -138,3 +169,5 @@ def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) ->
         if (own := error_of_user(error)) is None or own is error:
             raise
         raise own from None  # jsonargparse has wrapped it
+    finally:
+        logging.getLogger("iprm").removeHandler(warnings)

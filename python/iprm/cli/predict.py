@@ -12,10 +12,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from iprm.encoders.description import each
+from iprm.errors import InputError
 from iprm.files import check_output, replacing
 from iprm.inference.inputs import Piece, Source, find_samples, gathered, joined
 from iprm.inference.model import Inference, load_inference
 from iprm.inference.predictions import cells, columns, write_predictions
+from iprm.streams import cell
 
 from .fusion_cli import FusionCLI, run
 from .parser import Parser, add_checkpoint_options, at_least_one
@@ -107,7 +109,7 @@ def write_sample_predictions(path: Path, model: Inference, sources: Sequence[Sou
     """Writes the CSV, completely or not at all, and returns the number of rows.
 
     Raises:
-        InputError: a file is damaged, or a value is not finite.
+        InputError: a file is damaged, or a value or prediction is not finite.
     """
     count = 0
     with replacing(path) as file:
@@ -122,8 +124,12 @@ def _rows(model: Inference, sources: Sequence[Source], batch_size: int) -> Itera
     pieces = (piece for source in sources for piece in source.read(batch_size))
     for batch in gathered(pieces, batch_size):
         places = [(piece.source, piece.first_row + row) for piece in batch for row in range(piece.rows)]
-        for place, predicted in zip(places, cells(_probabilities(model, batch), model.classes), strict=True):
-            yield [*place, *predicted]
+        probability = _probabilities(model, batch)
+        if not bool((finite := probability.isfinite().all(1)).all()):
+            source, row = places[finite.tolist().index(False)]
+            raise InputError(f"{source}, row {row}: the prediction of this checkpoint is not finite")
+        for place, predicted in zip(places, cells(probability, model.classes), strict=True):
+            yield [*map(cell, place), *predicted]
 
 
 @torch.inference_mode()

@@ -20,10 +20,11 @@ from iprm.environment import chosen_backends, device_name, versions
 from iprm.files import check_outputs, created, write_atomically
 from iprm.profile.figures import plot
 from iprm.profile.profiler import Profile, StageProfiler
+from iprm.streams import say
 from iprm.training.callbacks.run_state import RunState
 from iprm.training.lightning import first_process
 
-from .console import plain_console, print_table
+from .console import print_table
 from .fusion_cli import FusionCLI, as_list, run
 from .parser import at_least_one
 
@@ -96,11 +97,10 @@ class ProfileCLI(FusionCLI):
         title = f"{type(self.datamodule).__name__}, {self.model.hparams['method']}: {profile.rows} rows per batch"
         plot(folder / "profile.png", profile, title)
         print_table(stage_table(profile, title), ruled=[len(profile.stages) - 1])
-        console = plain_console()
-        console.print(f"an epoch takes {_seconds(profile.epoch)} s, of which validation {_seconds(profile.validation)} s")
+        say(f"an epoch takes {_seconds(profile.epoch)} s, of which validation {_seconds(profile.validation)} s")
         if profile.synchronised:
-            console.print("stages do not overlap here, because each waits for the GPU; in an ordinary run, stages overlap")
-        console.print(f"profile: {folder}")
+            say("stages do not overlap here, because each waits for the GPU; in an ordinary run, stages overlap")
+        say(f"profile: {folder}")
 
 
 def stage_table(profile: Profile, title: str) -> Table:

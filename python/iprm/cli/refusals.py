@@ -13,7 +13,18 @@ from iprm.errors import InputError
 CHECKERS = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning", "jsonargparse"}
 #: Packages that these call with settings.
 CALLED = {
-    *("torch", "torchmetrics", "numpy", "yaml", "fsspec", "rich", "docstring_parser", "typeshed_client", "typing_extensions"),
+    *(
+        "torch",
+        "torchmetrics",
+        "numpy",
+        "yaml",
+        "fsspec",
+        "rich",
+        "docstring_parser",
+        "typeshed_client",
+        "typing_extensions",
+        "packaging",
+    ),
     *("tensorboard", "tensorboardX", "wandb", "mlflow", "comet_ml", "neptune"),
 }
 OURS = {"iprm", "iprm_kernels"}
@@ -21,6 +32,8 @@ OURS = {"iprm", "iprm_kernels"}
 STEPS = tuple(
     f"lightning.pytorch.loops.{name}" for name in ("training_epoch_loop", "evaluation_loop", "prediction_loop", "optimization")
 )
+#: The module of Lightning that restores states, and its functions that do.
+RESTORES = ("lightning.pytorch.trainer.connectors.checkpoint_connector", ("restore", "_restore", "resume_start"))
 #: Errors whose message is a sentence; that of another, such as ZeroDivisionError, follows its name.
 SPOKEN = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 
@@ -36,6 +49,8 @@ def refusal(error: BaseException) -> str | None:
         return str(error)
     if not isinstance(error, Exception) or isinstance(error, SyntaxError) or error_of_user(error) is not None:
         return None
+    if _restoring(error.__traceback__):
+        return f"the checkpoint cannot be restored: {_message(error, False)}"
     frames = [name for name in _modules(error.__traceback__) if _package(name) not in sys.stdlib_module_names]
     raised_by = _package(frames[-1]) if frames else ""
     stepping = any(name.startswith(STEPS) for name in frames)
@@ -124,6 +139,16 @@ def _modules(traceback: TracebackType | None) -> Iterator[str]:
     while traceback is not None:
         yield traceback.tb_frame.f_globals.get("__name__", "")
         traceback = traceback.tb_next
+
+
+def _restoring(traceback: TracebackType | None) -> bool:
+    """Whether a frame is one of Lightning restoring a checkpoint."""
+    while traceback is not None:
+        code, module = traceback.tb_frame.f_code, traceback.tb_frame.f_globals.get("__name__", "")
+        if module == RESTORES[0] and code.co_name.startswith(RESTORES[1]):
+            return True
+        traceback = traceback.tb_next
+    return False
 
 
 def _package(module: str) -> str:

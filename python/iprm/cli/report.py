@@ -9,6 +9,7 @@ from iprm.compare.runs import read_runs
 from iprm.environment import versions
 from iprm.files import check_output, write_atomically
 from iprm.report.render import render
+from iprm.streams import say
 
 from .parser import Parser
 
@@ -52,6 +53,6 @@ def report_command(arguments: Sequence[str]) -> int:
     write_atomically(given.output, render(runs, versions()["iprm-kernels"]))
     for run in runs:
         for word in run.missing:
-            print(f"{run.folder}: {word}")
+            say(f"{run.folder}: {word}")
     print(f"report: {given.output}")
     return 0

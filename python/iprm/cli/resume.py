@@ -22,6 +22,8 @@ Continues a run of iprm fit from its last saved state: after a crash, a kill, a 
 final weights, metrics and checkpoints equal those of an uninterrupted run. States are saved at the beginning of every
 epoch, and within an epoch at the interval given to iprm fit (--state.every_n_batches N).
 
+RUN/config.yaml names classes, which are imported: read it before you resume a run that others have handed you.
+
 These settings of iprm fit may be changed: the length of the run (--trainer.max_epochs, max_steps, max_time, min_epochs,
 min_steps); devices (--trainer.accelerator, devices, num_nodes, strategy); callbacks, loggers, profiler and display; the
 interval of states (--state); where and how the data is read (--data.path, --data.num_workers); and how the model is executed

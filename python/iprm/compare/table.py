@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from iprm.errors import counted
 from iprm.files import replacing, write_atomically
+from iprm.streams import cell
 
 from .record import Pair
 from .runs import SYMBOLS, Run, settings_of_comparison
@@ -166,7 +167,6 @@ def _epoch_rows(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(path) as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(file).writerows([[*map(cell, names)], *([cell(row.get(name)) for name in names] for row in rows)])

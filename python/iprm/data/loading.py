@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from iprm.distributed import rank, world_size
+from iprm.errors import check_whole
 
 #: With more workers a loader of decoded features no longer gets faster, and each worker uses some 300 MB.
 MOST_WORKERS = 8
@@ -129,7 +130,7 @@ class Loader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Makes the next iteration start after the batches already yielded."""
-        self.sampler.epoch, self.sampler.start = state["epoch"], state["batches"]
+        self.sampler.epoch, self.sampler.start = (check_whole(name, state[name]) for name in ("epoch", "batches"))
 
 
 def default_workers(dataset: Sized, processes: int = 1) -> int:

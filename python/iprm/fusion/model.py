@@ -45,7 +45,9 @@ class FusionModel(nn.Module):
     def forward(self, inputs: Mapping[str, Input], target: Tensor | None = None) -> FusionOutput:
         return self.fusion(self.encode(inputs), target)
 
-    def with_features(self, inputs: Mapping[str, Input], target: Tensor) -> tuple[dict[str, Tensor], FusionOutput]:
+    def with_features(
+        self, inputs: Mapping[str, Input], target: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], FusionOutput]:
         """Returns the features of every modality as well: (features, output)."""
         features = self.encode(inputs)
         return features, self.fusion(features, target)

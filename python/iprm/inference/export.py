@@ -40,7 +40,7 @@ def export(model: Inference, folder: Path) -> float:
         largest logit or 1.
 
     Raises:
-        InputError: that difference is above `BOUND`.
+        InputError: that difference is above `BOUND`, or the logits are not finite.
     """
     program = exported(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +90,8 @@ def largest_difference(model: Inference, other: Any) -> float:
         drawn = {label: _random(spec, rows, generator) for label, spec in flat(model.inputs).items()}
         inputs = nested(drawn, model.inputs)
         ours, theirs = logits(model, inputs), logits(other, inputs)
+        if not bool(ours.isfinite().all()):
+            raise InputError("the checkpoint's logits are not finite")
         scale = ours.abs().max().clamp(min=1)
         differences.append((ours - theirs).abs().max() / scale)
     return float(torch.stack(differences).max())

@@ -19,6 +19,11 @@ from iprm.fusion.module import FusionModule
 from iprm.training.checkpoint import read_checkpoint
 from iprm.training.classifier import FusionClassifier
 
+#: Modalities of a model that is read from a checkpoint alone.
+MOST_MODALITIES = 256
+#: Settings of a checkpoint that would start a compiler or need a GPU, and change no result.
+SPEEDS = {"compile", "cuda_graph"}
+
 
 class Inference(nn.Module):
     """A `FusionClassifier` in evaluation mode, float32 on the CPU, without gradients, with the last λ of training.
@@ -58,9 +63,12 @@ def load_inference(path: str | Path, encoders: Collection[str] = ()) -> Inferenc
             `encoders`, or its weights do not fit its settings.
     """
     checkpoint = read_checkpoint(path, mmap=True)
-    known = options_of(FusionClassifier)
-    settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
+    known = set(options_of(FusionClassifier))
+    settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known - SPEEDS}
     try:
+        inputs = settings["inputs"]
+        if isinstance(inputs, Mapping) and len(inputs) > MOST_MODALITIES:  # each takes time to build, and each pair memory
+            raise InputError(f"expected at most {MOST_MODALITIES} modalities, got {len(inputs)}")
         for modality, cls in imported_classes(settings.get("encoders")).items():
             if cls not in encoders:
                 raise InputError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from iprm.files import replacing
+from iprm.streams import cell
 
 
 def write_predictions(path: Path, batches: Sequence[dict[str, Tensor]], classes: Sequence[str]) -> None:
@@ -27,7 +28,7 @@ def write_predictions(path: Path, batches: Sequence[dict[str, Tensor]], classes:
         writer = csv.writer(file)
         writer.writerow(["row", "target", *columns(classes)])
         for row, (t, predicted) in enumerate(zip(target.tolist(), cells(probability, classes), strict=True)):
-            writer.writerow([row, classes[t] if t >= 0 else "", *predicted])
+            writer.writerow([row, cell(classes[t]) if t >= 0 else "", *predicted])
 
 
 def columns(classes: Sequence[str]) -> list[str]:
@@ -38,4 +39,4 @@ def columns(classes: Sequence[str]) -> list[str]:
 def cells(probability: Tensor, classes: Sequence[str]) -> Iterator[list[Any]]:
     """The values for `columns`, one list per sample.  (B, C) -> B lists"""
     for k, p in zip(probability.argmax(1).tolist(), probability.tolist(), strict=True):
-        yield [classes[k], *(f"{value:.6g}" for value in p)]
+        yield [cell(classes[k]), *(f"{value:.6g}" for value in p)]

@@ -39,7 +39,7 @@ from iprm.methods.rule import GRADIENTS, SEVERAL_UPDATES, VALIDATION, Update
 from .cuda_graphs import GraphedStep
 from .finite import FiniteGuard, check_state
 from .metrics import EpochMeans, EpochMetrics
-from .optim import LR_SCHEDULER, OPTIMIZER, Configured, check_scheduler, make_optimizer, make_scheduler
+from .optim import LR_SCHEDULER, OPTIMIZER, Configured, check_methods, check_scheduler, make_optimizer, make_scheduler
 
 
 class FusionClassifier(L.LightningModule):
@@ -233,6 +233,8 @@ class FusionClassifier(L.LightningModule):
     # training
 
     def on_train_start(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            check_methods(config.scheduler)
         if self._configured is not None:  # None if a subclass overrides configure_optimizers
             self._configured.apply()
         if self.graphed is not None:
@@ -320,6 +322,8 @@ class FusionClassifier(L.LightningModule):
                 raise InputError(f"the checkpoint is of a model with {name} {settings[name]!r}, this one has {here!r}")
         means = checkpoint.get("epoch_means", [])
         self._restored_means = means if len(means) == world_size() else []
+        for state in self._restored_means:
+            EpochMeans().load_state_dict(state, torch.device("cpu"))  # which checks it, before anything is restored
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As `torch.nn.Module.load_state_dict`.
@@ -389,10 +393,19 @@ class FusionClassifier(L.LightningModule):
         metrics.reset()
         return values
 
+    def on_predict_start(self) -> None:
+        self.evaluation_guard.place = "predicted batch"
+
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """probability (B, C) and target (B,): what `iprm predict` writes."""
         inputs, target = batch
-        return {"probability": self(inputs).logits.float().softmax(1), "target": target}
+        features, output = self.model.with_features(inputs)
+        output = self.driver.predicted(output)
+        self.evaluation_guard.watch(batch_idx, inputs, features, output)
+        return {"probability": output.logits.float().softmax(1), "target": target}
+
+    def on_predict_epoch_end(self) -> None:
+        self.evaluation_guard.look()
 
 
 def _class_names(classes: Sequence[str] | None, num_classes: int) -> list[str] | None:

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from iprm.distributed import process_group, world_size
+from iprm.errors import InputError
 from iprm.fusion.module import IGNORE_INDEX
 from iprm.fusion.output import FusionOutput
 from iprm_kernels.collectives import all_reduce_sum
@@ -96,7 +97,17 @@ class EpochMeans:
         return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Continues from what `state_dict` returned."""
+        """Continues from what `state_dict` returned.
+
+        Raises:
+            InputError: `state` is something else.
+        """
+        known, count = EpochMeans().state_dict().keys(), len(state["rows"])
+        heads, losses = ([*state[name]] for name in ("heads", "loss_heads"))
+        shapes = {"rows": (count,), "losses": (count, 1 + len(losses)), "correct": (1 + len(heads),)}
+        fits = all(state[name].shape == shape for name, shape in shapes.items()) if count else state["correct"] is None
+        if state.keys() != known or not fits or not all(type(name) is str for name in (*heads, *losses, *state["measured"])):
+            raise InputError("the checkpoint's means of an epoch are damaged")
         for name, value in state.items():
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
         self.rows, self.losses = (list(state[name].to(device)) for name in ("rows", "losses"))

@@ -153,6 +153,13 @@ def check_scheduler(optimizer: Optimizer, settings: Settings | str, epochs: int 
         raise InputError(f"lr_scheduler {cls.__name__}: {type(error).__name__}: {error}; with {given}") from error
 
 
+def check_methods(scheduler: LRScheduler) -> None:
+    """Raises InputError if a restored state, whose entries become attributes of the schedule, has replaced a method."""
+    for name, value in vars(scheduler).items():
+        if callable(getattr(type(scheduler), name, None)) and not callable(value):
+            raise InputError(f"the checkpoint's lr_schedulers have an entry {name!r}, the name of a method")
+
+
 class Configured:
     """The settings that an optimiser and its schedule were made with, to be applied again after a state is restored.
 

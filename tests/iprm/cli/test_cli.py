@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import re
 import shlex
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -78,16 +76,6 @@ def test_a_printed_configuration_is_one_to_start_from(tmp_path):
 
 def test_the_version_is_the_packages(tmp_path):
     assert iprm(tmp_path, "--version") == (0, f"{__version__}\n", "")
-
-
-def test_a_module_in_the_current_folder_is_found_and_shadows_no_other(tmp_path, monkeypatch):
-    for name in ("my_data", "this"):
-        (tmp_path / f"{name}.py").touch()
-    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
-    monkeypatch.chdir(tmp_path)
-    iprm(tmp_path, "--version")
-    assert find_spec("my_data").origin == str(tmp_path / "my_data.py")
-    assert find_spec("this").origin != str(tmp_path / "this.py"), "Python's own"
 
 
 # fit, test, predict

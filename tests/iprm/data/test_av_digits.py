@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -113,12 +115,59 @@ def test_other_parameters_and_versions_are_computed_anew(folder, monkeypatch):
     assert recordings.load_recordings(folder, LogMel(RATE, bands=20), cache).spectrograms.shape[2] == 1
 
 
-def test_a_broken_cache_is_computed_anew_with_a_warning(folder, caplog):
+def forged(**arrays: np.ndarray) -> Callable[[bytes], bytes]:
+    """A cache with the same key and other arrays."""
+
+    def change(content: bytes) -> bytes:
+        stream = io.BytesIO()
+        np.savez(stream, **(dict(np.load(io.BytesIO(content))) | arrays))
+        return stream.getvalue()
+
+    return change
+
+
+def flipped(text: bytes, place: int) -> Callable[[bytes], bytes]:
+    """One bit flipped, `place` bytes after the first `text`."""
+
+    def change(content: bytes) -> bytes:
+        at = content.index(text) + place
+        return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+
+    return change
+
+
+DAMAGED = {
+    "a part": lambda content: content[:1000],
+    "nothing": lambda content: b"",
+    "no archive": lambda content: b"PK" + bytes(5000),
+    "a flipped bit of a number": flipped(b"spectrograms", 500),
+    "a flipped bit of the shape": flipped(b"shape': (", 9),
+    "a flipped bit of the type": flipped(b"'<f4'", 3),
+    "a flipped bit of the version of the format": flipped(b"\x93NUMPY", 6),
+    "a flipped bit of the key": flipped(b"<U64", 200),
+    "a lost page": lambda content: content[:4096] + bytes(4096) + content[8192:],
+    "no key": lambda content: content.replace(b"key.npy", b"kez.npy"),
+    "a key of several": forged(key=np.array(["a", "b"])),
+    "numbers of another type": forged(spectrograms=np.zeros((90, 1, 40, 64))),
+    "fewer recordings": forged(spectrograms=np.zeros((3, 1, 40, 64), np.float32)),
+    "numbers that are not finite": forged(spectrograms=np.full((90, 1, 40, 64), np.nan, np.float32)),
+    "text": forged(spectrograms=np.array("text")),
+    "objects": forged(spectrograms=np.array([{}], dtype=object)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_cache_is_named_and_made_anew(folder, caplog, damage):
     whole = data_of(folder).splits["val"].inputs["audio"]
     (cache,) = (folder.parent / "cache").iterdir()
-    cache.write_bytes(cache.read_bytes()[:1000])
+    sound = cache.read_bytes()
+    cache.write_bytes(damage(sound))
+    assert cache.read_bytes() != sound
     assert data_of(folder).splits["val"].inputs["audio"].equal(whole)
-    assert "not readable" in caplog.text
+    assert [str(cache) in record.getMessage() and "made anew" in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
+    assert data_of(folder).splits["val"].inputs["audio"].equal(whole)
+    assert caplog.records == [], "it is whole again"
 
 
 def test_a_broken_recording_is_named(folder):

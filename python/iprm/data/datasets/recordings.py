@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import stat
-import zipfile
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from iprm.data.npz import open_archive, read_array
 from iprm.errors import InputError
 from iprm.files import reading, replacing
 
@@ -68,7 +68,7 @@ def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path, faults: list
     try:
         for file in files:
             _check_file(file)
-        spectrograms = _cached(cache, key)
+        spectrograms = _cached(cache, key, (len(files), 1, log_mel.bands, log_mel.frames))
         if spectrograms is None:
             spectrograms = _compute(files, log_mel)
             _store(cache, key, spectrograms)
@@ -116,15 +116,23 @@ def _is_readable(file: Path, log_mel: LogMel, faults: list[str]) -> bool:
     return True
 
 
-def _cached(cache: Path, key: str) -> np.ndarray | None:
+def _cached(cache: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The spectrograms of a cache, or None if it has others or, after a warning that names it, is damaged."""
     try:
         if not cache.is_file():
             return None
-        with np.load(cache, allow_pickle=False) as file:
-            return file["spectrograms"] if file["key"].item() == key else None
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s: the cache is not readable (%s) and is computed anew", cache, error)
+        with open_archive(cache) as archive:  # an array is read as a whole, whereby its checksum is verified
+            if read_array(cache, archive, "key").item() != key:
+                return None
+            found = read_array(cache, archive, "spectrograms")
+        if (found.shape, found.dtype) != (shape, np.float32) or not np.isfinite(found).all():
+            raise InputError(f"{cache}: expected finite numbers of shape {shape}, got {found.dtype} of shape {found.shape}")
+    except Exception as error:  # the file may hold anything
+        log.warning(
+            "%s; the cache is damaged, and is made anew", error if isinstance(error, InputError) else f"{cache}: {error}"
+        )
         return None
+    return found
 
 
 def _store(cache: Path, key: str, spectrograms: np.ndarray) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from iprm.errors import InputError
 from iprm.files import new_folder, replacing
+from iprm.streams import cell
 from iprm.training.lightning import first_process, next_version
 
 #: Largest share of the time of a run that writing its file takes: 10^5 rows of 14 columns take 1.5 s on one core, and would be
@@ -71,7 +73,14 @@ class RunLog(CSVLogger):
 
     def restore(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Replaces all rows by `rows`; logging continues after them. The file is not written before the next row: the run may
-        be refused."""
+        be refused.
+
+        Raises:
+            InputError: a row is no mapping of names to numbers.
+        """
+        for row in rows:
+            if not isinstance(row, Mapping) or not all(type(v) in (int, float) and type(n) is str for n, v in row.items()):
+                raise InputError(f"the checkpoint's metrics have the row {row!r}, expected names and numbers")
         self.rows = [dict(row) for row in rows]
 
     @rank_zero_only
@@ -86,9 +95,8 @@ class RunLog(CSVLogger):
 
     def _write(self) -> None:
         began = time.monotonic()
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
         with replacing(Path(self.log_dir) / "metrics.csv") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self.rows for name in row)))
-            writer.writeheader()
-            writer.writerows(self.rows)
+            csv.writer(file).writerows([[*map(cell, names)], *([row.get(name) for name in names] for row in self.rows)])
         now = time.monotonic()
         self._changed, self._next = False, now + max(1, (now - began) / SHARE)

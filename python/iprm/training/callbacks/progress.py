@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
+from iprm.streams import printable
 from iprm.training.classifier import FusionClassifier
 
 #: Refreshes of the bar per second. Lightning's default of 100 took an eighth of the time of small steps on a CPU.
@@ -22,7 +23,8 @@ class RunProgress(RichProgressBar):
     ended, of the whole epoch; and validation accuracies in percent, of the prediction and of every head."""
 
     def __init__(self, refresh_rate: int = DRAWN_A_SECOND, **options: Any) -> None:
-        super().__init__(refresh_rate, **options)
+        # Lightning configures rich's console anew, which also prints the names of metrics after `iprm test`
+        super().__init__(refresh_rate, **{"console_kwargs": {"markup": False, "emoji": False}, **options})
         self._said: dict[str, str] = {}
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
@@ -62,4 +64,4 @@ def summary(metrics: dict[str, float]) -> dict[str, str]:
         "val %": "/".join(f"{100 * value:.1f}" for name, value in metrics.items() if name == "val_accuracy"),
         **{name: f"{value:.1f}" for name, value in heads.items()},
     }
-    return {name: text for name, text in said.items() if text}
+    return {printable(name): text for name, text in said.items() if text}

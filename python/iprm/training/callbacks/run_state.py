@@ -18,7 +18,7 @@ from torch import Tensor
 from iprm.data.module import MultimodalData
 from iprm.distributed import gathered, rank, world_size
 from iprm.errors import InputError
-from iprm.training.checkpoint import STATES, saved_states
+from iprm.training.checkpoint import STATES, check_counters, saved_states
 from iprm.training.lightning import at_batch_boundary, epoch_not_begun, resume_at_epoch_start, skip_sigterm_broadcast
 
 from .csv_logger import RunLog
@@ -130,13 +130,21 @@ class RunState(L.Callback):
             "data": self._saved_data,
         }
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        loops = checkpoint["loops"]["fit_loop"]
+        for name, known in trainer.fit_loop.state_dict().items():
+            if name in loops and name != "state_dict":  # which holds those of loaders
+                check_counters(name, loops[name], known)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         there, here = state["data"], self._data()
         for name, was in there.items() if there != self._saved_data else ():
             if name in here and was != here[name]:
                 what = f"batch of {was} rows over all processes" if name == ROWS else f"{name} of {was}"
                 raise InputError(f"other data: the state has a {what}, this run {here[name]}")
-        self._restored, self._at_epoch_start = state["generators"], state["at_epoch_start"]
+        for states in state["generators"]:
+            check_generators(states)
+        self._restored, self._at_epoch_start = state["generators"], bool(state["at_epoch_start"])
         for log in self._logs():
             log.restore(state["metrics"])
 
@@ -204,13 +212,31 @@ def generators() -> dict[str, Any]:
     return states
 
 
+def check_generators(states: dict[str, Any]) -> None:
+    """Raises an error unless `states` can be restored, by restoring them in generators that nothing uses."""
+    torch.Generator().set_state(states["torch"])
+    numpy_state = _numpy_state(states)
+    if not 0 <= numpy_state[2] <= 624:  # numpy would read beyond its memory
+        raise InputError(f"the checkpoint's state of numpy's generator is at {numpy_state[2]}, expected 0 to 624")
+    np.random.RandomState().set_state(numpy_state)
+    random.Random().setstate(_python_state(states))
+
+
 def restore_generators(states: dict[str, Any]) -> None:
     """Sets the generators to what `generators` returned."""
     torch.set_rng_state(states["torch"])
-    name, key, *rest = states["numpy"]
-    assert isinstance(key, Tensor)
-    np.random.set_state((name, key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(_numpy_state(states))  # noqa: NPY002
+    random.setstate(_python_state(states))
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _numpy_state(states: dict[str, Any]) -> tuple[Any, ...]:
+    name, key, *rest = states["numpy"]
+    assert isinstance(key, Tensor)
+    return (name, key.numpy().astype(np.uint32), *rest)
+
+
+def _python_state(states: dict[str, Any]) -> tuple[Any, ...]:
+    version, numbers, gauss = states["python"]
+    return version, tuple(numbers), gauss
