@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .reading import text
 from .record import Pair
 from .runs import SYMBOLS, Run, settings_of_comparison
 
@@ -49,7 +50,7 @@ class Comparison:
         self.failed = [f"{run.method}, seed {run.seed}: {run.failure}" for run in runs if run.failure]
         seeds = len({run.seed for run in runs})
         epochs = max((run.max_epochs or len(run.epochs) for run in runs), default=0)
-        self.title = f"{settings.get('data', folder.name)}: {seeds} seeds, {epochs} epochs"
+        self.title = f"{text(settings.get('data', folder.name))}: {seeds} seeds, {epochs} epochs"
         expected = max(len(runs), len(settings.get("methods", [])) * len(settings.get("seeds", [])))
         if len(self.finished) < expected:
             self.title += f"; {len(self.finished)} of {expected} runs"
