@@ -204,3 +204,21 @@ def test_more_runs_than_a_page_can_show_are_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("iprm.compare.runs.MOST_RUNS", 3)
     with pytest.raises(ValueError, match="expected at most 3 runs, got 4: name those that the report is about"):
         read_runs([write_comparison(tmp_path / "c")])
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_epochs_make_a_small_page(tmp_path: Path) -> None:
+    """142 kB, in 5 s on one Zen 4 core."""
+    run = write_run(tmp_path / "version_0", epochs=100_000)
+    begun = time.process_time()
+    assert len(report(tmp_path, run)) < 300_000
+    assert time.process_time() - begun < 20
+
+
+@pytest.mark.slow
+def test_forty_modalities_make_a_page(tmp_path: Path) -> None:
+    """3 s on one Zen 4 core, and 18 s when every line was drawn by itself."""
+    run = write_run(tmp_path / "version_0", epochs=30, modalities=[f"m{k}" for k in range(40)])
+    begun = time.process_time()
+    assert len(report(tmp_path, run)) < 2 * MIB
+    assert time.process_time() - begun < 12
