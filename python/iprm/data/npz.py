@@ -23,6 +23,8 @@ PREFIX = "x_"
 PIECE = 2**20
 #: Bytes that a header is read from. numpy refuses one of more than 10,000, but only after it has read as many as the file says.
 LONGEST_HEADER = 2**14
+#: Bytes of the longest directory of an archive, of about 50 bytes for each array. It takes 15 times as much in memory.
+LONGEST_DIRECTORY = 2**22
 #: Methods by which numpy compresses. Python's zipfile unpacks a block of the others at once, however large it is.
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -76,6 +78,7 @@ class Archive:
         if not path.is_file():
             raise InputError(f"{path}: there is no such file")
         try:
+            _check_directory(path)
             self._file = zipfile.ZipFile(path)
         except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
             if isinstance(error, OSError) and error.errno is not None and error.strerror:
@@ -181,6 +184,19 @@ class StoredArray:
         except Exception as error:  # zipfile, its decompressors and numpy each raise their own errors for broken files
             what = str(error) or type(error).__name__
             raise InputError(f"{self.path}: array {self.name!r} is broken: {what}") from error
+
+
+def _check_directory(path: Path) -> None:
+    """Raises zipfile.BadZipFile if the directory of an archive is longer than `LONGEST_DIRECTORY`; zipfile reads all of it."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 100))
+        tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    size = int.from_bytes(tail[end + 12 : end + 16], "little") if end >= 0 else 0
+    if tail[max(0, end - 20) : max(0, end)].startswith(b"PK\6\7"):  # a second record, of 64 bits, before the first
+        size = max(size % (2**32 - 1), int.from_bytes(tail[max(0, end - 36) : end - 28], "little"))
+    if size > LONGEST_DIRECTORY:
+        raise zipfile.BadZipFile(f"its directory takes {size} bytes, expected at most {LONGEST_DIRECTORY}")
 
 
 def _fill(stream: IO[bytes], content: np.ndarray) -> None:
