@@ -151,6 +151,8 @@ RUNS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a reason of 16 GB": (sparse("failed.txt"), "failed.txt cannot be read: ValueError: expected at most 16777216 bytes"),
     "a reason of a megabyte": (written("failed.txt", "r" * MIB), "rrr…"),
 }
+#: Kinds of which nothing is said, and that could end the drawing.
+DRAWN = ("letters that are none",)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -165,7 +167,7 @@ def test_a_run_of_anyone_makes_a_page_that_names_what_is_broken(tmp_path: Path, 
     tracemalloc.stop()
     assert peak < 100 * MIB
     missing = [line for line in read.missing if line.startswith(word)] if word else []
-    if not missing:  # what is not read is not drawn
+    if not missing and (word or kind in DRAWN):  # what is not read is not drawn
         page = report(tmp_path, run)
         assert len(page) < MIB
         assert word in page
@@ -190,14 +192,13 @@ def test_folders_that_link_in_circles_are_read_once(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 10
 
 
-@pytest.mark.parametrize("name", [b"version_\xff", "version_\N{GREEK SMALL LETTER LAMDA}".encode()])
-def test_a_folder_whose_name_is_not_utf_8_makes_a_whole_page(tmp_path: Path, name: bytes) -> None:
+def test_a_folder_whose_name_is_not_utf_8_makes_a_whole_page(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("<title>of before – iprm report</title>")
-    for folder in (os.fsdecode(name), "version_1"):
+    for folder in (os.fsdecode(b"version_\xff"), "version_1"):
         write_run(tmp_path / "runs" / folder)
     page = report(tmp_path, tmp_path / "runs")
     assert page.rstrip().endswith("</html>")
-    assert "version_\\udcff" in page or "version_λ" in page
+    assert "version_\\udcff" in page
 
 
 def test_more_runs_than_a_page_can_show_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
