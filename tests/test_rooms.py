@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"iprm": ROOT / "python/iprm", "iprm_kernels": ROOT / "iprm_kernels"}
 #: The rooms of `iprm` in floors: a file imports from its own room and from floors below.
 FLOORS = (
-    {"errors", "names", "distributed", "environment", "files", "locks", "streams"},
+    {"errors", "names", "distributed", "environment", "files", "locks", "memory", "streams"},
     {"encoders", "configs"},
     {"fusion", "data"},
     {"methods"},

@@ -55,15 +55,16 @@ def pair_names(modalities: Sequence[str]) -> list[str]:
     extended = [f"{name}_{m}" for name, pair in zip(plain, itertools.combinations(modalities, 2), strict=True) for m in pair]
     if len({*plain, *extended}) == len(plain) + len(extended):
         return plain
-    return _joined([_escaped(name) for name in modalities])
+    return _joined([escaped(name) for name in modalities])
 
 
 def possible_names(*modalities: str) -> tuple[str, str]:
     """The two names of a pair, or of a pair and one of the two, that `pair_names` chooses from: plain and escaped."""
-    return "_".join(modalities), "_".join(map(_escaped, modalities))
+    return "_".join(modalities), "_".join(map(escaped, modalities))
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
+    """The name of a modality within that of a pair, if the plain names could be confused: see `pair_names`."""
     return name.replace("%", "%25").replace("_", "%5F")
 
 

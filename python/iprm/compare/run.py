@@ -22,7 +22,8 @@ from iprm.names import file_name
 from iprm.training.checkpoint import saved_states
 from iprm.training.classifier import FusionClassifier
 
-from .runs import CONFIG, DISPLAY, FAILED, TEST, flattened, read_settings, settings_of_comparison
+from .reading import flattened, read, read_yaml
+from .runs import CONFIG, DISPLAY, FAILED, TEST, settings_of_comparison
 
 #: Methods of a comparison if none are named, after one unimodal method per modality.
 DEFAULT_COMPARISON = ("concat", "sum", "weight", "joint", "iprm")
@@ -64,10 +65,10 @@ def make_jobs(
         settings["model"]["method"], settings["data"]["init_args"]["seed"] = name, seed
         jobs.append(Job(name, seed, folder / file_name(name) / f"seed={seed}", settings))
         if _began(jobs[-1].folder):
-            _refuse_other(jobs[-1].folder, "run", read_settings(jobs[-1].folder / CONFIG, []), jobs[-1].config)
+            _refuse_other(jobs[-1].folder, "run", read(jobs[-1].folder / CONFIG, read_yaml, []) or {}, jobs[-1].config)
         if seed == seeds[0] and (jobs[-1].folder / TEST).is_file():
             _refuse_other_data(jobs[-1].folder, data)
-    before = dict(flattened(settings_of_comparison(folder).get("settings", {})))
+    before = flattened(settings_of_comparison(folder).get("settings", {}))
     if before and any(map(_began, folder.glob("*/seed=*"))):  # its methods may be others than those of these runs
         _refuse_other(
             folder, "comparison", before, {name: value for name, value in config.items() if name != "seed_everything"}
@@ -87,7 +88,7 @@ def _began(folder: Path) -> bool:
 
 
 def _refuse_other(folder: Path, what: str, there: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    here = dict(flattened(config))
+    here = flattened(config)
     for name in dict.fromkeys((*here, *there)):
         was, asked = there.get(name), here.get(name)
         if name in DISPLAY or (what == "comparison" and name in DIFFERENT):

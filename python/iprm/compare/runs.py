@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import csv
+import functools
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iprm.errors import InputError, closest
-from iprm.names import file_name, possible_names
+from iprm.names import escaped, file_name, possible_names
 
+from .reading import HEADS, Course, is_file, number, read, read_courses, read_json, read_yaml, text
 from .record import Pair, Record, read_record
 
 CONFIG, METRICS, DIAGNOSTICS = "config.yaml", "metrics.csv", "diagnostics.json"
@@ -30,11 +29,10 @@ SYMBOLS = {"weight": "λ", "strength": "ω"}
 #: Prefixes of columns of metrics.csv that are not measures of the method.
 NO_MEASURE = ("train_", "val_", "test_", "lr-")
 
-LARGEST = 1e30
+#: Most runs of a report.
+MOST_RUNS = 1000
 #: Distance from 0 or 1 at which a table shows λ as 0.00 or 1.00.
 ONE_SIDED = 0.005
-
-Course = dict[int, float]  # epoch -> value
 
 
 @dataclass
@@ -60,25 +58,25 @@ class Run:
     @property
     def method(self) -> str:
         found = self.settings.get("model.method", self.record.method if self.record else None)
-        return "unknown method" if found is None else str(found)
+        return "unknown method" if found is None else text(found)
 
     @property
     def seed(self) -> str:
-        return str(self.settings.get("seed_everything", "–"))
+        return text(self.settings.get("seed_everything", "–"))
 
     @property
     def data(self) -> str:
         """The dataset's class, without its module."""
-        return str(self.settings.get("data.class_path", "–")).rpartition(".")[2]
+        return text(text(self.settings.get("data.class_path", "–"), 1000).rpartition(".")[2])
 
-    @property
+    @functools.cached_property
     def epochs(self) -> list[int]:
         return sorted({epoch for course in self.courses.values() for epoch in course})
 
     @property
     def max_epochs(self) -> int | None:
         asked = self.settings.get("trainer.max_epochs")
-        return asked if isinstance(asked, int) and asked > 0 else None
+        return asked if isinstance(asked, int) and 0 < asked < 2**31 else None
 
     @property
     def best_epoch(self) -> int | None:
@@ -86,20 +84,19 @@ class Run:
         accuracy = self.courses.get("val_accuracy", {})
         return max(accuracy, key=lambda epoch: (accuracy[epoch], -epoch), default=None)
 
-    @property
+    @functools.cached_property
     def heads(self) -> list[str]:
         """Modalities in their order, then "mix" if the method mixes."""
-        prefixes = ("val_accuracy_", "train_accuracy_")
-        found = dict.fromkeys(name.removeprefix(p) for name in self.courses for p in prefixes if name.startswith(p))
+        found = dict.fromkeys(name.removeprefix(p) for name in self.courses for p in HEADS if name.startswith(p))
         known = [name for name in (self.record.modalities if self.record else ()) if name in found]
         return sorted(found, key=lambda head: (head == "mix", known.index(head) if head in known else len(known)))
 
-    @property
+    @functools.cached_property
     def measures(self) -> dict[str, Course]:
         """The measures of the method, such as λ and ω, by the names of their columns in metrics.csv."""
         return {name: course for name, course in self.courses.items() if not name.startswith(NO_MEASURE)}
 
-    @property
+    @functools.cached_property
     def weights(self) -> dict[str, Pair]:
         """The column of λ of each pair -> the pair, in the order of the modalities: λ weighs the first of a pair."""
         heads = [head for head in self.heads if head != "mix"]
@@ -130,11 +127,13 @@ def label(measure: str, modalities: Sequence[str], shown: Callable[[str], str] =
     kind, _, rest = measure.partition("_")
     if kind not in SYMBOLS:
         return measure
-    for first, second in itertools.permutations(modalities, 2):
-        for of in ("", first, second):
-            if rest in possible_names(*filter(None, (first, second, of))):
-                pair = f"{shown(first)} × {shown(second)}"
-                return f"{SYMBOLS[kind]} {shown(of)} ({pair})" if of else f"{SYMBOLS[kind]} {pair}"
+    for names in ({m: m for m in modalities}, {escaped(m): m for m in modalities}):
+        for place in (place for place, letter in enumerate(rest) if letter == "_"):
+            first, tail = rest[:place], rest[place + 1 :]
+            for second, of in ((tail, ""), (tail.removesuffix(f"_{first}"), first), (tail[: len(tail) // 2],) * 2):
+                if first in names and second in names and rest == "_".join(filter(None, (first, second, of))):
+                    pair = f"{shown(names[first])} × {shown(names[second])}"
+                    return f"{SYMBOLS[kind]} {shown(names[of])} ({pair})" if of else f"{SYMBOLS[kind]} {pair}"
     return f"{SYMBOLS[kind]} {shown(rest)}".rstrip()
 
 
@@ -142,9 +141,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in these folders or below them, each once, with unique labels.
 
     Raises:
-        InputError: a folder does not exist or has no run; the message names the closest existing run.
+        InputError: a folder does not exist or has no run, and the message names the closest existing run; or there are more
+            than `MOST_RUNS`.
     """
     found = {path.resolve(): path for folder in folders for path in _runs_at(folder)}
+    if len(found) > MOST_RUNS:
+        raise InputError(f"expected at most {MOST_RUNS} runs, got {len(found)}: name those that the report is about")
     runs = [read_run(folder) for folder in found.values()]
     titles = [f"{run.method} · seed {run.seed}" for run in runs]
     common = Path(os.path.commonpath(found)) if len(found) > 1 else next(iter(found)).parent
@@ -163,7 +165,7 @@ def _runs_at(folder: Path) -> list[Path]:
         meant = _closest_run(folder)
         raise InputError(f"{folder}: {what}" + (f"; did you mean {meant}?" if meant else ""))
     order = {
-        parent: [file_name(str(name)) for name in settings_of_comparison(parent).get("methods", [])]
+        parent: [file_name(text(name)) for name in settings_of_comparison(parent).get("methods", [])]
         for parent in {run.parent.parent for run in runs}
     }
 
@@ -181,37 +183,54 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def _runs_below(folder: Path) -> Iterator[Path]:
-    for pattern in ("*", "*/*", "*/*/*"):
-        yield from (path for path in folder.glob(pattern) if is_run(path))
+    """The runs in up to three levels of folders, each folder once, as links may lead in circles."""
+    level, seen = [folder], set()
+    for _ in range(3):
+        below = []
+        for path in itertools.chain.from_iterable(map(_folders_in, level)):
+            there = path.stat()
+            if (there.st_dev, there.st_ino) not in seen:
+                seen.add((there.st_dev, there.st_ino))
+                below.append(path)
+                if is_run(path):
+                    yield path
+        level = below
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if os.path.isdir(path)]
+    except OSError:  # it may not be listed
+        return []
 
 
 def read_run(folder: Path) -> Run:
     """Reads one run from the files that its folder has."""
     run = Run(folder)
-    if (folder / CONFIG).is_file():
-        run.settings = read_settings(folder / CONFIG, run.missing)
+    if is_file(folder / CONFIG):
+        run.settings = read(folder / CONFIG, read_yaml, run.missing) or {}
     else:
-        model = read_settings(folder / MODEL, run.missing) if (folder / MODEL).is_file() else {}
+        model = (read(folder / MODEL, read_yaml, run.missing) if is_file(folder / MODEL) else None) or {}
         run.settings = {f"model.{name}": value for name, value in model.items()}
         unknown = "only the model's settings are" if model else "method, seed and settings are not"
         run.missing.append(f"No {CONFIG}: {unknown} known.")
-    if (folder / METRICS).is_file():
-        run.courses = _read(folder / METRICS, lambda text: _courses(text, run.missing), run.missing) or {}
+    if is_file(folder / METRICS):
+        run.courses = read_courses(folder / METRICS, run.missing)
     else:
         run.missing.append(f"No {METRICS}: no epoch has ended yet.")
-    if (folder / DIAGNOSTICS).is_file():
-        run.record = _read(folder / DIAGNOSTICS, read_record, run.missing)
+    if is_file(folder / DIAGNOSTICS):
+        run.record = read(folder / DIAGNOSTICS, read_record, run.missing)
     else:
         what = "no confusion matrix, no angles, no strength by class and no environment"
         run.missing.append(f"No {DIAGNOSTICS}, which is written at the end of training: {what}.")
-    if (folder / FAILED).is_file():
-        run.failure = (_read(folder / FAILED, str.splitlines, run.missing) or ["for an unknown reason"])[0]
+    if is_file(folder / FAILED):
+        run.failure = text((read(folder / FAILED, str.splitlines, run.missing) or ["for an unknown reason"])[0], 1000)
         run.missing.insert(0, f"Failed: {run.failure}")
-    if (folder / TEST).is_file():
-        test = _read(folder / TEST, lambda text: dict(flattened(json.loads(text))), run.missing) or {}
-        numbers = {name.removeprefix("metrics."): _number(test[name]) for name in test if name.startswith("metrics.")}
+    if is_file(folder / TEST):
+        test = read(folder / TEST, read_json, run.missing) or {}
+        numbers = {name.removeprefix("metrics."): number(test[name]) for name in test if name.startswith("metrics.")}
         run.test = {name: value for name, value in numbers.items() if value is not None}
-        run.seconds = _number(test.get("seconds_per_epoch"))
+        run.seconds = number(test.get("seconds_per_epoch"))
     last, asked = max(run.epochs, default=-1), run.max_epochs
     if asked and run.epochs and last + 1 < asked:
         run.missing.insert(0, f"{last + 1} of {asked} epochs: still running, or stopped early.")
@@ -222,13 +241,13 @@ def read_run(folder: Path) -> Run:
 
 def settings_of_comparison(folder: Path) -> dict[str, Any]:
     """The content of settings.json, such as data, methods and seeds; empty if it cannot be read."""
-    found = _read(folder / COMPARISON, json.loads, [])
+    found: Any = read(folder / COMPARISON, json.loads, []) if is_file(folder / COMPARISON) else None
     usable = isinstance(found, dict) and all(isinstance(found.get(name), list) for name in ("methods", "seeds"))
     return found if usable else {}
 
 
 def is_run(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).is_file() for name in FILES)
+    return os.path.isdir(folder) and any(is_file(folder / name) for name in FILES)
 
 
 def _closest_run(folder: Path) -> Path | None:
@@ -238,54 +257,3 @@ def _closest_run(folder: Path) -> Path | None:
     runs = {} if above else {str(path): path for path in itertools.islice(_runs_below(base), 1000)}
     name = closest(str(folder), runs)
     return above or (runs[name] if name else next(iter(sorted(runs.values())), None))
-
-
-def read_settings(path: Path, missing: list[str]) -> dict[str, Any]:
-    """Dotted name -> value of a YAML file; empty, with a message in `missing`, if it holds none."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return _read(path, lambda text: dict(flattened(yaml.load(text, Loader=loader))), missing) or {}
-
-
-def _read(path: Path, parse: Callable[[str], Any], missing: list[str]) -> Any:
-    """The parsed content of the file; or None, with a message in `missing`."""
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError, csv.Error) as error:
-        missing.append(f"{path.name} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")
-        return None
-
-
-def flattened(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as pairs of dotted name and value; empty mappings are values."""
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from flattened(value, f"{name}.")
-        else:
-            yield name, value
-
-
-def _courses(text: str, missing: list[str]) -> dict[str, Course]:
-    """metric -> epoch -> its last finite value. An incomplete last line is left out."""
-    whole, _, partial = text.rpartition("\n")
-    if partial:
-        missing.append(f"The last line of {METRICS} is incomplete and left out.")
-    courses: dict[str, Course] = {}
-    for row in csv.DictReader(whole.splitlines()):
-        epoch = _number(row.get("epoch"))
-        for name, cell in row.items() if epoch is not None and abs(epoch) < 2**31 else ():
-            value = _number(cell)
-            if isinstance(name, str) and name not in ("epoch", "step") and value is not None:
-                courses.setdefault(name, {})[int(epoch)] = value  # type: ignore[arg-type]
-    if not courses:
-        missing.append(f"{METRICS} holds no epoch yet.")
-    return courses
-
-
-def _number(text: Any) -> float | None:
-    """The number; None if it is not finite, or beyond `LARGEST`, which no metric reaches and no axis can show."""
-    try:
-        value = float(text)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return value if abs(value) < LARGEST else None

@@ -14,6 +14,7 @@ from iprm.errors import counted
 from iprm.files import replacing, write_atomically
 from iprm.streams import cell
 
+from .reading import text
 from .record import Pair
 from .runs import SYMBOLS, Run, settings_of_comparison
 
@@ -53,7 +54,8 @@ class Comparison:
         self.failed = [f"{run.method}, seed {run.seed}: {run.failure}" for run in runs if run.failure]
         seeds = len({run.seed for run in runs})
         epochs = max((run.max_epochs or len(run.epochs) for run in runs), default=0)
-        self.title = f"{settings.get('data', folder.name)}: {counted(seeds, 'seed')}, {counted(epochs, 'epoch')}"
+        data = text(settings.get("data", folder.name))
+        self.title = f"{data}: {counted(seeds, 'seed')}, {counted(epochs, 'epoch')}"
         expected = max(len(runs), len(settings.get("methods", [])) * len(settings.get("seeds", [])))
         if len(self.finished) < expected:
             self.title += f"; {len(self.finished)} of {expected} runs"

@@ -18,6 +18,10 @@ from .split import Split
 UNLABELLED = -100
 #: Most classes, each of which has a row in every head: more are a mistake, such as numbers of rows given as labels.
 MOST_CLASSES = 2**20
+#: Bytes of the longest words that are compared in numpy's arrays, where each takes as much as the longest.
+LONG = 64
+#: Most letters of a label, which names its class in tables and messages.
+MOST_LETTERS = 1000
 #: Most names that are listed in a message.
 MOST_NAMES = 10
 
@@ -46,6 +50,8 @@ def read_labels(place: str, y: np.ndarray) -> Labels:
     """
     kinds = _kinds(place, _one_column(place, y))
     found, codes = np.unique(kinds, return_inverse=True)
+    if len(found) > MOST_CLASSES + 1:  # one may be `UNLABELLED`
+        raise InputError(f"{place}: expected at most {MOST_CLASSES} classes, got {len(found)}")
     keys = [key.decode() if isinstance(key, bytes) else key for key in found.tolist()]
     if isinstance(keys[0], str) and all(_is_whole(key) for key in keys) and len({int(key) for key in keys}) == len(keys):
         order = np.argsort([float(key) for key in keys], kind="stable")
@@ -89,20 +95,33 @@ def _kinds(place: str, y: np.ndarray) -> np.ndarray:
             _refuse(place, row, y[row].item(), missing=bool(np.isnan(y[row])))
         y = y.astype(np.float64)
     elif y.dtype.kind in "USO":
-        if y.dtype.kind == "S":
-            try:
-                y = np.char.decode(y, "utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{place}: a label is not UTF-8: {error}") from error
-        for row, word in enumerate(y.tolist()):
-            if not word.strip():
-                _refuse(place, row, "", missing=True)
-            if not {"Cc", "Cs"}.isdisjoint(map(unicodedata.category, word)):  # no file holds a lone surrogate
-                _refuse(place, row, word, missing=False)
+        y = _text(place, y)
     elif y.dtype.kind not in "biu":
         advice = "; save y.astype(str)" if y.dtype.kind == "M" else ""
         raise InputError(f"{place}: expected labels, whole numbers or words, got {y.dtype}{advice}")
     return y
+
+
+def _text(place: str, y: np.ndarray) -> np.ndarray:
+    """Words as an array of text, or of objects if they are long; none is empty."""
+    objects = y.dtype.kind == "O" or y.dtype.itemsize > LONG
+    text = np.empty(len(y), object) if objects else y
+    step = max(1, 2**20 // y.dtype.itemsize)
+    try:
+        for first in range(0, len(y), step):
+            words = [w.decode() if isinstance(w, bytes) else w for w in y[first : first + step].tolist()]
+            for row, word in enumerate(words, first):
+                if not word.strip():
+                    _refuse(place, row, "", missing=True)
+                if not {"Cc", "Cs"}.isdisjoint(map(unicodedata.category, word)):  # no file holds a lone surrogate
+                    _refuse(place, row, word, missing=False)
+                if len(word) > MOST_LETTERS:
+                    raise InputError(f"{place}: row {row} has a label of {len(word)} letters; expected at most {MOST_LETTERS}")
+            if objects:
+                text[first : first + step] = words
+        return np.char.decode(y, "utf-8") if text.dtype.kind == "S" else text
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: a label is not UTF-8: {error}") from error
 
 
 def _of_one_type(place: str, y: np.ndarray) -> np.ndarray:
@@ -123,7 +142,7 @@ def _of_one_type(place: str, y: np.ndarray) -> np.ndarray:
             except OverflowError as error:
                 raise InputError(f"{place}: a label is beyond 64 bits") from error
     if kinds == {bytes}:
-        return y.astype("S")
+        return y
     row = next((row for row, label in enumerate(y) if label is None or label != label), None)
     if row is not None:
         _refuse(place, row, y[row], missing=True)

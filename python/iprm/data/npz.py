@@ -1,104 +1,224 @@
-"""Arrays in .npz and .npy files. Memory of the size that a header declares is never allocated; no code of a file is run."""
+"""Arrays in .npz and .npy files. No more is read than an array declares, and no code of a file is run."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
+import math
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from iprm.errors import InputError
+from iprm.memory import available_memory
 
 from .plain_objects import read_plain_objects
 
 #: Prefix of the array of a modality: ``x_<modality>``.
 PREFIX = "x_"
+#: Bytes that are read and converted at a time.
+PIECE = 2**20
+#: Bytes that a header is read from. numpy refuses one of more than 10,000, but only after it has read as many as the file says.
+LONGEST_HEADER = 2**14
+#: Bytes of the longest directory of an archive, of about 50 bytes for each array. It takes 15 times as much in memory.
+LONGEST_DIRECTORY = 2**22
+#: Methods by which numpy compresses. Python's zipfile unpacks a block of the others at once, however large it is.
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def open_archive(path: Path) -> zipfile.ZipFile:
-    """Opens an .npz archive.
+class Header(NamedTuple):
+    """Header of an .npy file. start: bytes before the content; size: bytes of the content, unless it is of objects."""
 
-    Raises:
-        InputError: the file is missing or no readable archive.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    try:
-        return zipfile.ZipFile(path)
-    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
-        with path.open("rb") as start:
-            if start.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
-                raise InputError(f"{path}: expected an .npz of several arrays (numpy.savez), got a single array") from error
-        raise InputError(f"{path}: not a readable .npz file: {error}") from error
+    shape: tuple[int, ...]
+    by_columns: bool
+    dtype: np.dtype[Any]
+    start: int
 
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
-def array_names(archive: zipfile.ZipFile) -> list[str]:
-    """The names of the arrays of an archive, in the order of the file. Other members, such as notes, are left out."""
-    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    def array(self, content: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """The array, or with `shape` some rows of it, in the memory of `content`."""
+        return np.ndarray(self.shape if shape is None else shape, self.dtype, content, order="F" if self.by_columns else "C")
 
 
-def read_arrays(
-    path: Path, needed: Callable[[str], bool], plain_objects: Collection[str] = ()
-) -> tuple[list[str], Mapping[str, np.ndarray]]:
-    """The names of all arrays of an .npz file, and those arrays whose names are `needed`. No other array is read.
+def read_header(stream: IO[bytes], length: int) -> Header:
+    """The header of an .npy file of `length` bytes; raises an error, of any type, if it is broken."""
+    start = io.BytesIO(stream.read(LONGEST_HEADER))
+    version = np.lib.format.read_magic(start)
+    if version not in HEADERS:
+        raise ValueError(f"version {version} of the .npy format is none of arrays of numbers")
+    header = Header(*HEADERS[version](start), start.tell())
+    if min(header.shape, default=0) < 0 or header.dtype.itemsize == 0:
+        raise ValueError(f"shape {header.shape} of {header.dtype}")
+    if not header.dtype.hasobject and header.start + header.size != length:
+        raise ValueError(f"shape {header.shape} of {header.dtype} takes {header.size} bytes, got {length - header.start}")
+    return header
+
+
+class Archive:
+    """An .npz file, open within a context.
+
+    path: the file; names: of its arrays, in the order of the file. Other members, such as notes, are left out.
 
     Args:
         path: the file.
-        needed: name -> whether the array is read.
-        plain_objects: names of arrays that may be of objects, if these are plain values such as words.
 
     Raises:
-        InputError: see `open_archive` and `read_array`; or the arrays exceed the memory.
+        InputError: the file is missing, or no readable archive.
     """
-    with open_archive(path) as archive:
-        names = array_names(archive)
-        read = [name for name in names if needed(name)]
-        check_memory(path, archive, read)
-        return names, {name: read_array(path, archive, name, plain_objects=name in plain_objects) for name in read}
 
-
-def check_memory(path: Path, archive: zipfile.ZipFile, names: Collection[str]) -> None:
-    """Raises InputError if the arrays of these names exceed the memory of this machine."""
-    unpacked, there = sum(archive.getinfo(f"{name}.npy").file_size for name in names), memory()
-    if unpacked > there:
-        raise InputError(f"{path}: its arrays would take {unpacked} bytes, and this machine has {there}")
-
-
-def read_array(path: Path, archive: zipfile.ZipFile, name: str, *, plain_objects: bool = False) -> np.ndarray:
-    """An array of an archive that was opened from `path`; read-only, unless it is of objects.
-
-    Args:
-        path: the file, for messages.
-        archive: the open archive.
-        name: of the array, without ".npy".
-        plain_objects: the array may be of objects, if each is a plain value: see `read_plain_objects`.
-
-    Raises:
-        InputError: the array is broken, or of objects.
-    """
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    try:
-        with archive.open(f"{name}.npy") as stream:
-            version = np.lib.format.read_magic(stream)
-            if version not in readers:
-                raise ValueError(f"version {version} of the .npy format is none of arrays of numbers")
-            shape, by_columns, dtype = readers[version](stream)
-            content = b"" if dtype.hasobject and not plain_objects else stream.read()
-            if not dtype.hasobject:
-                return np.ndarray(shape, dtype, content, order="F" if by_columns else "C")
-    except Exception as error:  # zipfile, its decompressors and numpy each raise their own errors for broken files
-        raise InputError(f"{path}: array {name!r} is broken: {str(error) or type(error).__name__}") from error
-    why = "it is of objects"
-    if plain_objects and dtype == np.dtype(object):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise InputError(f"{path}: there is no such file")
         try:
-            return read_plain_objects(content, shape)
-        except Exception as error:  # the content may be anything
-            why = f"it is of objects, and {str(error) or type(error).__name__}"
-            if "stringdtype" in why:  # numpy saves text of this type by pickling it
-                raise InputError(f"{path}: array {name!r} is of StringDType; save {name}.astype(str)") from error
-    raise InputError(f"{path}: array {name!r} cannot be read without running code it holds: {why}")
+            _check_directory(path)
+            self._file = zipfile.ZipFile(path)
+        except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+            if isinstance(error, OSError) and error.errno is not None and error.strerror:
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+            with path.open("rb") as start:
+                if start.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
+                    message = f"{path}: expected an .npz of several arrays (numpy.savez), got a single array"
+                    raise InputError(message) from error
+            raise InputError(f"{path}: not a readable .npz file: {error}") from error
+        self.names = [name.removesuffix(".npy") for name in self._file.namelist() if name.endswith(".npy")]
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def arrays(self, names: Collection[str]) -> dict[str, StoredArray]:
+        """The arrays of these names, of which the headers alone are read.
+
+        Raises:
+            InputError: a header is broken, or is not followed by the bytes that it declares; or the arrays exceed the memory.
+        """
+        check_memory(self.path, sum(self._file.getinfo(f"{name}.npy").file_size for name in names))
+        return {name: StoredArray(self.path, self._file, name) for name in names}
+
+
+class StoredArray:
+    """An array of an open archive. header: its `Header`.
+
+    Raises:
+        InputError: the header is broken, or is not followed by the bytes that it declares.
+    """
+
+    def __init__(self, path: Path, file: zipfile.ZipFile, name: str) -> None:
+        self.path, self.name, self._file = path, name, file
+        self._member = file.getinfo(f"{name}.npy")
+        with self._named():
+            if self._member.compress_type not in METHODS:
+                raise ValueError("expected it as numpy.savez or numpy.savez_compressed stores it")
+            with file.open(self._member) as stream:
+                self.header = read_header(stream, self._member.file_size)
+
+    def read(self, *, plain_objects: bool = False) -> np.ndarray:
+        """The whole array.
+
+        Args:
+            plain_objects: the array may be of objects, if each is a plain value: see `read_plain_objects`.
+
+        Raises:
+            InputError: the array is broken, or of objects.
+        """
+        dtype = self.header.dtype
+        if not dtype.hasobject or (plain_objects and dtype == np.dtype(object)):
+            with self._named(), self._content() as stream:
+                content = np.empty(self._member.file_size - self.header.start, np.uint8)
+                _fill(stream, content)
+                if not dtype.hasobject:
+                    return self.header.array(content)
+        why = "it is of objects"
+        if plain_objects and dtype == np.dtype(object):
+            try:
+                return read_plain_objects(content.data, self.header.shape)
+            except Exception as error:  # the content may be anything
+                why = f"it is of objects, and {str(error) or type(error).__name__}"
+                if "stringdtype" in why:  # numpy saves text of this type by pickling it
+                    what = f"array {self.name!r} is of StringDType; save {self.name}.astype(str)"
+                    raise InputError(f"{self.path}: {what}") from error
+        raise InputError(f"{self.path}: array {self.name!r} cannot be read without running code it holds: {why}")
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Consecutive rows of an array of numbers, of `PIECE` bytes or of one row. Of an array that is stored by columns, the
+        whole is in memory meanwhile.
+
+        Raises:
+            InputError: see `read`.
+        """
+        (count, *row), by_columns = self.header.shape, self.header.by_columns
+        step = max(1, PIECE // max(1, math.prod(row) * self.header.dtype.itemsize))
+        if by_columns or self.header.dtype.hasobject:
+            whole = self.read()
+            yield from (whole[first : first + step] for first in range(0, count, step))
+            return
+        with self._named(), self._content() as stream:
+            for first in range(0, count, step):
+                shape = (min(step, count - first), *row)
+                content = np.empty(math.prod(shape) * self.header.dtype.itemsize, np.uint8)
+                _fill(stream, content)
+                yield self.header.array(content, shape)
+
+    @contextlib.contextmanager
+    def _content(self) -> Iterator[IO[bytes]]:
+        """The bytes after the header; at the end of the context, that all of them were read, and their checksum."""
+        with self._file.open(self._member) as stream:
+            stream.read(self.header.start)
+            yield stream
+            if stream.read(1):
+                raise ValueError("it holds more than it declares")
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError as error:
+            raise InputError(f"{self.path}: array {self.name!r}: there is not enough memory to read it") from error
+        except Exception as error:  # zipfile, its decompressors and numpy each raise their own errors for broken files
+            what = str(error) or type(error).__name__
+            raise InputError(f"{self.path}: array {self.name!r} is broken: {what}") from error
+
+
+def _check_directory(path: Path) -> None:
+    """Raises zipfile.BadZipFile if the directory of an archive is longer than `LONGEST_DIRECTORY`; zipfile reads all of it."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 100))
+        tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    size = int.from_bytes(tail[end + 12 : end + 16], "little") if end >= 0 else 0
+    if tail[max(0, end - 20) : max(0, end)].startswith(b"PK\6\7"):  # a second record, of 64 bits, before the first
+        size = max(size % (2**32 - 1), int.from_bytes(tail[max(0, end - 36) : end - 28], "little"))
+    if size > LONGEST_DIRECTORY:
+        raise zipfile.BadZipFile(f"its directory takes {size} bytes, expected at most {LONGEST_DIRECTORY}")
+
+
+def _fill(stream: IO[bytes], content: np.ndarray) -> None:
+    """Reads as many bytes as `content` has, a piece at a time: `stream.readinto` would keep a second copy of all of them."""
+    view = content.data
+    done = 0
+    while done < len(view):
+        piece = stream.read(min(PIECE, len(view) - done))
+        if not piece:
+            raise ValueError(f"it ends after {done} of {len(view)} bytes")
+        view[done : done + len(piece)] = piece
+        done += len(piece)
+
+
+def check_memory(path: Path, needed: int) -> None:
+    """Raises InputError if arrays of so many bytes, of a file, exceed the memory that is available."""
+    available = available_memory()
+    if needed > available:
+        raise InputError(f"{path}: its arrays would take {needed} bytes, and {available} bytes of memory are available")
 
 
 def map_array(path: Path) -> np.ndarray:
@@ -108,11 +228,13 @@ def map_array(path: Path) -> np.ndarray:
         InputError: the file is broken, or of objects.
     """
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        if not path.is_file():  # opening a pipe would wait for its writer
+            raise ValueError("expected a file")
+        with path.open("rb") as file:
+            header = read_header(file, path.stat().st_size)
+        if header.dtype.hasobject:
+            raise ValueError("it is of objects")
+        order = "F" if header.by_columns else "C"
+        return np.memmap(path, header.dtype, "r", header.start, header.shape, order)  # type: ignore[call-overload]
     except Exception as error:  # of Python's parser for a broken header, among others
         raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def memory() -> int:
-    """Physical memory of this machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,6 +15,10 @@ from typing import Any
 
 import numpy as np
 
+#: Most steps of a stream of pickle, per element and in all, which take 10 s. A scalar of numpy takes 12 steps, a word 3.
+MOST_STEPS = (16, 10**7)
+#: Bytes of the longest element. Python's pickle copies each several times.
+LONGEST = 2**20
 #: Objects that may be elements.
 PLAIN = (str, bytes, bool, int, float, type(None))
 _SCALAR = re.compile(r"(?P<kind>[USbiufO])(?P<size>\d+)")
@@ -77,13 +81,42 @@ class _Reader(pickle._Unpickler):
         return _STAND_INS[module, name]
 
 
-def read_plain_objects(content: bytes, shape: tuple[int, ...]) -> np.ndarray:
+class _Stream(io.BytesIO):
+    """Refuses reads of more than `LONGEST` bytes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= LONGEST:
+            raise ValueError(f"an element has more than {LONGEST} bytes")
+        return super().read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return super().readline(LONGEST)
+
+
+class _Steps(dict):
+    """The functions of the steps of a stream, of which each step looks up one; raises ValueError after `most`."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(pickle._Unpickler.dispatch)
+        self.left = most
+
+    def __getitem__(self, step: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("its stream has more steps than its elements need")
+        return super().__getitem__(step)
+
+
+def read_plain_objects(content: bytes | memoryview, shape: tuple[int, ...]) -> np.ndarray:
     """An array of objects, each an instance of `PLAIN`, from the content of an .npy file after its header.
 
     Raises:
-        Exception: the content is broken, of another shape, or has other objects.
+        Exception: the content is broken, of another shape, has other objects, or takes more than `MOST_STEPS`.
     """
-    found = _Reader(io.BytesIO(content)).load()
+    each, most = MOST_STEPS
+    reader = _Reader(_Stream(content))
+    reader.dispatch = _Steps(min(most, 1000 + each * math.prod(shape)))  # type: ignore[misc]
+    found = reader.load()
     if not isinstance(found, _State) or not isinstance(found.state, tuple) or len(found.state) != 5:
         raise ValueError("it is no array")
     _, stored, _, by_columns, elements = found.state

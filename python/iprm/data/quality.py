@@ -228,20 +228,21 @@ def _of_leakage(scans: Mapping[str, Mapping[str, Scan]], splits: Splits) -> Iter
         yield from _of_origins(splits)
         return
     leading = next(iter(scans))  # whose source items are named in messages
+    alone = {m: {name: (scan.digest, _mask(scan)) for name, scan in by_split.items()} for m, by_split in scans.items()}
     joint = {}
     for name in splits:
-        parts = [by_split[name] for by_split in scans.values()]
-        missing = functools.reduce(np.intersect1d, [part.missing for part in parts])
-        joint[name] = (joint_digests([part.digest for part in parts]), missing)
-    alone = {m: {name: (found.digest, found.missing) for name, found in by_split.items()} for m, by_split in scans.items()}
+        digests, missing = zip(*(by_split[name] for by_split in alone.values()), strict=True)
+        joint[name] = joint_digests(digests), np.logical_and.reduce(missing)
     whole: dict[tuple[str, str], np.ndarray] = {}  # rows shared in every modality, which are not reported again for each
     for modality, found in {"": joint, **alone}.items():
         where = f"modality {modality!r} alone" if modality else "every modality"
+        repeated = _repeated({name: digests for name, (digests, _) in found.items()})
         for first, second in itertools.combinations(splits, 2):
             (digests, _), (others, missing) = found[first], found[second]
-            rows = np.setdiff1d(np.flatnonzero(np.isin(others, digests)), missing)
+            rows = repeated[second][~missing[repeated[second]]]
+            rows = rows[_is_among(others[rows], digests[repeated[first]])]
             if modality:
-                rows = np.setdiff1d(rows, whole[first, second])
+                rows = rows[~_is_among(rows, whole[first, second])]
             else:
                 whole[first, second] = rows
             if len(rows):
@@ -250,22 +251,45 @@ def _of_leakage(scans: Mapping[str, Mapping[str, Scan]], splits: Splits) -> Iter
                 what = f"{_rows(len(rows))} of {second} identical to rows of {first} in {where}"
                 yield Finding(True, f"leakage: {what}; {here} of {second} is {there} of {first}")
     yield from _of_origins(splits)
-    for name, (digests, missing) in joint.items():
-        _, first_rows, inverse = np.unique(digests, return_index=True, return_inverse=True)
-        earlier = first_rows[inverse]
-        repeated = np.setdiff1d(np.flatnonzero(earlier != np.arange(len(digests))), missing)
-        if len(repeated):
-            what = f"{_rows(len(repeated))} of {name} repeating an earlier one in every modality"
-            here, there = (_row(row, splits[name], leading) for row in (repeated[0], earlier[repeated[0]]))
+    for name, rows in _repeated({name: digests for name, (digests, _) in joint.items()}).items():
+        digests, missing = joint[name]
+        _, first_places, inverse = np.unique(digests[rows], return_index=True, return_inverse=True)
+        earlier = rows[first_places[inverse]]
+        again = (earlier != rows) & ~missing[rows]
+        if again.any():
+            what = f"{_rows(int(again.sum()))} of {name} repeating an earlier one in every modality"
+            here, there = (_row(numbers[again.argmax()], splits[name], leading) for numbers in (rows, earlier))
             yield Finding(False, f"duplicates: {what}; {here} is {there}")
+
+
+def _mask(scan: Scan) -> np.ndarray:
+    """Whether each row is missing."""
+    mask = np.zeros(len(scan.digest), bool)
+    mask[scan.missing] = True
+    return mask
+
+
+def _repeated(digests: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """split -> ascending rows whose digests occur more than once in all splits, found by one sort: usually few."""
+    ordered = np.sort(np.concatenate(list(digests.values())))
+    several = ordered[1:][ordered[1:] == ordered[:-1]]
+    return {name: np.flatnonzero(_is_among(own, several)) for name, own in digests.items()}
+
+
+def _is_among(values: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """Whether each value is one of `some`. `numpy.isin` takes several times as long for many different integers."""
+    if len(some) == 0:
+        return np.zeros(len(values), bool)
+    ordered = np.sort(some)
+    return ordered[np.searchsorted(ordered, values).clip(max=len(ordered) - 1)] == values
 
 
 def _of_origins(splits: Splits) -> Iterator[Finding]:
     for (first, one), (second, two) in itertools.combinations(splits.items(), 2):
         shared: dict[tuple[int, ...], list[str]] = {}
         for modality in sorted(one.origin.keys() & two.origin.keys()):
-            both = np.intersect1d(one.origin[modality].numpy(), two.origin[modality].numpy())
-            shared.setdefault(tuple(both), []).append(modality)
+            here, there = one.origin[modality].numpy(), two.origin[modality].numpy()
+            shared.setdefault(tuple(np.unique(here[_is_among(here, there)])), []).append(modality)
         for items, modalities in shared.items():
             if items:
                 what = f"{_named('item', 'items', items)} of the source in both {first} and {second}"

@@ -112,13 +112,15 @@ def stratified(labels: np.ndarray, fractions: Mapping[str, float], rng: np.rando
             f"{len(classes)} classes, {few}: give more rows per class, leave out classes with one row, lower val_fraction and "
             "test_fraction, or divide the rows yourself, in a file of features by an array 'split'"
         )
-    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(rows)[:-1])
-    shuffled = [rng.permutation(own) for own in by_class] if len(labels) else []
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
-    for own, counts in zip(shuffled, apportioned(rows, held, rng), strict=True):
-        for name, part in zip(parts, np.split(own, np.cumsum(counts)), strict=True):
-            parts[name].append(part)
-    return {name: np.sort(np.concatenate(rows)) if rows else np.empty(0, int) for name, rows in parts.items()}
+    by_class, starts = np.argsort(labels, kind="stable"), np.cumsum(rows) - rows
+    for start, count in zip(starts.tolist(), rows.tolist(), strict=True):
+        rng.shuffle(by_class[start : start + count])
+    # of every class, first the rows of the first held-out split, then those of the next, then those of "train"
+    counts = apportioned(rows, held, rng) if len(labels) else np.zeros((0, len(held)), int)
+    lengths = np.column_stack([counts, rows - counts.sum(1)]).reshape(-1)
+    split = np.empty(len(labels), np.int8)
+    split[by_class] = np.repeat(np.resize(np.arange(len(held) + 1, dtype=np.int8), len(lengths)), lengths)
+    return {name: np.flatnonzero(split == place) for place, name in enumerate((*fractions, "train"))}
 
 
 def check_fractions(val_fraction: Any, test_fraction: Any) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from iprm.data.npz import PREFIX, array_names, check_memory, map_array, open_archive, read_array
+from iprm.data.npz import PREFIX, Archive, map_array
 from iprm.encoders.description import Description, InputSpec, flat, nested
 from iprm.errors import InputError, closest
 from iprm.names import file_name
@@ -69,10 +69,10 @@ class Source:
         if self.path.is_dir():
             self._require({file.name for file in self.path.iterdir()}, "file", "the folder has")
             return {label: map_array(self.path / self._file(label)) for label in self.specs}
-        with open_archive(self.path) as archive:
-            self._require(set(array_names(archive)), "array", "the file has")
-            check_memory(self.path, archive, [self._file(label) for label in self.specs])
-            return {label: read_array(self.path, archive, self._file(label)) for label in self.specs}
+        with Archive(self.path) as archive:
+            self._require(set(archive.names), "array", "the file has")
+            stored = archive.arrays([self._file(label) for label in self.specs])
+            return {label: stored[self._file(label)].read() for label in self.specs}
 
     def _file(self, label: str) -> str:
         """The name of the array of a tensor, in an archive or as a file."""

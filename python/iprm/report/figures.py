@@ -12,14 +12,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from iprm.compare.reading import Course
 from iprm.compare.record import Angles, Record, Strength
-from iprm.compare.runs import Course, label
+from iprm.compare.runs import label
 from iprm.compare.table import Comparison
 
 #: The colours of style.css. In a page, its variables replace them, so that they follow the reader's colour scheme.
@@ -30,6 +33,10 @@ VARIABLES = {colour: f"var(--c{place})" for place, colour in enumerate(PALETTE)}
 DASHES = ("-", (0, (4, 2)), (0, (1, 2)))
 #: Most lines with a name in a figure of one run, or of a comparison; if there are more, the others are thin and grey.
 MOST_LINES = 12
+#: Most of these others.
+MOST_OTHERS = 1000
+#: Most points of a course: the smallest and the largest value of each of half as many parts. A figure is 270 pixels wide.
+MOST_POINTS = 600
 MOST_CELLS = 60  # classes; with more, a cell of the matrix would be smaller than 5 units
 MOST_NUMBERED = 12  # classes; with more, a cell has no room for its count
 MOST_BARS = 48
@@ -93,22 +100,36 @@ def svg(draw: Callable[[Axes], None], title: str, description: str = "", height:
     return head.format(WIDTH, height, title, description) + Markup(body)
 
 
+def thinned(course: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    """Epochs and values of a course; with more than `MOST_POINTS`, the smallest and the largest value of each of half as many
+    parts of equal length."""
+    epochs = sorted(course)
+    if len(epochs) > MOST_POINTS:
+        values = np.array([course[epoch] for epoch in epochs])
+        starts = np.linspace(0, len(epochs), MOST_POINTS // 2, endpoint=False).astype(int)
+        parts = np.split(values, starts[1:])
+        low, high = (starts + [extreme(part) for part in parts] for extreme in (np.argmin, np.argmax))
+        epochs = [epochs[place] for place in np.union1d(low, high)]
+    return epochs, [course[epoch] for epoch in epochs]
+
+
 def lines(
     axes: Axes, series: Sequence[Line], *, others: Sequence[Line] = (), percents: bool = False, weights: bool = False
 ) -> None:
-    """Draws metrics over the epochs, the first on top, and `others` behind them, thin and grey. With `percents`, the axis is in
-    percent and ends at 100 % or below; with `weights`, it is [0, 1] with a thin line at 0.5."""
-    for line in others:
-        epochs = sorted(line.course)
-        axes.plot(epochs, [line.course[epoch] for epoch in epochs], color=FAINT, linewidth=0.6, alpha=0.5)
+    """Draws metrics over the epochs, `thinned`, the first on top, and `others` behind them, thin and grey. With `percents`, the
+    axis is in percent and ends at 100 % or below; with `weights`, it is [0, 1] with a thin line at 0.5."""
+    faint = [list(zip(*thinned(line.course), strict=True)) for line in others if line.course]
+    axes.add_collection(LineCollection(faint, colors=FAINT, linewidths=0.6, alpha=0.5))
     for place, line in enumerate(reversed(series)):
         for course, options in ((line.training, {"linewidth": 1.1, "alpha": 0.55}), (line.course, {"linewidth": 2})):
-            epochs = sorted(course)
+            epochs, values = thinned(course)
             look = style(line.colour) | {"zorder": 3 + place / 1000, "marker": "o" if len(epochs) == 1 else "", **options}
             if epochs:
-                axes.plot(epochs, [course[epoch] for epoch in epochs], label=line.name, **look)
-        low, high = ([line.band[epoch][side] for epoch in sorted(line.band)] for side in (0, 1))
-        axes.fill_between(sorted(line.band), low, high, color=PALETTE[line.colour % len(PALETTE)], alpha=0.15, linewidth=0)
+                axes.plot(epochs, values, label=line.name, **look)
+        band = sorted({epoch for side in (0, 1) for epoch in thinned({e: ends[side] for e, ends in line.band.items()})[0]})
+        low, high = ([line.band[epoch][side] for epoch in band] for side in (0, 1))
+        axes.fill_between(band, low, high, color=PALETTE[line.colour % len(PALETTE)], alpha=0.15, linewidth=0)
+    axes.autoscale_view()
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -133,6 +154,8 @@ def mean(courses: Sequence[Mapping[int, float]], name: str, colour: int, trainin
         epochs = sorted({epoch for course in all_courses for epoch in course})
         return {epoch: [course[epoch] for course in all_courses if epoch in course] for epoch in epochs}
 
+    if len(courses) <= 1 and len(training) <= 1:
+        return Line(name, next(iter(courses), {}), colour, next(iter(training), {}))
     found, trained = at_epochs(courses), at_epochs(training)
     return Line(
         name,
@@ -225,8 +248,9 @@ def divided(series: Sequence[Line]) -> tuple[list[Line], list[Line], str]:
     distance = [abs(line.course[max(line.course)] - 0.5) if line.course else 0.0 for line in series]
     chosen = sorted(sorted(range(len(series)), key=lambda k: -distance[k])[:MOST_LINES])
     named = [series[k]._replace(colour=place) for place, k in enumerate(chosen)]
-    others = [line for k, line in enumerate(series) if k not in chosen]
-    return named, others, f"Named: the {MOST_LINES} of {len(series)} that end farthest from 0.5."
+    others = [line for k, line in enumerate(series) if k not in chosen][:MOST_OTHERS]
+    some = f" Grey: {MOST_OTHERS} others." if len(named) + len(others) < len(series) else ""
+    return named, others, f"Named: the {MOST_LINES} of {len(series)} that end farthest from 0.5.{some}"
 
 
 def measured(comparison: Comparison) -> list[Line]:

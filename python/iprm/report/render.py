@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from iprm.compare.reading import MOST_BYTES, text
 from iprm.compare.record import Record
 from iprm.compare.runs import SYMBOLS, Run, label
 from iprm.compare.table import Comparison, Table, comparisons, one_sided_notes
@@ -19,7 +20,7 @@ from iprm.compare.table import Comparison, Table, comparisons, one_sided_notes
 from . import figures, tables
 from .figures import Line, percent
 
-#: Largest numbers of pairs (of one run) and of measures (of several runs) that have figures.
+#: Largest numbers of pairs (of one run), and of heads (of several runs), measures and kinds of measures, that have figures.
 MOST_PAIRS, MOST_MEASURES = 6, 12
 BOTH = "Thick: validation. Thin: training."
 
@@ -59,7 +60,7 @@ def render(runs: Sequence[Run], version: str) -> str:
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     groups, compared = grouped(runs), comparisons(runs) if len(runs) > 1 else []
     titles = ", ".join(comparison.title for comparison in compared) or f"{len(runs)} runs"
-    return page.get_template("report.html.jinja").render(
+    html = page.get_template("report.html.jinja").render(
         title=runs[0].label if len(runs) == 1 else titles,
         subtitle=runs[0].folder if len(runs) == 1 else ", ".join(dict.fromkeys(f"{run.method} on {run.data}" for run in runs)),
         css=Markup(resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")),
@@ -76,13 +77,18 @@ def render(runs: Sequence[Run], version: str) -> str:
         version=version,
         made=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
     )
+    return html.encode("utf-8", "backslashreplace").decode()  # a folder's name may not be UTF-8
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
     """Groups runs that differ only in their seed."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        others = {name: str(value) for name, value in run.settings.items() if not name.endswith(("seed", "seed_everything"))}
+        others = {
+            name: text(value, MOST_BYTES)
+            for name, value in run.settings.items()
+            if not name.endswith(("seed", "seed_everything"))
+        }
         found.setdefault(str(sorted(others.items())) if others else str(run.folder), []).append(run)
     methods = [group[0].method for group in found.values()]
 
@@ -105,6 +111,10 @@ def _lines(title: str, series: Sequence[Line], note: str = "", *, legend: bool =
     shown = [line for line in series if line.course or line.training]
     if not shown:
         return Card(title, Markup('<p class="empty">No epoch yet.</p>'))
+    longest = max(len(course) for line in (*shown, *options.get("others", ())) for course in (line.course, line.training))
+    if longest > figures.MOST_POINTS:
+        parts = figures.MOST_POINTS // 2
+        note += f" Thinned: the smallest and the largest value of each of {parts} parts of {longest} epochs."
     said = figures.ends(shown, percent if options.get("percents") else "{:.3f}".format)
     chart = figures.svg(partial(figures.lines, series=shown, **options), title, said)
     return Card(title, chart, [Key(line.name, line.colour) for line in shown] if legend else (), note.strip())
@@ -121,7 +131,9 @@ def _courses_of_one(run: Run) -> list[Card]:
         kinds.setdefault(measure.partition("_")[0], []).append(measure)
     if "weight" in run.measures:  # of two modalities
         kinds = {"λ and ω": [*kinds.pop("strength", []), *kinds.pop("weight")]} | kinds
-    for kind, measures in kinds.items():
+    drawn, more = _first(list(kinds.items()), MOST_MEASURES)
+    cards[-1] = cards[-1]._replace(note=f"{cards[-1].note} {more}".strip()) if more else cards[-1]
+    for kind, measures in drawn:
         series = [Line(label(name, run.heads), run.measures[name], place) for place, name in enumerate(measures)]
         note = "λ weighs the first modality in the probe, and follows its strength ω. " if kind in ("λ and ω", "weight") else ""
         named, others, more = figures.divided(series)
@@ -135,11 +147,12 @@ def _courses_of_several(groups: Sequence[Group]) -> list[Card]:
     runs = [run for group in groups for run in group.runs]
     heads = tables.heads_of(runs)
     metrics = {"Accuracy of the fusion": "accuracy"}
-    metrics |= {f"Accuracy of the {tables.head_name(head)}": f"accuracy_{head}" for head in heads} | {"Loss": "loss"}
+    few, more = _first(heads, MOST_MEASURES)
+    metrics |= {f"Accuracy of the {tables.head_name(head)}": f"accuracy_{head}" for head in few} | {"Loss": "loss"}
     cards = []
     for title, metric in metrics.items():
         series = [_split(group, place, metric) for place, group in enumerate(groups)]
-        note = BOTH if len(groups) == len(runs) else f"{BOTH} Mean and range over the seeds."
+        note = f"{BOTH} {more}" if len(groups) == len(runs) else f"{BOTH} Mean and range over the seeds. {more}"
         cards.append(_lines(title, series, note, legend=False, percents=metric != "loss"))
     every = list(dict.fromkeys(name for run in runs for name in run.measures))
     if len(every) > MOST_MEASURES:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from iprm.compare.reading import text
 from iprm.compare.record import Record
-from iprm.compare.runs import Run, flattened, label
+from iprm.compare.runs import Run, label
 from iprm.compare.table import ABSENT, Table
 
 from .figures import percent
 
 #: Largest number of measures with columns in the summary; if there are more, the page shows only figures of them.
 MOST_MEASURES = 4
+#: Letters of a setting, of which the rest is cut.
+LONGEST_SETTING = 2000
 
 
 def summary(runs: Sequence[Run]) -> Table:
@@ -55,12 +58,12 @@ def compared(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> list[T
     """Named values that differ between the runs, and those that are equal; runs without any values are not considered."""
     differing, shared = [], []
     for name in dict.fromkeys(name for run in values for name in run):
-        row = [str(run.get(name, ABSENT)) for run in values]
+        row = [text(run.get(name, ABSENT), LONGEST_SETTING) for run in values]
         known = {cell for cell, run in zip(row, values, strict=True) if run}
         if len(known) > 1:
-            differing.append([name, *row])
+            differing.append([text(name), *row])
         else:
-            shared.append([name, known.pop()])
+            shared.append([text(name), known.pop()])
     several = "The same in all runs that have it" if len(runs) > 1 else ""
     found = [Table("Differs between the runs", ["", *(run.label for run in runs)], differing), Table(several, [], shared)]
     return [table for table in found if table.rows]
@@ -68,7 +71,7 @@ def compared(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> list[T
 
 def folded(runs: Sequence[Run]) -> list[tuple[str, list[Table]]]:
     """Settings; and versions, platform, device and backends, if the runs have recorded them."""
-    environment = [dict(flattened(run.record.environment)) if run.record else {} for run in runs]
+    environment = [run.record.environment if run.record else {} for run in runs]
     return [("Settings", compared(runs, [run.settings for run in runs])), ("Environment", compared(runs, environment))]
 
 

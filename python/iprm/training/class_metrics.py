@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Scores that are sorted at a time.
-CHUNK = 2**22
+#: Scores that are counted at a time.
+CHUNK = 2**21
 
 
 def macro_f1(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
@@ -25,16 +25,27 @@ def mean_average_precision(score: Tensor, target: Tensor) -> Tensor:
         AP_k = mean, over the rows i of class k, of the precision among all rows j with score_jk >= score_ik
 
     This is Σ_n (R_n - R_{n-1}) P_n over the thresholds, as in scikit-learn.  (N, C), (N,) int64 -> (); NaN without rows.
+    The scores of all rows are counted by the sorted scores of the rows of class k, which are few, instead of being sorted.
     """
-    occurring = target.unique()
-    rows, total = len(target), score.new_zeros(())
-    place = torch.arange(rows, device=score.device)[:, None]
-    for classes in occurring.split(max(1, CHUNK // max(1, rows))):
-        ordered, order = score[:, classes].sort(dim=0, descending=True)
-        own = target[order] == classes
-        last = torch.ones_like(own)  # of the rows with equal scores
-        last[:-1] = ordered[:-1] != ordered[1:]
-        end = torch.where(last, place, rows - 1).flip(0).cummin(0).values.flip(0)
-        precision = own.cumsum(0).gather(0, end) / (end + 1)
-        total = total + ((precision * own).sum(0) / own.sum(0)).sum()
-    return total / len(occurring)
+    classes, own_rows = target.unique(return_counts=True)
+    by_class = target.argsort(stable=True)  # the rows of each class in turn
+    rows, total, first = len(target), score.new_zeros(()), 0
+    if rows == 0:
+        return score.new_full((), torch.nan)
+    for part, counts in zip(*(x.split(max(1, CHUNK // max(1, rows))) for x in (classes, own_rows)), strict=True):
+        scores = score[:, part].T.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).contiguous()  # (K, N)
+        inside = torch.arange(int(counts.max()), device=score.device) < counts[:, None]  # (K, n): a class has n rows at most
+        of = by_class[first : first + int(counts.sum())]
+        first += len(of)
+        own = torch.full(inside.shape, torch.inf, dtype=score.dtype, device=score.device)
+        own[inside] = scores[torch.repeat_interleave(torch.arange(len(part), device=score.device), counts), of]
+        own = own.sort(1).values
+        # of each row, the number of thresholds of class k that it reaches, by which the rows are counted
+        reached = torch.searchsorted(own, scores, right=True).minimum(counts[:, None])
+        places = torch.arange(len(part), device=score.device)[:, None] * (inside.shape[1] + 1)
+        rows_by = (reached + places).flatten().bincount(minlength=len(part) * (inside.shape[1] + 1))
+        above = rows_by.view(len(part), -1).flip(1).cumsum(1).flip(1)[:, 1:]  # rows with a score of at least the threshold
+        own_above = counts[:, None] - torch.searchsorted(own, own)
+        precision = torch.where(inside, own_above / above.clamp(min=1), 0)
+        total = total + (precision.sum(1) / counts).sum()
+    return total / len(classes)

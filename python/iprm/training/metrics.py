@@ -64,7 +64,8 @@ class EpochMetrics(Metric):
         target = dim_zero_cat(self.target)
         labelled = target != IGNORE_INDEX
         states = (self.probability, self.prediction, self.target, self.losses)
-        probability, prediction, target, losses = (dim_zero_cat(state)[labelled] for state in states)
+        every = bool(labelled.all())  # then nothing is copied
+        probability, prediction, target, losses = (x if every else x[labelled] for x in map(dim_zero_cat, states))
         accuracy, *accuracies = (prediction == target[:, None]).float().mean(0).unbind()
         return {
             "loss": losses.mean(),

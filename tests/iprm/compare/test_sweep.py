@@ -319,7 +319,7 @@ def test_sigterm_ends_the_processes_of_a_comparison_which_continues(tmp_path, fe
     assert [row["epoch"] for row in rows(tmp_path / "report/sum/seed=2/metrics.csv")] == [str(k) for k in range(30)]
 
 
-@pytest.mark.parametrize("below", ["", "sub/c"])
+@pytest.mark.parametrize("below", ["", "c"])
 def test_the_folder_of_a_run_is_no_place_for_a_comparison(report, below):
     run = report / "sum/seed=0"
     before = sorted(run.rglob("*"))

@@ -107,6 +107,6 @@ def test_an_entry_that_is_no_array_and_a_broken_array_are_not_read_unless_needed
 
 
 def test_memory_is_asked_for_what_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("iprm.data.npz.memory", lambda: 2**16)
+    monkeypatch.setattr("iprm.data.npz.available_memory", lambda: 2**16)
     path = save(tmp_path, arrays() | {"raw_audio": np.zeros((60, 2**12), np.float32)})
     assert make_data("features", path=path).num_classes == 3

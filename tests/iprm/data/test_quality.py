@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 import re
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -458,7 +460,7 @@ STRUCTURES = {
     "other modalities": (split_of(names=("a",)), "Mine: val has the modalities a, train has a, b"),
     "labels that are no whole numbers": (
         Split(split_of().inputs, torch.tensor([0.0, 1.0, 0.5, 1.0]), {}),
-        "Mine: labels of val: row 2 has the label 0.5; classes are whole numbers or words",
+        "Mine: labels of val: row 2 has the label 0.5; classes are whole numbers or printable words",
     ),
 }
 
@@ -471,3 +473,42 @@ def test_a_dataset_of_the_users_own_is_held_to_its_structure(val, message):
 
     with pytest.raises(InputError, match=f"^{message}$"):
         _ = Mine().splits
+
+
+def test_rows_that_repeat_are_those_that_a_comparison_of_all_finds():
+    """Digits of few values, so that rows repeat within and between splits, in one modality and in both."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 6, (2, 60, 1)).astype(np.float32)
+    parts = {"train": range(40), "val": range(40, 50), "test": range(50, 60)}
+    splits = {
+        name: Split({m: torch.from_numpy(x[place][rows]) for place, m in enumerate("ab")}, torch.arange(len(rows)) % 2, {})
+        for name, rows in ((name, list(rows)) for name, rows in parts.items())
+    }
+    said = [finding.what for finding in check.check("x", splits).findings]
+    for first, second in itertools.combinations(parts, 2):
+        pairs = [(i, j) for i in parts[first] for j in parts[second]]
+        both = {j for i, j in pairs if (x[:, i] == x[:, j]).all() and x[:, j].any()}
+        assert bool(both) == any(
+            f"{len(both)} row" in w and f"of {second} identical to rows of {first} in every" in w for w in said
+        )
+        for place, m in enumerate("ab"):
+            alone = {j for i, j in pairs if (x[place, i] == x[place, j]).all() and x[place, j].any()} - both
+            rows = f"{len(alone)} row{'' if len(alone) == 1 else 's'} of {second}"
+            what = f"leakage: {rows} identical to rows of {first} in modality {m!r}"
+            assert bool(alone) == any(w.startswith(what) for w in said), what
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_checked_by_sorting_each_modality_once():
+    """2 s on one Zen 4 core, and 13 s with numpy's sets of all digests."""
+    rng, rows = np.random.default_rng(0), 10**6
+    x, y = rng.random((2, rows, 16), np.float32), torch.arange(rows) % 100
+
+    def split(part: slice) -> Split:
+        origin = torch.arange(rows)[part]
+        return Split({m: torch.from_numpy(x[place, part]) for place, m in enumerate("ab")}, y[part], {"a": origin, "b": origin})
+
+    splits = {"train": split(slice(650_000)), "val": split(slice(650_000, 750_000)), "test": split(slice(750_000, rows))}
+    begun = time.process_time()
+    assert check.check("x", splits).findings == []
+    assert time.process_time() - begun < 10

@@ -171,7 +171,20 @@ def test_the_plot_of_twelve_modalities_names_the_pairs_farthest_from_the_middle_
     assert len(names) == MOST_LINES
     assert {"iprm: λ m9 × m11", "iprm: λ m10 × m11"} <= set(names), "at 0.79 and at 0.999"
     assert measured.get_title() == "Named: the 12 of 66 that end farthest from 0.5."
-    assert len([line for line in measured.lines if len(line.get_xdata()) == 5]) == 66
+    (others, *_) = measured.collections
+    assert len([line for line in measured.lines if len(line.get_xdata()) == 5]) + len(others.get_segments()) == 66
+
+
+def test_many_epochs_are_thinned_to_the_smallest_and_the_largest_value_of_each_part(axes):
+    course = {epoch: float(epoch % 100 == 50) for epoch in range(100_000)}
+    figures.lines(axes, [Line("a", course, 0, band={epoch: (value, value + 1) for epoch, value in course.items()})])
+    (line,) = axes.lines
+    assert len(line.get_xdata()) == figures.MOST_POINTS
+    assert sum(line.get_ydata()) == figures.MOST_POINTS // 2
+    assert all(course[epoch] == value for epoch, value in zip(line.get_xdata(), line.get_ydata(), strict=True))
+    assert (np.diff(line.get_xdata()) > 0).all()
+    few = {epoch: course[epoch] for epoch in range(figures.MOST_POINTS)}
+    assert figures.thinned(few) == (list(few), list(few.values()))
 
 
 @pytest.mark.parametrize("views", [2, 3, 6, 12])

@@ -57,10 +57,13 @@ WANTING = {
         recorded_otherwise(class_counts=[6, 0, 0, 0], confusion={"target": [0, 0], "prediction": [0, 1], "count": [12, -6]}),
         "diagnostics.json cannot be read: ValueError: confusion: expected counts from 0 up",
     ),
-    "another number of classes": (recorded_otherwise(num_classes=2), "diagnostics.json cannot be read: ValueError: confusion"),
+    "another number of classes": (
+        recorded_otherwise(num_classes=2),
+        "diagnostics.json cannot be read: ValueError: expected 4 ",
+    ),
     "angles without bins": (
         recorded_otherwise(angles=[{"pair": ["a", "b"], "counts": [], "mean": 1, "undirected": 0}]),
-        "diagnostics.json cannot be read: ValueError: angles: expected one number of bins from 1 up, got [0]",
+        "diagnostics.json cannot be read: ValueError: angles: expected one number of bins from 1 to 1000, got [0]",
     ),
     "unknown weights": (recorded_otherwise(weights={}), "diagnostics.json cannot be read: KeyError: 'from'"),
     "other diagnostics": (rewritten("diagnostics.json", "[]"), "diagnostics.json cannot be read: TypeError"),
@@ -139,6 +142,15 @@ def test_a_number_however_large_or_small_makes_a_page(tmp_path, column, value):
     write_metrics(run / "metrics.csv", [{"epoch": 0, **row}, {"epoch": 1} | row | {column: value}])
     write_test(run, accuracy=value)
     assert "Over the epochs" in report(tmp_path, run, write_run(tmp_path / "version_1"))
+
+
+def test_a_page_says_that_a_long_course_is_thinned(tmp_path):
+    run = write_run(tmp_path / "version_0")
+    rows = [{"epoch": epoch, "train_loss": epoch % 7, "val_accuracy": 0.5} for epoch in range(2000)]
+    write_metrics(run / "metrics.csv", rows)
+    page = report(tmp_path, run)
+    assert "Thinned: the smallest and the largest value of each of 300 parts of 2000 epochs." in page
+    assert len(page) < 100_000
 
 
 HOSTILE = {

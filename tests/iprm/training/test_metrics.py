@@ -82,6 +82,33 @@ def test_equal_scores_are_one_threshold():
     assert mean_average_precision(score, target).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("chunk", [1, 500, 2**21])
+@pytest.mark.parametrize("levels", [5, 10**6])
+def test_average_precision_of_many_unequal_classes_is_scikit_learns(chunk, levels, monkeypatch):
+    """One class has half of the rows, some have one, some none."""
+    monkeypatch.setattr("iprm.training.class_metrics.CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(levels, (400, 90), generator=generator) / levels
+    target = (torch.rand(400, generator=generator) ** 4 * 90).long()
+    expected = [average_precision_score((target == k).numpy(), score[:, k].numpy()) for k in target.unique()]
+    assert mean_average_precision(score, target).item() == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_metrics_of_4000_classes_copy_the_probabilities_once():
+    """(2000, 4000) float32 are 32 MB; the metrics took 160 to 180 MB when scores were sorted, and take 71 MB."""
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2000, 4000, generator=generator), torch.randint(4000, (2000,), generator=generator)
+    metrics = EpochMetrics()
+    metrics.update(FusionOutput(torch.tensor(1.0), logits, {"x": logits}), target)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        metrics.compute()
+    peak = held = 0
+    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
+        held += event.self_cpu_memory_usage
+        peak = max(peak, held)
+    assert peak < 100 * 2**20
+
+
 @pytest.mark.parametrize("classes", [3, 5000])
 def test_metrics_of_thousands_of_classes_take_memory_of_the_classes(classes):
     """With a matrix of classes, 5,000 would take 200 MB."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from iprm.data.labels import UNLABELLED, Labels, read_labels
 from iprm.data.module import MultimodalData
-from iprm.data.npz import PREFIX, read_arrays
+from iprm.data.npz import PREFIX, Archive, StoredArray, check_memory
 from iprm.data.quality import warn_once
 from iprm.data.split import SPLITS, Split, check_fractions, stratified
 from iprm.errors import InputError
 from iprm.names import check_modality
 
 LABELS, SPLIT = "y", "split"
+#: Bytes for every row beside its features: its class and its index, each int64, and both once more while labels are counted.
+ROW_BYTES = 32
 
 
 class Features(MultimodalData):
@@ -61,40 +66,73 @@ class Features(MultimodalData):
 
     def _read(self, finite: bool) -> dict[str, Split]:
         """The splits. With `finite`, non-finite values raise InputError."""
-        names, arrays = read_arrays(
-            self.path, lambda name: name in (LABELS, SPLIT) or name.startswith(PREFIX), plain_objects=(LABELS, SPLIT)
-        )
-        labels, classes = self._labels(names, arrays)
-        features = self._features(names, arrays, len(labels))
+        with Archive(self.path) as archive:
+            needed = [name for name in archive.names if name in (LABELS, SPLIT) or name.startswith(PREFIX)]
+            stored = archive.arrays(needed)
+            labels, classes = self._labels(archive.names, stored)
+            features = self._features(archive.names, stored, len(labels))
+            width = sum(x.header.shape[1] for x in features.values())
+            check_memory(self.path, len(labels) * (ROW_BYTES + 4 * width))
+            rows = self._rows(labels, stored.get(SPLIT))
+            # every value is written once, at its place: a modality is not in memory twice
+            ends = dict(zip(SPLITS, itertools.accumulate(len(rows[name]) for name in SPLITS), strict=True))
+            place = np.full(len(labels), -1)
+            for name, end in ends.items():
+                place[rows[name]] = np.arange(end - len(rows[name]), end)
+            filled = {modality: self._filled(modality, x, place, ends[SPLITS[-1]], finite) for modality, x in features.items()}
+            del place
+
+        def split(name: str) -> Split:
+            part = slice(ends[name] - len(rows[name]), ends[name])
+            inputs = {modality: torch.from_numpy(x[part]) for modality, x in filled.items()}
+            origin = dict.fromkeys(inputs, torch.from_numpy(rows[name]))
+            return Split(inputs, torch.from_numpy(labels[rows[name]]), origin, classes=classes)
+
+        return {name: split(name) for name in SPLITS}
+
+    def _rows(self, labels: np.ndarray, split: StoredArray | None) -> dict[str, np.ndarray]:
+        """split -> ascending indices of its rows, all of which have a label."""
         labelled = labels != UNLABELLED
-        if finite:
-            self._refuse_non_finite(features, labelled)
-        kept = np.flatnonzero(labelled)
-        if len(kept) < len(labels):
-            warn_once(f"{self.path}: {len(labels) - len(kept)} of {len(labels)} rows have the label -100 and are left out")
-        if SPLIT in arrays:
-            rows = self._given_split(arrays[SPLIT], len(labels), labelled)
-        else:
-            try:
-                divided = stratified(labels[kept], self.fractions, np.random.default_rng(self.seed))
-            except InputError as error:
-                raise self._error(str(error)) from error
-            rows = {name: kept[index] for name, index in divided.items()}
+        every = bool(labelled.all())
+        if not every:
+            count = len(labels) - np.count_nonzero(labelled)
+            warn_once(f"{self.path}: {count} of {len(labels)} rows have the label -100 and are left out")
+        if split is not None:
+            return self._given_split(split, labelled)
+        try:
+            divided = stratified(labels if every else labels[labelled], self.fractions, np.random.default_rng(self.seed))
+        except InputError as error:
+            raise self._error(str(error)) from error
+        kept = None if every else np.flatnonzero(labelled)
+        return divided if kept is None else {name: kept[index] for name, index in divided.items()}
 
-        def split(index: np.ndarray) -> Split:
-            inputs = {modality: torch.from_numpy(x[index]) for modality, x in features.items()}
-            origin = dict.fromkeys(inputs, torch.from_numpy(index))
-            return Split(inputs, torch.from_numpy(labels[index]), origin, classes=classes)
-
-        return {name: split(rows[name]) for name in SPLITS}
+    def _filled(self, modality: str, stored: StoredArray, place: np.ndarray, rows: int, finite: bool) -> np.ndarray:
+        """The features (rows, D) float32, row i of the file at `place[i]`; a row whose place is -1 is left out."""
+        x = np.empty((rows, stored.header.shape[1]), np.float32)
+        first, broken, more = 0, -1, 0  # the first row that is not finite, and the number of others
+        for block in stored.blocks():
+            into = place[first : first + len(block)]
+            kept = np.flatnonzero(into >= 0)
+            with np.errstate(over="ignore"):  # values beyond float32 become infinite and are reported as non-finite
+                values = block[kept].astype(np.float32)
+            x[into[kept]] = values
+            found = kept[~np.isfinite(values).all(axis=1)]
+            if len(found):
+                broken, more = (first + found[0], len(found) - 1) if broken < 0 else (broken, more + len(found))
+            first += len(block)
+        if finite and broken >= 0:
+            others = f" (and {more} more rows)" if more else ""
+            raise self._error(f"modality {modality!r}: row {broken} has a feature that is not finite in float32{others}")
+        return x
 
     def _error(self, what: str) -> InputError:
         return InputError(f"{self.path}: {what}")
 
-    def _labels(self, names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> Labels:
+    def _labels(self, names: Sequence[str], arrays: Mapping[str, StoredArray]) -> Labels:
         if LABELS not in arrays:
             raise self._error(f"there is no array 'y' of labels; the file has {', '.join(sorted(names)) or 'no arrays'}")
-        y = arrays[LABELS]
+        check_memory(self.path, math.prod(arrays[LABELS].header.shape) * ROW_BYTES)
+        y = arrays[LABELS].read(plain_objects=True)
         if y.ndim and len(y) == 0:
             raise self._error("the dataset is empty: y has no rows")
         labels = read_labels(f"{self.path}: y", y)
@@ -102,7 +140,7 @@ class Features(MultimodalData):
             raise self._error(f"y: every row has the label {UNLABELLED}, which leaves it out")
         return labels
 
-    def _features(self, names: Sequence[str], arrays: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    def _features(self, names: Sequence[str], arrays: Mapping[str, StoredArray], count: int) -> dict[str, StoredArray]:
         found = {name.removeprefix(PREFIX): name for name in arrays if name.startswith(PREFIX)}
         if not found:
             raise self._error(f"there is no array 'x_<modality>' of features; the file has {', '.join(sorted(names))}")
@@ -111,33 +149,29 @@ class Features(MultimodalData):
                 check_modality(modality)
             except InputError as error:
                 raise self._error(f"array {name!r}: {error}") from error
-        return {modality: self._feature(name, arrays[name], count) for modality, name in found.items()}
+            self._check_feature(name, arrays[name], count)
+        return {modality: arrays[name] for modality, name in found.items()}
 
-    def _feature(self, name: str, x: np.ndarray, count: int) -> np.ndarray:
-        if not np.issubdtype(x.dtype, np.floating) and not np.issubdtype(x.dtype, np.integer):
-            raise self._error(f"{name}: expected numbers, got {x.dtype}")
-        if x.ndim != 2 or x.shape[1] == 0:
-            raise self._error(f"{name}: expected shape (N, D) with D of at least 1, got {x.shape}")
-        if len(x) != count:
-            raise self._error(f"{name}: expected as many rows as y, {count}, got {len(x)}")
-        with np.errstate(over="ignore"):  # values beyond float32 become infinite and are reported as non-finite
-            return x.astype(np.float32)
+    def _check_feature(self, name: str, x: StoredArray, count: int) -> None:
+        shape, dtype = x.header.shape, x.header.dtype
+        if dtype.hasobject:
+            x.read()  # which says why it is refused
+        if not np.issubdtype(dtype, np.floating) and not np.issubdtype(dtype, np.integer):
+            raise self._error(f"{name}: expected numbers, got {dtype}")
+        if len(shape) != 2 or shape[1] == 0:
+            raise self._error(f"{name}: expected shape (N, D) with D of at least 1, got {shape}")
+        if shape[0] != count:
+            raise self._error(f"{name}: expected as many rows as y, {count}, got {shape[0]}")
 
-    def _refuse_non_finite(self, features: Mapping[str, np.ndarray], labelled: np.ndarray) -> None:
-        for modality, x in features.items():
-            broken = np.flatnonzero(~np.isfinite(x).all(axis=1) & labelled)
-            if len(broken):
-                more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
-                raise self._error(f"modality {modality!r}: row {broken[0]} has a feature that is not finite in float32{more}")
-
-    def _given_split(self, split: np.ndarray, count: int, labelled: np.ndarray) -> dict[str, np.ndarray]:
+    def _given_split(self, stored: StoredArray, labelled: np.ndarray) -> dict[str, np.ndarray]:
+        split, count = stored.read(plain_objects=True), len(labelled)
         if split.shape not in ((count,), (count, 1)):
             raise self._error(f"split: expected shape ({count},) as y, got {split.shape}")
         split = split.reshape(-1)
+        worded = split.dtype.kind in "US" or isinstance(split[0], str)
+        names: tuple[Any, ...] = SPLITS if worded else tuple(range(len(SPLITS)))
         if split.dtype.kind == "S":
-            split = np.char.decode(split, "ascii", "replace")
-        worded = split.dtype.kind == "U" or isinstance(split[0], str)
-        names = SPLITS if worded else tuple(range(len(SPLITS)))
+            names = tuple(name.encode() for name in SPLITS)
         foreign = ~np.isin(split, names)
         if foreign.any():
             row = int(foreign.argmax())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from iprm.data.npz import open_archive, read_array
+from iprm.data.npz import Archive
 from iprm.errors import InputError
 from iprm.files import reading, replacing
 
@@ -22,6 +22,8 @@ from .riff import declared_frames
 from .spectrogram import LogMel
 
 NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<index>\d+)\.wav")
+#: Formats of libsndfile that are WAV. It would also read others, whatever the name of the file.
+FORMATS = ("WAV", "WAVEX", "RF64")
 #: Incremented whenever a change of the code changes the spectrograms of the same files and parameters.
 CACHE_VERSION = 2
 
@@ -121,10 +123,11 @@ def _cached(cache: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
     try:
         if not cache.is_file():
             return None
-        with open_archive(cache) as archive:  # an array is read as a whole, whereby its checksum is verified
-            if read_array(cache, archive, "key").item() != key:
+        with Archive(cache) as archive:  # an array is read as a whole, whereby its checksum is verified
+            arrays = archive.arrays(("key", "spectrograms"))
+            if arrays["key"].read().item() != key:
                 return None
-            found = read_array(cache, archive, "spectrograms")
+            found = arrays["spectrograms"].read()
         if (found.shape, found.dtype) != (shape, np.float32) or not np.isfinite(found).all():
             raise InputError(f"{cache}: expected finite numbers of shape {shape}, got {found.dtype} of shape {found.shape}")
     except Exception as error:  # the file may hold anything
@@ -155,15 +158,19 @@ def _spectrogram(file: Path, log_mel: LogMel) -> np.ndarray:
     try:
         with soundfile.SoundFile(file) as recording:
             rate, frames = recording.samplerate, recording.frames
-            samples = recording.read(dtype="float32", always_2d=True)
+            if recording.format not in FORMATS:
+                raise InputError(f"{file}: expected a WAV file, got {recording.format}")
+            if rate != log_mel.sample_rate:
+                raise InputError(f"{file}: expected {log_mel.sample_rate} samples a second, got {rate}")
+            # libsndfile allocates as many samples as it is asked for, and a header may declare any number
+            samples = recording.read(min(frames, log_mel.samples), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         with reading(file):
             raise InputError(f"{file}: not a readable recording: {error}") from error
+    found = frames if len(samples) == min(frames, log_mel.samples) else len(samples)
     declared = max(frames, declared_frames(file) or 0)
-    if len(samples) < declared:
-        raise InputError(f"{file}: truncated: its header declares {declared} frames, and the file has {len(samples)}")
-    if rate != log_mel.sample_rate:
-        raise InputError(f"{file}: expected {log_mel.sample_rate} samples a second, got {rate}")
+    if found < declared:
+        raise InputError(f"{file}: truncated: its header declares {declared} frames, and the file has {found}")
     if len(samples) == 0:
         raise InputError(f"{file}: the recording is empty")
     if not np.isfinite(samples).all():

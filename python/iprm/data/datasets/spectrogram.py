@@ -35,9 +35,13 @@ class LogMel:
     def transform_size(self) -> int:
         return 1 << (self.window - 1).bit_length()
 
+    @property
+    def samples(self) -> int:
+        """Samples that a spectrogram is made of."""
+        return (self.frames - 1) * self.hop
+
     def __call__(self, samples: Tensor) -> Tensor:
-        length = (self.frames - 1) * self.hop
-        padded = torch.nn.functional.pad(samples[:length], (0, max(0, length - len(samples))))
+        padded = torch.nn.functional.pad(samples[: self.samples], (0, max(0, self.samples - len(samples))))
         spectrum = torch.stft(
             padded,
             self.transform_size,
