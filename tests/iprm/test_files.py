@@ -75,6 +75,7 @@ MODES = {f"{letter}{more}" for letter in "wax" for more in ("", "b", "t", "+", "
 
 #: Calls of other modules, by the reason for which they write no file that could be lost.
 ALLOWED = {
+    "checkpoint.py": "torch.save(checkpoint, sealing)",  # to a file of `replacing`
     "export.py": "save(weights_read(program))",  # to bytes
     "locks.py": "os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 438)",  # the file that is locked
 }

@@ -163,6 +163,8 @@ def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) ->
     except NonFiniteError as error:
         print(streams.printable(f"iprm: stopped at {error}"), file=sys.stderr)
         return 1
+    except InputError:  # whose lines would become one
+        raise
     except Exception as error:
         if (reason := refusal(error)) is not None:
             raise InputError(reason) from error

@@ -121,8 +121,10 @@ _last_read: dict[str, MultimodalData] = {}  # one entry: memory holds the data o
 
 
 def read_once(cls: type[MultimodalData], *args: Any, **options: Any) -> MultimodalData:
-    """A new dataset object, with the splits of the last one made in this process if class and options are the same."""
-    data, key = cls(*args, **options), f"{cls.__module__}.{cls.__qualname__} {args} {sorted(options.items())}"
+    """A new dataset object, with the splits of the last one made in this process if class, options and current folder are the
+    same."""
+    data = cls(*args, **options)
+    key = f"{Path.cwd()} {cls.__module__}.{cls.__qualname__} {args} {sorted(options.items())}"
     if key in _last_read:
         data.splits = _last_read[key].splits
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import unicodedata
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from iprm.errors import InputError
+from iprm.streams import OBEYED
 
 from .split import Split
 
@@ -22,6 +23,8 @@ MOST_CLASSES = 2**20
 LONG = 64
 #: Most letters of a label, which names its class in tables and messages.
 MOST_LETTERS = 1000
+#: Characters that no name of a class has: those that a terminal obeys, and lone surrogates, which no file can hold.
+UNPRINTABLE = re.compile(f"{OBEYED.pattern}|[\ud800-\udfff]")
 #: Most names that are listed in a message.
 MOST_NAMES = 10
 
@@ -113,7 +116,7 @@ def _text(place: str, y: np.ndarray) -> np.ndarray:
             for row, word in enumerate(words, first):
                 if not word.strip():
                     _refuse(place, row, "", missing=True)
-                if not {"Cc", "Cs"}.isdisjoint(map(unicodedata.category, word)):  # no file holds a lone surrogate
+                if UNPRINTABLE.search(word):
                     _refuse(place, row, word, missing=False)
                 if len(word) > MOST_LETTERS:
                     raise InputError(f"{place}: row {row} has a label of {len(word)} letters; expected at most {MOST_LETTERS}")

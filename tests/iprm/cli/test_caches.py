@@ -93,7 +93,7 @@ def test_the_folders_are_deleted_at_the_end(environment, tmp_path):
 def test_recordings_are_read_without_a_cache_where_there_is_no_home(environment, caplog):
     environment.setattr(pwd, "getpwuid", nobody)
     cache = recordings.default_cache_dir() / "some.npz"
-    assert recordings._cached(cache, "key") is None
+    assert recordings._cached(cache, "key", (1,)) is None
     recordings._store(cache, "key", None)
     assert "the spectrograms cannot be cached: there is no home folder" in caplog.text
     assert not Path("~").exists()

@@ -62,7 +62,10 @@ def test_no_module_of_a_run_is_imported_from_another_folder(folder, tmp_path):
     """The parser enters the folder of a configuration: what lies there must not be found."""
     (tmp_path / "theirs").symlink_to(folder / RUN)
     (folder / RUN / "mine.py").write_text(MINE)
-    for command in ("resume theirs", f"test --config theirs/config.yaml --ckpt_path {folder / RUN}/states/batch=00000003.ckpt"):
+    for command in (
+        "resume theirs --trainer.max_epochs 9",
+        f"test --config theirs/config.yaml --ckpt_path {folder / RUN}/states/batch=00000003.ckpt",
+    ):
         code, _, err = iprm(tmp_path, *command.split())
         assert (code, "No module named 'mine'" in err) == (2, True), err
     assert not (folder / RUN / "mine.ran").exists()

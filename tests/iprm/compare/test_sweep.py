@@ -323,7 +323,7 @@ def test_sigterm_ends_the_processes_of_a_comparison_which_continues(tmp_path, fe
 def test_the_folder_of_a_run_is_no_place_for_a_comparison(report, below):
     run = report / "sum/seed=0"
     before = sorted(run.rglob("*"))
-    outcome = compare(run / below)
+    outcome = compare(report.parent, "--output", str(run / below))
     assert outcome.code == 2
     assert "seed=0 is the folder of a run of iprm fit; choose another --output" in outcome.err
     assert sorted(run.rglob("*")) == before
