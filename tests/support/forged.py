@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import pickle
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 MIB = 2**20
+ROOT = Path(__file__).parents[2]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["iprm.cli.fit", "iprm.cli.predict", "iprm.cli.export"])
 
@@ -82,7 +84,11 @@ def cost_of(function: Callable[..., Any], *arguments: Any, timeout: float = 40) 
     """Runs a function in a process of its own, which is killed after `timeout` seconds."""
     ours, theirs = _context.Pipe()
     process = _context.Process(target=_measured, args=(theirs, function, arguments))
-    process.start()
+    sys.path.append(str(ROOT))  # modules of tests are `tests.iprm...` to pytest, and this process finds them by that name
+    try:
+        process.start()
+    finally:
+        sys.path.remove(str(ROOT))
     theirs.close()
     try:
         found = ours.recv() if ours.poll(timeout) else None
