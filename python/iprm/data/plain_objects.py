@@ -93,15 +93,23 @@ class _Stream(io.BytesIO):
         return super().readline(LONGEST)
 
 
+#: Steps that hash what a file holds: the hash of tuples within tuples, each twice in the next, takes 2ⁿ steps of n levels.
+_HASH = (pickle.DICT, pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS, pickle.FROZENSET)
+
+
 class _Steps(dict):
-    """The functions of the steps of a stream, of which each step looks up one; raises ValueError after `most`."""
+    """The functions of the steps of a stream, of which each step looks up one; raises ValueError after `most`, and for a dict
+    or a set, which no array of plain values has."""
 
     def __init__(self, most: int) -> None:
         super().__init__(pickle._Unpickler.dispatch)
+        self.refused = frozenset(code[0] for code in _HASH)
         self.left = most
 
     def __getitem__(self, step: int) -> Any:
         self.left -= 1
+        if step in self.refused:
+            raise ValueError("it has a dict or a set")
         if self.left < 0:
             raise ValueError("its stream has more steps than its elements need")
         return super().__getitem__(step)

@@ -72,6 +72,8 @@ ROWS = {name: npy(array) for name, array in arrays().items()}  # 60 rows of 3 cl
 MUCH = 32 * MIB
 WIDE = MUCH // 60
 PICKLED = npy(np.array(["a", "b"] * 30, dtype=object))
+#: A tuple within tuples, 40 times twice in the next, whose hash would take 2⁴⁰ steps.
+NESTED = b")q\0" + b"".join(b"0h%ch%c\x86q%c" % (level, level, level + 1) for level in range(40)) + b"0"
 #: What replaces a member of a file of 60 rows -> what it declares, in the type that it ends in; and what is said about it.
 FILES: dict[str, tuple[dict[str, Any], int, str]] = {
     "zeros after an array": ({"x_audio": (header((60, 2), "<f4"), 60 * 8 + MUCH, b"\0")}, 0, "takes 480 bytes, got"),
@@ -125,6 +127,7 @@ FILES: dict[str, tuple[dict[str, Any], int, str]] = {
         "cannot be read without running code",
     ),
     "objects of a large index": ({"y": header((60,), "|O") + b"\x80\x02Nr\xff\xff\xff\xff."}, 0, "cannot be read without"),
+    "objects of nested keys": ({"y": header((60,), "|O") + b"\x80\x02" + NESTED + b"}h\x28K\1s."}, 0, "it has a dict or a set"),
     "objects of nested lists": ({"y": (header((60,), "|O") + b"\x80\x02", 2**20, b"(")}, 0, "cannot be read without"),
     "objects in features": ({"x_audio": PICKLED}, 0, "it is of objects"),
 }
