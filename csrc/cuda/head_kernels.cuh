@@ -393,7 +393,7 @@ __device__ __forceinline__ void logit_gradient(
 
 // Gradients of all logits, and from them the feature gradients, one tile of rows per block.
 template <class T>
-__global__ void __launch_bounds__(kThreads) head_backward_features_kernel(const __grid_constant__ Backward<T> args) {
+__global__ void __launch_bounds__(kThreads, 2) head_backward_features_kernel(const __grid_constant__ Backward<T> args) {
   using S = typename Arithmetic<T>::Type;
   const Head<T>& head = args.head;
   const int64_t classes = head.classes, first = int64_t(blockIdx.x) * kRows;
