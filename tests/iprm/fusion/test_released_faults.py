@@ -7,6 +7,8 @@ from released import released_slerp, released_strength
 
 import iprm_kernels as ik
 
+RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
+
 
 def _gradients(mix, x, y):
     x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
@@ -19,7 +21,8 @@ def test_identical_vectors_mix_to_themselves():
     x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
     z, dx, _ = _gradients(released_slerp, x, x)
     assert (z == 0).all(1).any(), "released: zero vectors"
-    assert not dx.isfinite().all(), "released: gradients that are not finite"
+    if RELEASE < (2, 14):  # since then, torch's gradients of these formulas are finite; the zero vectors stay
+        assert not dx.isfinite().all(), "released: gradients that are not finite"
 
     z, dx, dy = _gradients(ik.geodesic_mixup, x, x)
     torch.testing.assert_close(z, torch.nn.functional.normalize(x))

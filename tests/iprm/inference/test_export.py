@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,7 @@ def test_the_description_says_what_goes_in_what_comes_out_and_the_sum_of_both_fi
     assert content["inputs"] == {name: {"shape": shape, "dtype": "float32"} for name, shape in THREE.items()}
     assert (content["classes"], content["method"], content["method_options"]) == (CLASSES, "iprm", {"alpha": 0.5})
     assert content["weight"] == model.fusion.eval_weight.tolist()
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == version("torch")
     for name, digest in content["sha256"].items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
     assert sorted(content["sha256"]) == FILES[1:]
