@@ -165,7 +165,7 @@ def layouts(gradient: bool = True) -> st.SearchStrategy[str]:
 
 NO_TENSOR: dict[str, Callable[[Tensor], Any]] = {
     "a list": lambda t: [t.tolist()],
-    "an array": lambda t: t.detach().float().numpy(),
+    "an array": lambda t: t.detach().float().reshape(-1).numpy(),  # of one dimension: one of none is a number
     "None": lambda t: None,
     "a string": lambda t: "0.5",
     "a class": lambda t: Tensor,
