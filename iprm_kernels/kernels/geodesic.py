@@ -63,7 +63,7 @@ def normalize_forward_kernel(
 def selected(b_g):
     """Whether a row of the incoming gradient is not all zero. Where it is, the gradient of the row is exactly zero, even if the
     row is not finite."""
-    return tl.max((b_g != 0).to(tl.int32), axis=1) != 0
+    return tl.sum((b_g != 0).to(tl.int32), axis=1) != 0  # as a maximum, it made ptxas spill for sm_80
 
 
 @triton.jit
@@ -97,9 +97,9 @@ def normalize_backward_kernel(
     r_live = live_inverse_norm(r_norm, EPS)
     if WHOLE:
         b_g = load_block(p_grad, grad_row, grad_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        r_live = tl.where(selected(b_g), r_live, 0.0)
         b_unit = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE) * r_inverse[:, None]
         r_gx = tl.sum(b_g * b_unit, axis=1)
-        r_live = tl.where(selected(b_g), r_live, 0.0)
         store_block(p_grad_x, normalize_gradient(b_g, b_unit, r_gx, r_live), o_rows, m_rows, o_cols, n_cols)
     else:
         b_gx = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
@@ -170,7 +170,7 @@ def geodesic_mixup_forward_kernel(
     o_cols = tl.arange(0, BLOCK_D)
     r_w = tl.load(p_weight + o_rows * weight_row, mask=m_rows, other=0.0).to(DTYPE)
     o_stats = n_rows.to(tl.int64)
-    if WHOLE:
+    if WHOLE and not KNOWN:
         b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
         b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
     if KNOWN:
@@ -216,6 +216,9 @@ def geodesic_mixup_forward_kernel(
     r_q, _, _ = slerp(1 - r_w, r_c)
     r_p /= r_x_divisor
     r_q /= r_y_divisor
+    if WHOLE and KNOWN:  # after the coefficients: beside them, the rows spilled registers for sm_100
+        b_x = load_block(p_x, x_row, x_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
+        b_y = load_block(p_y, y_row, y_col, o_rows, m_rows, o_cols, n_cols, DTYPE)
     if WHOLE:
         b_z = r_p[:, None] * b_x + r_q[:, None] * b_y
         r_shorter = no_longer_than_one(tl.sum(b_z * b_z, axis=1), r_c)
