@@ -91,6 +91,7 @@ def head_coefficients_kernel(
             r_w = tl.zeros((BLOCK_B,), DTYPE) + tl.load(p_strength + 2 * head)
             r_p, _, r_p_dc = slerp(r_w, r_c, STRENGTH=True)
             r_q, _, r_q_dc = slerp(1 - r_w, r_c, STRENGTH=True)
+            _, _, r_c = gap_of(r_c)
             r_x_inverse = 1 / divisor(r_x_norm, EPS)
             r_y_inverse = 1 / divisor(r_y_norm, EPS)
             r_z_x, r_z_y = r_p * r_x_inverse, r_q * r_y_inverse
@@ -111,7 +112,6 @@ def head_coefficients_kernel(
             r_gx = tl.sum(b_g * b_a, axis=1) * r_x_inverse
             r_gy = tl.sum(b_g * b_v, axis=1) * r_y_inverse
             r_kappa = r_p_dc * r_gx + r_q_dc * r_gy
-            _, _, r_c = gap_of(r_c)
             r_x_live = live_inverse_norm(r_x_norm, EPS)
             r_y_live = live_inverse_norm(r_y_norm, EPS)
             o_stats = n_rows.to(tl.int64)

@@ -305,8 +305,6 @@ def head_rebalance_kernel(
     r_counted = tl.zeros((BLOCK_B,), DTYPE)
     for i_rows in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_B), tl.num_programs(0)):
         o_rows, m_rows = block_rows(n_rows, i_rows, BLOCK_B)
-        r_target, counted, r_poison = load_labels(p_target, target_row, o_rows, m_rows, n_classes, ignore_index)
-        r_poison = r_poison.to(DTYPE)
         r_next = ()
         for head in tl.static_range(P + MODALITIES):
             if head < P:
@@ -320,6 +318,9 @@ def head_rebalance_kernel(
                 store_block(p_logits[head], b, o_rows, m_rows, o_classes, n_classes)
             else:
                 b = load_block(p_unimodal[head - P], n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+            if head == 0:
+                r_target, counted, r_poison = load_labels(p_target, target_row, o_rows, m_rows, n_classes, ignore_index)
+                r_poison = r_poison.to(DTYPE)
             r_loss = cross_entropy(b, o_classes, m_classes, n_classes, r_target, counted, r_poison, SMOOTHING)
             r_next = r_next + (r_losses[head] + r_loss,)
         r_losses = r_next
