@@ -83,15 +83,12 @@ def head_coefficients_kernel(
     o_classes = tl.arange(0, BLOCK_C)
     m_classes = o_classes < n_classes
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
-    r_target, counted, r_poison = load_labels(p_target, target_row, o_rows, m_rows, n_classes, ignore_index)
-    r_poison = r_poison.to(DTYPE)
     for head in tl.static_range(P + MODALITIES):
         if head < P:
             r_x_norm, r_y_norm, r_c = load_stats(pair_stats(p_stats, n_all_rows, head), o_rows, m_rows, n_all_rows)
             r_w = tl.zeros((BLOCK_B,), DTYPE) + tl.load(p_strength + 2 * head)
             r_p, _, r_p_dc = slerp(r_w, r_c, STRENGTH=True)
             r_q, _, r_q_dc = slerp(1 - r_w, r_c, STRENGTH=True)
-            _, _, r_c = gap_of(r_c)
             r_x_inverse = 1 / divisor(r_x_norm, EPS)
             r_y_inverse = 1 / divisor(r_y_norm, EPS)
             r_z_x, r_z_y = r_p * r_x_inverse, r_q * r_y_inverse
@@ -103,6 +100,9 @@ def head_coefficients_kernel(
             b = r_z_x[:, None] * b_a + r_z_y[:, None] * b_v + b_bias[None, :]
         else:
             b = load_block(p_unimodal[head - P], n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
+        if head == 0:
+            r_target, counted, r_poison = load_labels(p_target, target_row, o_rows, m_rows, n_classes, ignore_index)
+            r_poison = r_poison.to(DTYPE)
         scale = load_scale(p_grad_loss, p_grad_losses, p_counted, head, P)
         b_g = logit_gradient(b, o_classes, m_classes, n_classes, r_target, counted, r_poison, scale, SMOOTHING)
         if p_grad_logits[head] is not None:
@@ -112,6 +112,7 @@ def head_coefficients_kernel(
             r_gx = tl.sum(b_g * b_a, axis=1) * r_x_inverse
             r_gy = tl.sum(b_g * b_v, axis=1) * r_y_inverse
             r_kappa = r_p_dc * r_gx + r_q_dc * r_gy
+            _, _, r_c = gap_of(r_c)
             r_x_live = live_inverse_norm(r_x_norm, EPS)
             r_y_live = live_inverse_norm(r_y_norm, EPS)
             o_stats = n_rows.to(tl.int64)

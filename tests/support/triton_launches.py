@@ -85,10 +85,6 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return recorded
 
 
-#: Bytes of stack of a kernel that spills one register.
-ONE_WORD = 8
-
-
 def spills(compiled: CompiledKernel, folder: Path) -> dict[str, int]:
     """Bytes of stack and local memory (NVIDIA), spilled registers and scratch (AMD), as the assembler reports them."""
     if "amdgcn" in compiled.asm:
