@@ -16,11 +16,11 @@ from typing import Any
 UNREAD = 141
 #: Name of the error handler of `ascii_instead`, for `str.encode`.
 ASCII = "iprm.ascii"
-#: What is written instead of a character that an encoding lacks. Other characters are written as \\xNN, \\uNNNN or \\UNNNNNNNN.
 #: Characters that a terminal obeys: controls, which begin escape sequences, line separators, and marks of writing direction.
 OBEYED = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 #: Beginnings of a cell that a spreadsheet takes for a formula, in two widths.
 FORMULA = re.compile("[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
+#: What is written instead of a character that an encoding lacks. Other characters are written as \\xNN, \\uNNNN or \\UNNNNNNNN.
 REPLACED = {"λ": "lambda", "ω": "omega", "θ": "theta", "Σ": "sum", "α": "alpha", "ρ": "rho"}
 REPLACED |= {
     "±": "+-",

@@ -50,7 +50,7 @@ def test_a_lock_within_a_lock_of_the_same_folder_has_no_effect(tmp_path):
 
 
 def test_the_file_of_an_ended_lock_that_another_process_had_opened_is_not_locked_in_its_place(tmp_path, monkeypatch):
-    """Else two processes could hold a lock: one of the removed file, one of a new file."""
+    """If it were, two processes could hold the lock at once: one on the removed file, the other on the file made after it."""
     flock = locks.fcntl.flock
     opened = []
 

@@ -154,7 +154,7 @@ def spoiled(arguments: list[Any], draw: random.Random, storages: bool) -> tuple[
             try:
                 new: Any = draw.choice(tensors) if kind == "another argument" else TENSORS[kind](value, draw)
             except (RuntimeError, TypeError, ValueError, NotImplementedError, OverflowError):
-                continue
+                continue  # torch itself refuses to make a tensor with this fault, such as a sparse one of this dtype
         elif isinstance(value, list):
             kind, new = "another list", _in_list(value, draw)
         elif value is None:

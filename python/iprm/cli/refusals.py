@@ -12,21 +12,9 @@ from iprm.errors import InputError
 #: Packages that check settings.
 CHECKERS = {"lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning", "jsonargparse"}
 #: Packages that these call with settings.
-CALLED = {
-    *(
-        "torch",
-        "torchmetrics",
-        "numpy",
-        "yaml",
-        "fsspec",
-        "rich",
-        "docstring_parser",
-        "typeshed_client",
-        "typing_extensions",
-        "packaging",
-    ),
-    *("tensorboard", "tensorboardX", "wandb", "mlflow", "comet_ml", "neptune"),
-}
+CALLED = {"torch", "torchmetrics", "numpy", "yaml", "fsspec", "rich"}
+CALLED |= {"docstring_parser", "typeshed_client", "typing_extensions", "packaging"}
+CALLED |= {"tensorboard", "tensorboardX", "wandb", "mlflow", "comet_ml", "neptune"}
 OURS = {"iprm", "iprm_kernels"}
 #: Modules of Lightning that run the batches of a model.
 STEPS = tuple(

@@ -80,6 +80,7 @@ class Archive:
         try:
             _check_directory(path)
             self._file = zipfile.ZipFile(path)
+        # zipfile raises NotImplementedError for members of a version of the format that it does not read
         except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
             if isinstance(error, OSError) and error.errno is not None and error.strerror:
                 raise InputError(f"{path}: cannot be read: {error.strerror}") from error
@@ -150,8 +151,8 @@ class StoredArray:
         raise InputError(f"{self.path}: array {self.name!r} cannot be read without running code it holds: {why}")
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Consecutive rows of an array of numbers, of `PIECE` bytes or of one row. Of an array that is stored by columns, the
-        whole is in memory meanwhile.
+        """Consecutive rows of an array of numbers, in blocks of `PIECE` bytes or of one row. An array in Fortran order is read
+        whole before its first block.
 
         Raises:
             InputError: see `read`.

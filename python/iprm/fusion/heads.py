@@ -44,6 +44,8 @@ def plain_parameters(heads: Iterable[nn.Module], width: int, classes: int) -> li
 def logits_of(name: str, head: nn.Module, x: Tensor, classes: int, training: bool) -> Tensor:
     """Calls a head, hooks included.  (B, D) -> (B, C)
 
+    The logits have the dtype of the features. Under autocast they have that of autocast, unless the features are float64.
+
     Raises:
         InputError: no module, a linear head of another width, an output that is not (B, C) logits in the dtype of the features,
             or in training a quantised head, which would leave the features without its gradient; the message has the `name`.

@@ -73,18 +73,6 @@ class _Tensor(NamedTuple):
     nbytes: int
 
 
-class _Function:
-    """Stands in for a function that the stream may call. The stream cannot change it."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._function(*arguments)
-
-
 class _Stream(io.BytesIO):
     """Counts reads."""
 
@@ -121,7 +109,7 @@ class _Reader(pickle._Unpickler):
         if (module, name) in _FUNCTIONS:
             return _FUNCTIONS[module, name]
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
-            return _Function(self._tensor_v2 if name.endswith("2") else self._tensor_v3)
+            return self._tensor_v2 if name.endswith("2") else self._tensor_v3
         raise ValueError(f"it names {module}.{name}, which is no tensor or plain value")
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -264,18 +252,19 @@ def _parameter(data: Any, grad: Any, hooks: Any) -> Any:
     return data if type(data) is _Tensor and type(grad) is bool and not hooks else _refused()
 
 
-#: (module, name) -> the stand-in. Python's names in protocol 2 are those of Python 2; `_Unpickler` translates some.
+#: (module, name) -> its stand-in, which the stream can call but not change (`load_build`). In protocol 2 the names are those of
+#: Python 2, of which `_Unpickler` translates some.
 _FUNCTIONS = {
-    ("collections", "OrderedDict"): _Function(_ordered_dict),
-    ("collections", "Counter"): _Function(_counter),
-    ("_codecs", "encode"): _Function(_encoded),
-    ("torch", "Size"): _Function(_size),
-    ("torch", "device"): _Function(_atom),
-    ("torch.serialization", "_get_layout"): _Function(_atom),
-    ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
-    **{(module, "set"): _Function(_set) for module in ("builtins", "__builtin__")},
-    **{(module, "complex"): _Function(_atom) for module in ("builtins", "__builtin__")},
-    **{(module, "bytearray"): _Function(_bytearray) for module in ("builtins", "__builtin__")},
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "Counter"): _counter,
+    ("_codecs", "encode"): _encoded,
+    ("torch", "Size"): _size,
+    ("torch", "device"): _atom,
+    ("torch.serialization", "_get_layout"): _atom,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    **{(module, "set"): _set for module in ("builtins", "__builtin__")},
+    **{(module, "complex"): _atom for module in ("builtins", "__builtin__")},
+    **{(module, "bytearray"): _bytearray for module in ("builtins", "__builtin__")},
 }
 
 

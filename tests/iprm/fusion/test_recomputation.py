@@ -362,7 +362,7 @@ def _update_of_the_data(fusion: ProbeRebalance) -> None:
 
 
 def _step_of_a_fused_optimizer(fusion: ProbeRebalance) -> None:
-    torch.optim.SGD(fusion.parameters(), lr=0.5, fused=True).step()  # which leaves the versions of the parameters as they are
+    torch.optim.SGD(fusion.parameters(), lr=0.5, fused=True).step()  # does not increase the version counters of the parameters
 
 
 @pytest.mark.parametrize("update", [_step_of_an_optimizer, _update_of_the_data, _step_of_a_fused_optimizer])
