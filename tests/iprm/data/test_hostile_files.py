@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import random
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from feature_files import arrays, save
+from hostile_arrays import DECLARED, archive, npy, whole
 from iprm.data import make_data
 from iprm.errors import InputError
 from iprm.training.checkpoint import read_checkpoint
@@ -48,50 +48,6 @@ def test_the_payload_would_run(tmp_path: Path) -> None:
 
 def read(path: Path) -> Any:
     return make_data("features", path=str(path)).splits
-
-
-def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, array, allow_pickle=allow_pickle)
-    return stream.getvalue()
-
-
-def declared(shape: str, dtype: str = "'<f4'", content: bytes = b"\0" * 64) -> bytes:
-    """An .npy whose header declares more data than the file holds."""
-    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content
-
-
-def archive(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
-    with zipfile.ZipFile(path, "w", compression) as file:
-        for name, content in entries.items():
-            file.writestr(name, content)
-    return path
-
-
-def whole() -> dict[str, bytes]:
-    return {f"{name}.npy": npy(array) for name, array in arrays().items()}
-
-
-DECLARED = {
-    "2**60 rows": declared("(1152921504606846976, 4)"),
-    "2**34 rows": declared("(17179869184, 4)"),
-    "a size beyond 64 bits": declared(f"({2**62}, {2**62})"),
-    "a size beyond any integer": declared(f"({10**400},)"),
-    "negative rows": declared("(-1, 4)"),
-    "rows of half": declared("(0.5, 4)"),
-    "rows of a string": declared("('60', 4)"),
-    "an item of 2 GB": declared("(60, 4)", "'|V2147483647'"),
-    "letters of 4 GB": declared("(60,)", "'<U1000000000'"),
-    "objects": declared("(60, 4)", "'|O'", b"\x80\x04cos\nsystem\n"),
-    "an unknown type": declared("(60, 4)", "'<z9'"),
-    "a type of code": declared("(60, 4)", "__import__('os').system('touch canary')"),
-    "a type of depth": declared("(60, 4)", "[" * 1000 + "]" * 1000),
-    "a long header": declared("(60, 4)" + " " * 60_000),
-    "a later format": b"\x93NUMPY\x09\x00" + b"\0" * 100,
-    "no array": b"no array at all",
-    "nothing": b"",
-}
 
 
 @pytest.mark.parametrize("entry", ["x_audio.npy", "y.npy", "split.npy"])

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import random
-import re
-import struct
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,132 +14,10 @@ import pytest
 import torch
 from checkpoints import TWO, checkpoint, inputs_of
 from command import iprm
-from forged import MIB, Call, Stored, checkpoint_with, cost_of, forge, pickled, tensor
+from forged import MIB, cost_of
+from hostile_checkpoints import HOSTILE
 from iprm.errors import InputError, plain_values
 from iprm.training.checkpoint import AtomicCheckpointIO, read_checkpoint
-
-HEAVY = 500 * MIB  # what the heavy ones would take
-ONE = {"0": bytes(4)}
-
-
-def nested(levels: int, of: Callable[[Any], Any], value: Any) -> Any:
-    for _ in range(levels):
-        value = of(value)
-    return value
-
-
-def spliced(opcodes: bytes) -> bytes:
-    """A checkpoint that holds the value of these opcodes, which Python's own pickler could not write."""
-    return re.sub(rb"X\x06\0\0\0SPLICEq.", lambda _: opcodes, checkpoint_with(more="SPLICE"), flags=re.DOTALL)
-
-
-def tuple_as_key(levels: int) -> bytes:
-    """A dict whose key is a tuple of one tuple twice, and so on: its hash takes 2^levels steps."""
-    twice = b"".join(b"r%bj%b\x86" % (struct.pack("<I", 1000 + n), struct.pack("<I", 1000 + n)) for n in range(levels))
-    return spliced(b"})" + twice + b"K\x01s")
-
-
-def colliding(count: int) -> bytes:
-    """A dict of integers of the same hash, each of which is compared with all before it."""
-    keys = (((2**61 - 1) * n).to_bytes(10, "little") for n in range(1, count))
-    return spliced(b"}(" + b"".join(b"\x8a\x0a" + key + b"N" for key in keys) + b"u")
-
-
-def containing_itself() -> list[Any]:
-    found: list[Any] = []
-    found.append(found)
-    return found
-
-
-def encoded(levels: int) -> Any:
-    return nested(levels, lambda value: Call(codecs.encode, value, "hex"), Call(codecs.encode, "a", "latin1"))
-
-
-def with_a_tensor(path: Path, weight: Any, storages: dict[str, bytes] = ONE) -> Path:
-    return forge(path, pickled({"hyper_parameters": {}, "state_dict": {"weight": weight}}), storages)
-
-
-def overlapping(path: Path) -> Path:
-    """A second entry of the directory points to the bytes of the first."""
-    with_a_tensor(path, [tensor(Stored("0", 1), (1,), (1,)), tensor(Stored("1", 1), (1,), (1,))])
-    with zipfile.ZipFile(path, "a") as file:
-        twin = zipfile.ZipInfo("archive/data/1")
-        first = file.getinfo("archive/data/0")
-        for name in ("header_offset", "CRC", "compress_size", "file_size", "compress_type"):
-            setattr(twin, name, getattr(first, name))
-        file.filelist.append(twin)
-        file._didModify = True
-    return path
-
-
-def named_twice(path: Path) -> Path:
-    """torch looks names up regardless of case."""
-    with_a_tensor(path, tensor(Stored("0", 1), (1,), (1,)))
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as file:
-        file.writestr("archive/DATA.PKL", checkpoint_with(other=1))
-    return path
-
-
-def behind_another(path: Path) -> Path:
-    """An archive that follows another: which of the two is read depends on the reader."""
-    first = with_a_tensor(path, tensor(Stored("0", 1), (1,), (1,))).read_bytes()
-    path.write_bytes(first + with_a_tensor(path, tensor(Stored("0", 1), (1,), (1,))).read_bytes())
-    return path
-
-
-def with_a_comment(path: Path) -> Path:
-    with_a_tensor(path, tensor(Stored("0", 1), (1,), (1,)))
-    with zipfile.ZipFile(path, "a") as file:
-        file.comment = b"iprm: crc32 of this archive: 00000000"
-    return path
-
-
-HOSTILE: dict[str, Callable[[Path], Path]] = {
-    # exhausting
-    "a tensor larger than its storage": lambda path: with_a_tensor(path, tensor(Stored("0", 1), (HEAVY // 4,), (1,))),
-    "a tensor of one number, repeated": lambda path: with_a_tensor(path, tensor(Stored("0", 1), (2**40,), (0,))),
-    "a storage longer than its member": lambda path: with_a_tensor(path, tensor(Stored("0", HEAVY // 4), (4,), (1,))),
-    "a thousand tensors of one storage": lambda path: with_a_tensor(
-        path, [tensor(Stored("0", 10**5), (10**5 - n,), (1,), n) for n in range(1000)], {"0": bytes(4 * 10**5)}
-    ),
-    "an array of bytes": lambda path: forge(path, checkpoint_with(more=Call(bytearray, HEAVY))),
-    "text that doubles 29 times": lambda path: forge(path, checkpoint_with(more=encoded(29))),
-    "three million empty lists": lambda path: forge(path, spliced(b"](" + b"]" * (3 * 10**6) + b"e")),
-    "lists of one list twice, forty levels": lambda path: forge(
-        path, checkpoint_with(more=nested(40, lambda value: [value, value], []))
-    ),
-    "a key of one tuple twice, forty levels": lambda path: forge(path, tuple_as_key(40)),
-    "integers of one hash as keys": lambda path: forge(path, colliding(10**5)),
-    "a list that contains itself": lambda path: forge(path, checkpoint_with(more=containing_itself())),
-    "a hundred thousand levels": lambda path: forge(path, spliced(b"]" * 10**5 + b"a" * (10**5 - 1))),
-    # running
-    "a command": lambda path: forge(path, checkpoint_with(more=Call(os.system, "touch ran"))),
-    "a group of processes": lambda path: forge(
-        path, checkpoint_with(more=Call(torch.distributed.device_mesh.DeviceMesh, "cpu", [0]))
-    ),
-    "attributes of a dict": lambda path: forge(path, checkpoint_with(more=Call(OrderedDict, state={"items": 3}))),
-    "a tensor with hooks": lambda path: with_a_tensor(
-        path, Call(torch._utils._rebuild_tensor_v2, Stored("0", 1), 0, (1,), (1,), True, {0: "hook"})
-    ),
-    # misleading
-    "compressed members": lambda path: forge(
-        path,
-        pickled({"hyper_parameters": {}, "state_dict": {"weight": tensor(Stored("0", 100), (100,), (1,))}}),
-        {"0": bytes(400)},
-        zipfile.ZIP_DEFLATED,
-    ),
-    "members that overlap": overlapping,
-    "two members of one name": named_twice,
-    "one storage of two types": lambda path: with_a_tensor(
-        path,
-        [tensor(Stored("0", 1), (1,), (1,)), tensor(Stored("0", 4, torch.ByteStorage), (4,), (1,))],
-    ),
-    "an archive behind another": behind_another,
-    "the checksum of another file": with_a_comment,
-    "a tensor without memory": lambda path: forge(
-        path, checkpoint_with(more=Call(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (2**40,), (1,), False))
-    ),
-}
 
 
 def read(path: Path) -> Any:
