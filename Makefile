@@ -1,7 +1,7 @@
 # make demo      a private environment, the build, and IPRM against its baselines on scanned digits
 # make test      ruff and the default tier of the tests, then the same tier of the Triton kernels under the interpreter
 # make test-all  the rest: mypy, which takes a minute without its cache, and the tiers `grid` and `slow` of the tests
-# make fuzz      the fuzz tests of arguments and files with six times the examples, more than 5,000, counted
+# make fuzz      the fuzz tests of arguments and files with six times the examples, more than 5,000, counted; FUZZ=weekly: 20,000
 # make sanitize  the operators' tests on C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (gcc), in build/sanitize
 # make bench     operators, head step and epochs beside plain and compiled torch: a table, JSON and a plot
 # make gpu-check build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, with PYTHON
@@ -69,8 +69,12 @@ test-all: types $(VENV)/tools
 	$(PYTEST) -m "grid or slow"
 	$(INTERPRETED) -m "grid or slow"
 
+# the test that counts comes last
+HOSTILE_TOTAL := tests/iprm_kernels/test_hostile_total.py
+HOSTILE := $(filter-out $(HOSTILE_TOTAL),$(wildcard tests/*/test_hostile*.py tests/*/*/test_hostile*.py)) $(HOSTILE_TOTAL)
+FUZZ ?= fuzz
 fuzz: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m "" --hypothesis-profile fuzz $(wildcard tests/*/test_hostile*.py tests/*/*/test_hostile*.py)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m "" --hypothesis-profile $(FUZZ) $(HOSTILE)
 
 # The sanitizers' libraries are preloaded, because Python is built without them; libstdc++ too, or they miss exceptions. Leaks are not
 # reported: Python and torch never free thousands of allocations. torch's libraries allocate and free with different allocators, and

@@ -31,7 +31,8 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # fixtures outlive an example by design
 )
 hypothesis.settings.load_profile("repeatable")
-hypothesis.settings.register_profile("fuzz", hypothesis.settings.get_profile("repeatable"), max_examples=600)  # make fuzz
+for name, count in {"fuzz": 600, "weekly": 2400}.items():  # make fuzz, make fuzz FUZZ=weekly
+    hypothesis.settings.register_profile(name, hypothesis.settings.get_profile("repeatable"), max_examples=count)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
