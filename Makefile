@@ -3,6 +3,7 @@
 # make test-all  the rest: mypy, which takes a minute without its cache, and the tiers `grid` and `slow` of the tests
 # make fuzz      the fuzz tests of arguments and files with six times the examples, more than 5,000, counted; FUZZ=weekly: 20,000
 # make sanitize  the operators' tests on C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (gcc), in build/sanitize
+# make test-cuda-build  a wheel of the CUDA build in an environment of its own, and the operators' tests on it, without a GPU
 # make bench     operators, head step and epochs beside plain and compiled torch: a table, JSON and a plot
 # make gpu-check build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, with PYTHON
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" MAKEFLAGS= $(BIN)/python setup.py -q bui
 # two jobs: the extension is compiled while pip downloads, and the linters run beside the tests
 MAKEFLAGS += --jobs=2
 
-.PHONY: install demo test test-all lint types suite fuzz sanitize bench gpu-check clean
+.PHONY: install demo test test-all lint types suite fuzz sanitize test-cuda-build bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/iprm compare --data digits --output runs/demo
@@ -90,6 +91,23 @@ sanitize: install
 	LD_PRELOAD="$(SANITIZERS)" PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	  ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  IPRM_KERNELS_BACKEND= $(BIN)/pytest -q -m "" tests/iprm_kernels tests/test_sanitize.py $(addprefix --ignore ,$(NOT_SANITIZED))
+
+# A wheel of the CUDA build, for all architectures, installed in an environment of its own, and the operators' tests on it. No GPU
+# is needed; nvcc and 12 GB of disk are.
+CUDA_TORCH ?= 2.14.1
+CUDA_VENV := build/cuda/venv
+CUDA_CORE := $(addprefix tests/iprm_kernels/test_,geodesic.py divergence.py average.py head.py head_pairs.py probe_rebalance.py \
+  accuracy.py head_accuracy.py registration.py backends.py)
+test-cuda-build:
+	rm -rf build/cuda
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install -q --no-compile torch==$(CUDA_TORCH) numpy "setuptools>=77" "pybind11>=2.13" ninja \
+	  pytest pytest-xdist pytest-benchmark hypothesis mpmath
+	PATH="$(CURDIR)/$(CUDA_VENV)/bin:$$PATH" MAKEFLAGS= IPRM_KERNELS_BUILD=cuda $(CUDA_VENV)/bin/pip wheel -q \
+	  --no-build-isolation --no-deps --wheel-dir build/cuda .
+	$(CUDA_VENV)/bin/pip install -q --no-deps --no-index build/cuda/*.whl
+	$(CUDA_VENV)/bin/python -P tests/support/cuda_build.py
+	OMP_NUM_THREADS=1 $(CUDA_VENV)/bin/pytest -q -n 2 $(CUDA_CORE)
 
 # OUT: the folder of the results
 OUT ?= runs/bench
