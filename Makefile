@@ -78,7 +78,7 @@ fuzz: install
 # the preloaded libraries break) and of memory use, to which the sanitizers add.
 SANITIZED := build/sanitize
 SANITIZERS = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
-NOT_SANITIZED := $(wildcard tests/iprm_kernels/test_triton*_compile.py) $(addprefix tests/iprm_kernels/,test_cuda_head.py test_memory.py)
+NOT_SANITIZED := $(wildcard tests/iprm_kernels/test_triton*.py) $(addprefix tests/iprm_kernels/,test_cuda_head.py test_memory.py)
 sanitize: install
 	rm -rf $(SANITIZED)
 	IPRM_KERNELS_BUILD=cpu IPRM_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build \
