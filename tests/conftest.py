@@ -30,7 +30,9 @@ hypothesis.settings.register_profile(
     max_examples=12 if INTERPRETED else 100,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # fixtures outlive an example by design
 )
-hypothesis.settings.load_profile("repeatable")
+# On a GPU each example of another shape or type compiles up to seven kernels, at about one second each.
+hypothesis.settings.register_profile("gpu", hypothesis.settings.get_profile("repeatable"), max_examples=5)
+hypothesis.settings.load_profile("gpu" if torch.cuda.is_available() else "repeatable")
 hypothesis.settings.register_profile("fuzz", hypothesis.settings.get_profile("repeatable"), max_examples=600)  # make fuzz
 
 
