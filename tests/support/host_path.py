@@ -18,7 +18,7 @@ from typing import Any
 import stand_in
 import torch
 import triton_launches
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch_operators import TorchOperators
 from triton import knobs
 
 import iprm_kernels as ik
@@ -81,24 +81,6 @@ def operators(dtype: torch.dtype, batch: int, width: int, classes: int) -> dict[
     }
 
 
-class TorchOperators(TorchDispatchMode):
-    """Lists the operators of torch that compute: on a GPU each of them is a launch. Ours are called past the dispatcher, as
-    without a mode, so that those inside them are listed too."""
-
-    ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "detach")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        importlib.import_module("iprm_kernels.registration").unobserved = lambda arguments: True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in self.ALLOCATE:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 class _Patch:
     """What `triton_launches.recording` needs of pytest's monkeypatch."""
 
@@ -110,8 +92,8 @@ class _Patch:
         setattr(target, name, value)
 
     def restore(self) -> None:
-        for change in reversed(self.undo):
-            setattr(*change)
+        while self.undo:
+            setattr(*self.undo.pop())
 
 
 def launches(driver: stand_in.StandIn, run: Run) -> dict[str, Any]:
@@ -126,8 +108,11 @@ def launches(driver: stand_in.StandIn, run: Run) -> dict[str, Any]:
     kernels = {launch.kernel for launch in recorded}
     compiled = {kernel.hash for own in kernels for kernel in own.device_caches[0][0].values()}
     ahead = [launch.compile(triton_launches.TARGETS["sm_90"]) for launch in recorded]
+    registration = importlib.import_module("iprm_kernels.registration")
+    patch.setattr(registration, "unobserved", lambda arguments: True)
     with TorchOperators() as torch_operators:
         run()
+    patch.restore()
     times = []
     for _ in range(REPETITIONS):
         begin = time.perf_counter()
