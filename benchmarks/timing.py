@@ -125,7 +125,7 @@ def graphed(run: Version, replays: int) -> Version:
 def gradients_of(function: Callable[..., Tensor], leaves: list[Tensor], *arguments: Any) -> Callable[[], list[Tensor]]:
     """A forward and backward pass of a loss (), which returns the loss and the gradients of the leaves.
 
-    The upstream gradient is allocated once, in the first run: a fill per step, and a sum of the loss, would be launches of torch
+    The upstream gradient is allocated once, in the first run: a fill per step and a sum of the loss would be launches of torch
     among those of the step.
     """
     upstream: list[Tensor] = []

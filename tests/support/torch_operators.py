@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class TorchOperators(TorchDispatchMode):
-    """Lists the operators of torch that compute. A mode sees nothing inside the operators that it sees: to list those inside ours
-    too, make `registration.unobserved` true, so that ours are called past the dispatcher."""
+    """Lists the operators of torch that compute. A mode sees nothing inside the operators that it sees: to list those inside
+    ours too, make `registration.unobserved` true, so that ours are called past the dispatcher."""
 
     ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "detach")
 
