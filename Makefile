@@ -4,7 +4,7 @@
 # make fuzz      the fuzz tests of arguments and files with six times the examples, more than 5,000, counted
 # make sanitize  the operators' tests on C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (gcc), in build/sanitize
 # make bench     operators, head step and epochs beside plain and compiled torch: a table, JSON and a plot
-# make gpu-check build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, with PYTHON
+# make gpu-check build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, with PYTHON; HALF=tests or HALF=benchmarks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -95,7 +95,7 @@ bench: install
 	$(BIN)/python benchmarks/plot.py $(OUT)/results.json $(OUT)/results.png
 
 gpu-check:
-	PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh $(OUT)
+	PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh $(OUT) $(HALF)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info iprm_kernels/_C*.so runs
