@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: Appends its arguments to $ASKED; fails if they match $FAILS, sleeps $SLEEPS s if they match $SLOW, and writes what pytest would.
+#: Appends its arguments to $ASKED, writes what pytest would, sleeps $SLEEPS s if they match $SLOW, and fails if they match $FAILS.
 COMMAND = """#!/usr/bin/env bash
 [[ $1 == -c && $2 == *sysconfig* ]] && echo /nowhere && exit
 echo "$(basename "$0") $*" >> "$ASKED"

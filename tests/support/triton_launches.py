@@ -29,6 +29,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+#: Those of MI200, which the default tier compiles for a few cases only.
+FURTHER_TARGETS = {"gfx90a": GPUTarget("hip", "gfx90a", 64)}
+ALL_TARGETS = TARGETS | FURTHER_TARGETS
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
