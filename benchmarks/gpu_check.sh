@@ -24,6 +24,8 @@ export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH} TORCHINDUCTOR_COMP
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton-cache}
 [[ -z ${CUDA_HOME:-} && -d /usr/local/cuda ]] && export CUDA_HOME=/usr/local/cuda
 mkdir -p "$folder"
+seconds=${SECONDS_PER_HALF:-280}
+margin=$((seconds / 20)) # for the last seconds of a part that ignores SIGINT, and for packing
 work=
 
 pack() { # into the archive of this half; at most 1 MB of each log, so that the archive stays below 16 MiB
@@ -48,12 +50,12 @@ left() { echo $((end - SECONDS - $1)); } # seconds of this half, less those rese
 part() { # NAME SECONDS COMMAND...; SIGINT at the limit, so that pytest still writes its results
   local name=$1 most=$2 begin=$SECONDS status
   shift 2
-  [[ $most -gt $(left 8) ]] && most=$(left 8)
+  [[ $most -gt $(left "$margin") ]] && most=$(left "$margin")
   if [[ $most -lt 1 ]]; then
     echo "== $name: no time left" | tee -a "$work/times.txt"
     return 1
   fi
-  timeout -s INT -k 5 "$most" "$@" >"$work/$name.log" 2>&1 &
+  timeout -s INT -k 10 "$most" "$@" >"$work/$name.log" 2>&1 &
   echo $! >"$work/$name.pid" # in the background, because a signal interrupts `wait` but no command
   wait $!
   status=$?
@@ -96,7 +98,7 @@ begin() { # the half's name
   half=$1
   failed=()
   work=$(mktemp -d)
-  end=$((SECONDS + ${SECONDS_PER_HALF:-280}))
+  end=$((SECONDS + seconds))
   trap stopped TERM INT HUP
   timeout 10 nvidia-smi >"$work/machine.log" 2>&1
   if [[ -d $TRITON_CACHE_DIR ]]; then part cache 20 "$python" benchmarks/warm_cache.py moved "$TRITON_CACHE_DIR"; fi
@@ -138,7 +140,7 @@ benchmarks() {
   begin benchmarks
   bench bandwidth 40 benchmarks/test_bandwidth.py
   bench graph 70 benchmarks/test_head.py -k test_head_step_in_a_graph
-  bench launches 20 benchmarks/test_head.py -k test_launches
+  bench launches 30 benchmarks/test_head.py -k test_launches
   bench memory 30 benchmarks/test_head.py -k test_memory
   bench epoch 45 benchmarks/test_epoch.py
   bench operators 35 benchmarks/test_operators.py

@@ -12,10 +12,12 @@ import tarfile
 import time
 from pathlib import Path
 
+import context
 import pytest
 
 ROOT = Path(__file__).parents[1]
-#: Appends its arguments to $ASKED, writes what pytest would, sleeps $SLEEPS s if they match $SLOW, and fails if they match $FAILS.
+#: Appends its arguments to $ASKED and writes the files that pytest would. If they match $SLOW, it sleeps $SLEEPS s; if they
+#: match $FAILS, it fails.
 COMMAND = """#!/usr/bin/env bash
 [[ $1 == -c && $2 == *sysconfig* ]] && echo /nowhere && exit
 echo "$(basename "$0") $*" >> "$ASKED"
@@ -145,3 +147,10 @@ def test_a_half_ends_in_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     times = packed(tmp_path, "benchmarks")["times.txt"]
     assert "bandwidth: status 124" in times
     assert "no time left" in times
+
+
+def test_the_commit_is_passed_in_where_there_is_no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, wanted in (("0123abc", ("0123abc", False)), ("0123abc-dirty", ("0123abc", True))):
+        monkeypatch.setenv("IPRM_COMMIT", given)
+        found = context.context()
+        assert (found["commit"], found["dirty"]) == wanted

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_cache
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -64,11 +66,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("triton")
 
 
+def environment(**own: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **own}
+
+
 def host_path(cache: Path, folder: Path, what: str, sizes: Sizes) -> dict[str, dict[str, Any]]:
     """What host_path.py prints: by "dtype width classes batch" and by operator."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(HOST_PATH), str(folder), what, json.dumps(sizes)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(TRITON_CACHE_DIR=str(cache)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -98,3 +103,21 @@ def test_a_change_of_the_batch_size_compiles_known_variants(cache: Path, tmp_pat
             variants = [operators[name] for operators in found.values()]
             wanted = VARIANTS[dtype].get(name, [variants[0], 0, 0, 0, 0])
             assert variants == wanted, f"{name}, {dtype}: {variants} by batch size {BATCHES}"
+
+
+@pytest.mark.slow
+def test_a_cache_filled_without_a_gpu_serves_after_it_was_moved(tmp_path: Path) -> None:
+    """Triton's cache holds absolute paths, and finds nothing after a move alone."""
+
+    def filled(folder: Path) -> tuple[int, int]:
+        program = f"import pathlib, warm_cache; print(warm_cache.fill(pathlib.Path({str(folder)!r}), [(2, 3, 2)]))"
+        done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True)
+        return tuple(map(int, re.findall(r"\d+", done.stdout)))
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    compiled, found = filled(first)
+    assert compiled > 20
+    assert found == 0
+    first.rename(second)
+    assert warm_cache.moved(second) == compiled
+    assert filled(second) == (0, compiled)
