@@ -5,7 +5,7 @@
 # make sanitize  the operators' tests on C++ kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (gcc), in build/sanitize
 # make test-cuda-build  a wheel of the CUDA build in an environment of its own, and the operators' tests on it, without a GPU
 # make bench     operators, head step and epochs beside plain and compiled torch: a table, JSON and a plot
-# make gpu-check build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, with PYTHON
+# make gpu-check build, GPU tests, compute-sanitizer and benchmarks on a machine with a GPU, with PYTHON; HALF=tests or HALF=benchmarks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -83,7 +83,7 @@ fuzz: install
 # the preloaded libraries break) and of memory use, to which the sanitizers add.
 SANITIZED := build/sanitize
 SANITIZERS = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
-NOT_SANITIZED := $(wildcard tests/iprm_kernels/test_triton*_compile.py) $(addprefix tests/iprm_kernels/,test_cuda_head.py test_memory.py)
+NOT_SANITIZED := $(wildcard tests/iprm_kernels/test_triton*.py) $(addprefix tests/iprm_kernels/,test_cuda_head.py test_memory.py)
 sanitize: install
 	rm -rf $(SANITIZED)
 	IPRM_KERNELS_BUILD=cpu IPRM_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build \
@@ -117,7 +117,7 @@ bench: install
 	$(BIN)/python benchmarks/plot.py $(OUT)/results.json $(OUT)/results.png
 
 gpu-check:
-	PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh $(OUT)
+	PYTHON=$(PYTHON) bash benchmarks/gpu_check.sh $(OUT) $(HALF)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info iprm_kernels/_C*.so runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -24,8 +25,7 @@ def context() -> dict[str, Any]:
         "triton": _version("triton"),
         "build": ik.build_info(),
         "backends": {name: str(status) for name, status in ik.backends().items()},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        **_commit(),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -49,6 +49,13 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _commit() -> dict[str, Any]:
+    """From IPRM_COMMIT, the output of `git describe --always --dirty --abbrev=40`, for a machine without the repository."""
+    if given := os.environ.get("IPRM_COMMIT"):
+        return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
 
 
 def _git(*arguments: str) -> str:

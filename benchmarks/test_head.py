@@ -79,6 +79,8 @@ def test_head_step_by_batch(compare: Compare, batch: int) -> None:
 def test_head_step_in_a_graph(compare: Compare, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     replays = GRAPH_REPLAYS if shape in SMALL else 1
     versions = versions_of(shape, dtype, {"compiled": "default"} if shape in SMALL else {})
+    if shape[2] > 31 and dtype == torch.float32:  # its loops of multiply-adds, by count 0.1 s per step
+        versions.pop("cuda", None)
     graphs = {name: graphed(run, replays) for name, run in versions.items()}
     compare("head step, CUDA graph", (*shape, _short(dtype)), graphs, ("released",), TOLERANCE[dtype], replays)
 

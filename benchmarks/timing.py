@@ -123,10 +123,17 @@ def graphed(run: Version, replays: int) -> Version:
 
 
 def gradients_of(function: Callable[..., Tensor], leaves: list[Tensor], *arguments: Any) -> Callable[[], list[Tensor]]:
-    """A forward and backward pass that returns the value and the gradients of the leaves."""
+    """A forward and backward pass of a loss (), which returns the loss and the gradients of the leaves.
+
+    The upstream gradient is allocated once, in the first run: a fill per step and a sum of the loss would be launches of torch
+    among those of the step.
+    """
+    upstream: list[Tensor] = []
 
     def run() -> list[Tensor]:
-        value = function(*arguments)
-        return [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
+        loss = function(*arguments)
+        if not upstream:
+            upstream.append(torch.ones((), dtype=loss.dtype, device=loss.device))
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
 
     return run

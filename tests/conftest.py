@@ -30,9 +30,10 @@ hypothesis.settings.register_profile(
     max_examples=12 if INTERPRETED else 100,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # fixtures outlive an example by design
 )
-hypothesis.settings.load_profile("repeatable")
-for name, count in {"fuzz": 600, "weekly": 2400}.items():  # make fuzz, make fuzz FUZZ=weekly
+# On a GPU each example of another shape or type compiles up to seven kernels, at about one second each.
+for name, count in {"fuzz": 600, "weekly": 2400, "gpu": 5}.items():  # make fuzz, make fuzz FUZZ=weekly
     hypothesis.settings.register_profile(name, hypothesis.settings.get_profile("repeatable"), max_examples=count)
+hypothesis.settings.load_profile("gpu" if torch.cuda.is_available() else "repeatable")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker

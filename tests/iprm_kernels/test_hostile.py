@@ -41,9 +41,9 @@ def test_normalize_agrees_with_float64(
     shape = lead(batch)
     kinds, seed = data.draw(kinds_of(ROWS, math.prod(shape))), data.draw(SEEDS)
     x, _ = hostile.rows(ROWS, kinds, width, seed)
-    x = LAYOUTS[data.draw(layouts(gradient))](x.to(dtype).view(*shape, width))
+    x = LAYOUTS[data.draw(layouts(gradient))](x.to(fused.device, dtype).view(*shape, width))
     rows = exact(x).view(-1, width)
-    g = hostile.upstream(data.draw(UPSTREAM), len(rows), width, seed + 2).to(dtype)
+    g = hostile.upstream(data.draw(UPSTREAM), len(rows), width, seed + 2).to(fused.device, dtype)
     grad = LAYOUTS[data.draw(layouts(False))](g.view(x.shape))
     g = exact(grad).view(-1, width)
     own, of = x.detach().requires_grad_(gradient), {}
@@ -89,12 +89,13 @@ def test_geodesic_mixup_agrees_with_float64(
     shape = lead(batch)
     kinds, seed = data.draw(kinds_of(ROWS, math.prod(shape))), data.draw(SEEDS)
     pair = hostile.rows(ROWS, kinds, width, seed)
-    x, y = (LAYOUTS[data.draw(layouts())](rows.to(dtype).view(*shape, width)) for rows in pair)
-    w, g = data.draw(weights(shape, dtype)), hostile.upstream(data.draw(UPSTREAM), len(kinds), width, seed + 2).to(dtype)
+    x, y = (LAYOUTS[data.draw(layouts())](rows.to(fused.device, dtype).view(*shape, width)) for rows in pair)
+    w, g = data.draw(weights(shape, dtype)), hostile.upstream(data.draw(UPSTREAM), len(kinds), width, seed + 2)
+    w, g = w.to(fused.device) if isinstance(w, Tensor) else w, g.to(fused.device, dtype)
     grad = LAYOUTS[data.draw(layouts(False))](g.view(x.shape))
     g = exact(grad).view(-1, width)
     x_rows, y_rows = (exact(t).view(-1, width) for t in (x, y))
-    w_rows = torch.as_tensor(w, dtype=torch.float64).to(arithmetic_dtype(dtype))
+    w_rows = torch.as_tensor(w, dtype=torch.float64, device="cpu").to(arithmetic_dtype(dtype))
     each = w_rows.reshape(-1).expand(len(x_rows))
 
     leaves = {"x": x, "y": y, "w": w}
@@ -139,7 +140,7 @@ def test_batch_kl_agrees_with_float64(
     fused: Place, data: Any, batch: int, classes: int, dtype: torch.dtype, reduction: str, needed: tuple[bool, bool]
 ) -> None:
     kinds, seed = data.draw(kinds_of(LOGITS, batch)), data.draw(SEEDS)
-    p, q = (LAYOUTS[data.draw(layouts())](rows.to(dtype)) for rows in hostile.rows(LOGITS, kinds, classes, seed))
+    p, q = (LAYOUTS[data.draw(layouts())](rows.to(fused.device, dtype)) for rows in hostile.rows(LOGITS, kinds, classes, seed))
     wide = arithmetic_dtype(dtype)
     g = cases.randn(batch if reduction == "none" else 1, seed=seed + 2, dtype=wide)
     g = g if reduction == "none" else g[0]
@@ -147,7 +148,7 @@ def test_batch_kl_agrees_with_float64(
     kl = ik.batch_kl(*own, reduction=reduction)
     value = {"kl": kl}
     if any(needed):
-        kl.backward(LAYOUTS[data.draw(layouts(False))](g))
+        kl.backward(LAYOUTS[data.draw(layouts(False))](g.to(fused.device)))
         value |= {name: t.grad for name, t, need in zip(("dp", "dq"), own, needed, strict=True) if need}
 
     def with_gradients(p: Tensor, q: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -175,11 +176,11 @@ def test_batch_kl_agrees_with_float64(
 )
 @counted
 def test_strength_weights_agree_with_float64(fused: Place, data: Any, kl: list[float], dtype: torch.dtype) -> None:
-    values = LAYOUTS[data.draw(layouts())](torch.tensor(kl, dtype=torch.float64).to(dtype))
+    values = LAYOUTS[data.draw(layouts())](torch.tensor(kl, dtype=torch.float64).to(fused.device, dtype))
     own = values.detach().requires_grad_()
     strength = ik.strength_weights(own)
     g = torch.linspace(1, 2, len(kl), dtype=dtype)
-    strength.backward(g)
+    strength.backward(g.to(fused.device))
     found: dict[str, Tensor] = {}
     for kind, like in (("plain", dtype), ("double", torch.float64)):
         leaf = exact(values, like).requires_grad_()

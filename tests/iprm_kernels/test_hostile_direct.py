@@ -48,9 +48,11 @@ def test_no_call_ends_the_process(tmp_path: Path, count: int) -> None:
 @pytest.mark.parametrize("name", direct_calls.registered())
 def test_calls_without_a_fault_are_served(place: Place, name: str) -> None:
     """Every registered operator is in the fuzz, with valid arguments of its own."""
+    if name.startswith("iprm_cpp::") and place.device.type != "cpu":
+        pytest.skip("its kernels serve CPU tensors alone")
     for seed in range(20):
         draw = random.Random(seed)
-        memory = direct_calls.Memory(draw)
+        memory = direct_calls.Memory(draw, place.device)
         arguments = direct_calls.valid_arguments(name, memory, direct_calls.Sizes.drawn(draw))
         direct_calls.overload(name)(*arguments)
         memory.assert_guards()
@@ -67,14 +69,14 @@ def test_sizes_of_zero_return_what_the_reference_returns(
     for dtype, seed in itertools.product((torch.float32, torch.bfloat16), range(3)):
         of = direct_calls.Sizes(rows, columns, classes, 3, [0, 1, 2, 1], dtype)
         found = []
-        for backend in ("reference", fused.backend):
-            arguments = direct_calls.valid_arguments(name, direct_calls.Memory(random.Random(seed)), of)
+        for backend, device in (("reference", "cpu"), (fused.backend, fused.device)):
+            arguments = direct_calls.valid_arguments(name, direct_calls.Memory(random.Random(seed), device), of)
             with ik.use_backend(backend):
                 found.append((direct_calls.overload(name)(*arguments), arguments))
         wanted, value = (pytree.tree_leaves(results) for results in found)
         for tensor, like in zip(value, wanted, strict=True):
             if isinstance(tensor, torch.Tensor):
-                torch.testing.assert_close(tensor, like, equal_nan=True, rtol=2e-2, atol=1e-5)
+                torch.testing.assert_close(tensor.cpu(), like, equal_nan=True, rtol=2e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("pairs", [0, 2])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiers import default_parameters
-from triton_launches import TARGETS, Launch, empty, recording, spills
+from triton_launches import ALL_TARGETS, FURTHER_TARGETS, TARGETS, Launch, empty, recording, spills
 
 from iprm_kernels import kernels
 from iprm_kernels.convention import PROBE, REBALANCE, HeadBackwardInputs, HeadGradients, HeadInputs
@@ -81,21 +81,27 @@ EVERYDAY = ((F32, 65536, 1024, 31), (BF16, 65536, 1024, 31), (F16, 65536, 1024, 
             (F32, 8192, 4096, 130), (BF16, 8192, 4096, 1000), (F16, 512, 512, 1000), (F64, 8192, 512, 31))  # fmt: skip
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=str(case), marks=[] if case in EVERYDAY else [pytest.mark.grid]) for case in CASES]
-)
+#: And for a further target.
+FEW = ((BF16, 65536, 1024, 31), (F32, 64, 512, 6))
+
+
+def in_tiers(case: tuple, target: str) -> object:
+    everyday = case in (FEW if target in FURTHER_TARGETS else EVERYDAY)
+    return pytest.param(case, target, id=f"{case}-{target}", marks=[] if everyday else [pytest.mark.grid])
+
+
+@pytest.mark.parametrize(("case", "target"), [in_tiers(*both) for both in itertools.product(CASES, ALL_TARGETS)])
 def test_compiles_without_spills(
     case: tuple, target: str, launches: list[Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No spills to memory. AMD's compiler may spill scalar registers, of which these kernels need too many, to vector
     registers."""
-    monkeypatch.setattr(torch.version, "hip", "7" if target == "gfx942" else None)
+    monkeypatch.setattr(torch.version, "hip", "7" if target.startswith("gfx") else None)
     backward(forward(*case))
     assert launches
     seen = set()
     for launch in launches:
-        compiled = launch.compile(TARGETS[target])
+        compiled = launch.compile(ALL_TARGETS[target])
         if compiled.hash in seen:
             continue
         seen.add(compiled.hash)

@@ -21,8 +21,8 @@ GUARD_BYTE = 0x5A
 class Memory:
     """Makes tensors of random numbers, half of them amid memory that a call must leave alone."""
 
-    def __init__(self, draw: random.Random) -> None:
-        self.draw = draw
+    def __init__(self, draw: random.Random, device: torch.device | str = "cpu") -> None:
+        self.draw, self.device = draw, device
         self.generator = torch.Generator().manual_seed(draw.getrandbits(32))
         self.guards: list[Tensor] = []
 
@@ -30,8 +30,8 @@ class Memory:
         """An uninitialised tensor, as an operator's output is."""
         count = torch.Size(shape).numel()
         if self.draw.random() < 0.5:
-            return torch.full((count,), 0.0 if dtype.is_floating_point else 0, dtype=dtype).view(shape)
-        around = torch.empty(count + 2 * GUARD, dtype=dtype)
+            return torch.full((count,), 0.0 if dtype.is_floating_point else 0, dtype=dtype, device=self.device).view(shape)
+        around = torch.empty(count + 2 * GUARD, dtype=dtype, device=self.device)
         around.view(torch.uint8).fill_(GUARD_BYTE)
         self.guards += [around[:GUARD], around[-GUARD:]]
         return around[GUARD : GUARD + count].view(shape)

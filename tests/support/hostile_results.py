@@ -56,8 +56,8 @@ def refused_or_none(call: Callable[[], Any], *names: str) -> Any:
 
 
 def exact(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor's numbers as a plain contiguous tensor, of `dtype` if one is given."""
-    return tensor.detach().as_subclass(Tensor).resolve_neg().contiguous().clone().to(dtype or tensor.dtype)
+    """The tensor's numbers as a plain contiguous tensor on the CPU, of `dtype` if one is given."""
+    return tensor.detach().as_subclass(Tensor).resolve_neg().contiguous().clone().cpu().to(dtype or tensor.dtype)
 
 
 # geodesic

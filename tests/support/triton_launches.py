@@ -29,6 +29,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+#: Those of MI200, which the default tier compiles for a few cases only.
+FURTHER_TARGETS = {"gfx90a": GPUTarget("hip", "gfx90a", 64)}
+ALL_TARGETS = TARGETS | FURTHER_TARGETS
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -48,7 +51,7 @@ class Launch:
 
     def compile(self, target: GPUTarget) -> CompiledKernel:
         """Specialises arguments as a launch does: None and 1 are constants, multiples of 16 (and aligned pointers) are
-        marked."""
+        marked. test_triton_launches.py compares the result with that of a launch."""
         signature, constants, attributes = {}, {}, {}
 
         def described(value: Any, path: tuple[int, ...], specialize: bool) -> Any:
@@ -56,15 +59,18 @@ class Launch:
                 return tuple(described(element, (*path, k), specialize) for k, element in enumerate(value))
             if value is None or (isinstance(value, int) and value == 1 and specialize):
                 constants[path] = value
+                if len(path) == 1:  # as Triton's JIT, whose keys this compilation shares
+                    attributes[path] = []
                 return "constexpr"
-            if specialize and (isinstance(value, torch.Tensor) or value % 16 == 0):
-                attributes[path] = [["tt.divisibility", 16]]
+            if specialize:
+                aligned = value.data_ptr() % 16 == 0 if isinstance(value, torch.Tensor) else value % 16 == 0
+                attributes[path] = [["tt.divisibility", 16]] if aligned else []
             return mangle_type(value)
 
         for index, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
             if parameter.is_constexpr:
-                signature[parameter.name], constants[(index,)] = "constexpr", value
+                signature[parameter.name], constants[(index,)], attributes[(index,)] = "constexpr", value, []
             else:
                 signature[parameter.name] = described(value, (index,), not parameter.do_not_specialize)
         source = ASTSource(self.kernel, signature, constants, attributes)
