@@ -9,6 +9,7 @@ from collections.abc import Iterator
 # of pytest-xdist: on two busy cores a test of 400 small steps on two threads took 31.7 s, and 2.1 s with this setting.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import gpu_arithmetic
 import hypothesis
 import places
 import poison
@@ -18,6 +19,9 @@ import torch
 from places import INTERPRETED, Place
 
 import iprm_kernels as ik
+
+if INTERPRETED:
+    gpu_arithmetic.fuse_multiply_add()
 
 # Inductor's graph caches do not depend on this package's version, so tests could run code from before a change.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"

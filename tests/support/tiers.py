@@ -19,6 +19,10 @@ ROOT = Path(__file__).parents[2]
 SLOW_INTERPRETED = ("test_follows_the_algorithm_as_released_for_200_steps", "test_repeats_bitwise")
 
 
+#: A module whose few cases all run in the default tier.
+WHOLE_INTERPRETED = "test_triton_approximate"
+
+
 def thin_interpreted(items: Sequence[pytest.Item]) -> None:
     """Marks items for the Triton interpreter, which takes tens of milliseconds per program.
 
@@ -27,7 +31,7 @@ def thin_interpreted(items: Sequence[pytest.Item]) -> None:
     """
     cases: dict[tuple[object, ...], list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if not isinstance(item, pytest.Function):
+        if not isinstance(item, pytest.Function) or item.path.stem == WHOLE_INTERPRETED:
             continue
         if item.originalname in SLOW_INTERPRETED:
             item.add_marker(pytest.mark.slow)
