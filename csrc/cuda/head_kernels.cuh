@@ -295,6 +295,12 @@ __device__ __forceinline__ MixCoefficients<S, S> mixture_of(const Head<T>& head,
   return MixCoefficients<S, S>(weight, x_norm[row], y_norm[row], c[row], S(kEps));
 }
 
+// Zeros from element `end` of the state up to the next field, a multiple of 4 elements from its start.
+template <class S>
+__device__ __forceinline__ void clear_gap(S* field, int64_t end) {
+  if (threadIdx.x < unsigned(-end & 3)) field[end + threadIdx.x] = 0;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(const __grid_constant__ Forward<T> args) {
   using S = typename Arithmetic<T>::Type;
@@ -307,6 +313,13 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(const __grid_
 
   double kl[kParts] = {};
   if (args.probe) {
+    if (blockIdx.x == 0) {
+      const int64_t matrix = head.rows * head.classes;
+      clear_gap(head.stats, 3 * head.rows);
+      clear_gap(head.projected[0], 2 * matrix);
+      if (args.logits[0])
+        for (int side = 0; side < 2; ++side) clear_gap(head.own[side], matrix);
+    }
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       const int64_t first = tile * kRows;
       const int count = head.rows - first < kRows ? int(head.rows - first) : kRows;

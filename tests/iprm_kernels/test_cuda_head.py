@@ -26,7 +26,7 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 import iprm_kernels.head_step
 from iprm_kernels.backends import kernels
-from iprm_kernels.convention import PROBE, REBALANCE, HeadInputs, HeadOutputs
+from iprm_kernels.convention import PROBE, REBALANCE, HeadInputs, HeadOutputs, HeadState
 
 if INTERPRETED:
     pytest.skip("TRITON_INTERPRET is set: only Triton's kernels are tested", allow_module_level=True)
@@ -130,6 +130,16 @@ def test_sizes_of_zero_return_what_the_reference_returns(
         wanted = direct_calls.overload(name)(*arguments)
     for value, like in zip(found, wanted, strict=True):
         torch.testing.assert_close(value, like, equal_nan=True)
+
+
+@needs_emulator
+def test_the_gaps_of_the_state_are_zeros(on_host: cuda_on_host.Emulated) -> None:
+    name = "iprm::linear_probe_rebalance"
+    of = direct_calls.Sizes(5, 7, 3, 2, [0, 1], torch.bfloat16)
+    *_, state = direct_calls.overload(name)(*direct_calls.valid_arguments(name, direct_calls.Memory(random.Random(0)), of))
+    gaps = HeadState.gaps(state, [torch.empty(5, 3, dtype=torch.bfloat16)] * 2, 1)
+    assert [len(gap) for gap in gaps] == [1, 2, 1, 1]
+    assert not torch.cat(gaps).any()
 
 
 @needs_emulator

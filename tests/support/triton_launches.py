@@ -35,6 +35,11 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def aligned(tensor: torch.Tensor) -> bool:
+    """Whether the address is a multiple of 16 bytes, on a device whose allocations are."""
+    return tensor.storage_offset() * tensor.element_size() % 16 == 0
+
+
 @dataclass
 class Launch:
     kernel: JITFunction
@@ -46,9 +51,9 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
-    def compile(self, target: GPUTarget) -> CompiledKernel:
-        """Specialises arguments as a launch does: None and 1 are constants, multiples of 16 (and aligned pointers) are
-        marked."""
+    def source(self) -> ASTSource:
+        """The kernel and its arguments, specialised as a launch does it: None and 1 are constants, multiples of 16 and aligned
+        pointers are marked."""
         signature, constants, attributes = {}, {}, {}
 
         def described(value: Any, path: tuple[int, ...], specialize: bool) -> Any:
@@ -57,7 +62,7 @@ class Launch:
             if value is None or (isinstance(value, int) and value == 1 and specialize):
                 constants[path] = value
                 return "constexpr"
-            if specialize and (isinstance(value, torch.Tensor) or value % 16 == 0):
+            if specialize and (aligned(value) if isinstance(value, torch.Tensor) else value % 16 == 0):
                 attributes[path] = [["tt.divisibility", 16]]
             return mangle_type(value)
 
@@ -67,8 +72,15 @@ class Launch:
                 signature[parameter.name], constants[(index,)] = "constexpr", value
             else:
                 signature[parameter.name] = described(value, (index,), not parameter.do_not_specialize)
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=self.options)
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+    @property
+    def variant(self) -> str:
+        """What a launch looks its compiled kernel up by: equal for launches that share one."""
+        return f"{self.source().hash()} {sorted(self.options.items())}"
+
+    def compile(self, target: GPUTarget) -> CompiledKernel:
+        return triton.compile(self.source(), target=target, options=self.options)
 
 
 def recording(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
