@@ -125,9 +125,10 @@ class HeadState(NamedTuple):
     @staticmethod
     def gaps(state: Tensor, unimodal: Sequence[Tensor], pairs: int) -> list[Tensor]:
         """What lies between the fields, up to STATE_ALIGNMENT - 1 elements each."""
-        of = HeadState.views(state, unimodal, pairs)
-        fields = [of.stats, of.projected, *(of.unimodal if unimodal[0].dtype != state.dtype else ())]
-        ends = [field.storage_offset() + field.numel() for field in fields]
+        (batch, classes), narrow = unimodal[0].shape, unimodal[0].dtype != state.dtype
+        projected, own, counted, step = HeadState.offsets(batch, classes, len(unimodal), pairs, narrow)
+        ends = [3 * pairs * batch, projected + 2 * pairs * batch * classes]
+        ends += [first + batch * classes for first in range(own, counted, max(1, step))]
         return [state[end : _aligned(end)] for end in ends if end % STATE_ALIGNMENT]
 
     @staticmethod
