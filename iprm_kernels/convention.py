@@ -124,8 +124,10 @@ class HeadState(NamedTuple):
 
     @staticmethod
     def gaps(state: Tensor, unimodal: Sequence[Tensor], pairs: int) -> list[Tensor]:
-        """What lies between the fields, up to STATE_ALIGNMENT - 1 elements each."""
+        """What lies between the fields, up to STATE_ALIGNMENT - 1 elements each; nothing if that divides the batch."""
         (batch, classes), narrow = unimodal[0].shape, unimodal[0].dtype != state.dtype
+        if batch % STATE_ALIGNMENT == 0:
+            return []
         projected, own, counted, step = HeadState.offsets(batch, classes, len(unimodal), pairs, narrow)
         ends = [3 * pairs * batch, projected + 2 * pairs * batch * classes]
         ends += [first + batch * classes for first in range(own, counted, max(1, step))]

@@ -8,13 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import convention
 from .divergence import row_kl
 from .geodesic import sum_length
 from .row_math import NEAR_ANTIPODE, cosine, divisor, saved_cosine, slerp, softmax_parts, square_root
 from .tiling import block_rows, load_block, store_block, sum_of_parts
-
-STATE_ALIGNMENT = tl.constexpr(convention.STATE_ALIGNMENT)
 
 
 @triton.jit
@@ -138,14 +135,6 @@ def cross_entropy(b, o_cols, m_cols, n_cols, r_target, counted, r_poison, SMOOTH
     return tl.where(counted, r_loss * r_poison, 0.0)
 
 
-@triton.jit
-def clear_gap(p, end):
-    """Zeros from element `end` of the state up to the next field."""
-    o = end + tl.arange(0, STATE_ALIGNMENT)
-    zeros = tl.zeros((STATE_ALIGNMENT,), p.dtype.element_ty)
-    tl.store(p + o, zeros, mask=o < tl.cdiv(end, STATE_ALIGNMENT) * STATE_ALIGNMENT)
-
-
 @triton.jit(do_not_specialize=["n_rows"])
 def head_probe_kernel(
     p_features,  # M of (B, D)
@@ -238,13 +227,6 @@ def head_probe_kernel(
         r_kl = r_next
     for column in tl.static_range(2 * P):
         tl.store(p_kl_parts + 2 * P * tl.program_id(0) + column, tl.sum(r_kl[column], axis=0))
-    if tl.program_id(0) == 0:
-        matrix = n_rows.to(tl.int64) * n_classes
-        clear_gap(p_stats, 3 * P * n_rows.to(tl.int64))
-        clear_gap(p_projected, 2 * P * matrix)
-        if len(p_logits) > 0:
-            for m in tl.static_range(MODALITIES):
-                clear_gap(p_unimodal[m], matrix)
 
 
 @triton.jit
