@@ -10,8 +10,8 @@ IPRM_KERNELS_BUILD decides what is built, never whether the build machine happen
 IPRM_KERNELS_SANITIZE=1 compiles the C++ with AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize` alone: slow,
 and loaded only by a process that has preloaded the libraries of both. build_info()["flags"] says so.
 
-CUDA architectures are those of TORCH_CUDA_ARCH_LIST. The extension keeps to LibTorch's stable ABI from torch 2.10 on, so that
-the torch it is compiled against need not be the torch it runs with.
+CUDA architectures are those of TORCH_CUDA_ARCH_LIST, and the toolkit is CUDA_HOME, else that of the nvcc on PATH. The extension
+keeps to LibTorch's stable ABI from torch 2.10 on, so that the torch it is compiled against need not be the torch it runs with.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -118,6 +120,21 @@ def cuda_sources() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
+def toolkit() -> str | None:
+    """The CUDA toolkit, None where torch is to find it.
+
+    torch takes the folder above the nvcc on PATH. Where that nvcc is a script that runs the nvcc of a toolkit elsewhere, this
+    folder has no libcudart. nvcc itself prints its toolkit as TOP.
+    """
+    if given := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return given
+    if (nvcc := shutil.which("nvcc")) is None:
+        return None
+    printed = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", printed, re.MULTILINE)
+    return os.path.realpath(found[1].strip()) if found else None
+
+
 def cuda_obstacle() -> str:
     """All that stands in the way of the CUDA kernels; empty if nothing does."""
     import torch
@@ -186,6 +203,8 @@ def extensions() -> dict:
         return {} if found else {"setup_requires": [f"torch>={TORCH_FLOOR}"]}
     if not found:
         raise SystemExit(f"the C++ kernels need torch >= {TORCH_FLOOR} to build: install it, or set IPRM_KERNELS_BUILD=none")
+    if choice != "cpu" and (home := toolkit()):
+        os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension is imported, which reads it then
     kind = choice or ("cpu" if cuda_obstacle() else "cuda")
     if kind == "cuda" and (obstacle := cuda_obstacle()):
         raise SystemExit(f"IPRM_KERNELS_BUILD=cuda: {obstacle}")

@@ -70,9 +70,9 @@ PYBIND11_MODULE(_C, module) {
       "head_layout",
       [](int64_t rows, int64_t classes, int64_t modalities, int64_t pairs, bool narrow) {
         const iprm::HeadLayout at(rows, classes, modalities, pairs, narrow);
-        return pybind11::make_tuple(at.projected, at.unimodal, at.counted, at.size);
+        return pybind11::make_tuple(at.projected, at.unimodal, at.counted, at.step);
       },
-      "Offsets of HeadState's fields in elements, and its size.");
+      "HeadState.offsets of iprm_kernels/convention.py.");
   module.def(
       "build_info",
       [] {

@@ -34,6 +34,9 @@ SERIES_TERMS = {torch.float32: 10, torch.float64: 20}
 EXCESS_SERIES_BELOW = 0.5
 EXCESS_SERIES_TERMS = {torch.float32: 9, torch.float64: 15}
 
+#: 16 bytes of float32, the widest load of a GPU. Triton compiles a kernel anew for each combination of unaligned addresses.
+STATE_ALIGNMENT = 4
+
 #: The reductions of `batch_kl`; the C++ kernels take the index.
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -93,7 +96,11 @@ class HeadGradients(NamedTuple):
 
 
 class HeadState(NamedTuple):
-    """What a head step saves for its backward pass, as views of one tensor; csrc/host/head_step.h has the same layout."""
+    """What a head step saves for its backward pass, as views of one tensor; csrc/host/head_step.h has the same layout.
+
+    Every field, and every matrix of `unimodal`, starts at a multiple of STATE_ALIGNMENT elements, for any batch. The elements
+    in between, `gaps`, are zeros.
+    """
 
     stats: Tensor  #: (P, 3, B) holding ‖x‖, ‖y‖, c (see SAVED_BELOW) of each pair
     projected: Tensor  #: (P, 2, B, C) A = X W_mᵀ and V = Y W_mᵀ
@@ -101,9 +108,30 @@ class HeadState(NamedTuple):
     counted: Tensor  #: () number of rows that the losses average over
 
     @staticmethod
+    def offsets(batch: int, classes: int, modalities: int, pairs: int, narrow: bool) -> tuple[int, int, int, int]:
+        """Where `projected`, `unimodal` and `counted` start, and the number of elements from one of `unimodal` to the next.
+
+        narrow: the logits are returned in a type narrower than the arithmetic type.
+        """
+        projected = _aligned(3 * pairs * batch)
+        unimodal, step = projected + _aligned(2 * pairs * batch * classes), _aligned(batch * classes)
+        return projected, unimodal, unimodal + (modalities * step if narrow else 0), step
+
+    @staticmethod
     def size(batch: int, classes: int, modalities: int, pairs: int, narrow: bool) -> int:
-        """Number of elements. narrow: the logits are returned in a type narrower than the arithmetic type."""
-        return batch * (3 * pairs + (2 * pairs + (modalities if narrow else 0)) * classes) + 1
+        """Number of elements."""
+        return HeadState.offsets(batch, classes, modalities, pairs, narrow)[2] + 1
+
+    @staticmethod
+    def gaps(state: Tensor, unimodal: Sequence[Tensor], pairs: int) -> list[Tensor]:
+        """What lies between the fields, up to STATE_ALIGNMENT - 1 elements each; nothing if that divides the batch."""
+        (batch, classes), narrow = unimodal[0].shape, unimodal[0].dtype != state.dtype
+        if batch % STATE_ALIGNMENT == 0:
+            return []
+        projected, own, counted, step = HeadState.offsets(batch, classes, len(unimodal), pairs, narrow)
+        ends = [3 * pairs * batch, projected + 2 * pairs * batch * classes]
+        ends += [first + batch * classes for first in range(own, counted, max(1, step))]
+        return [state[end : _aligned(end)] for end in ends if end % STATE_ALIGNMENT]
 
     @staticmethod
     def counted_of(state: Tensor) -> Tensor:
@@ -114,14 +142,19 @@ class HeadState(NamedTuple):
     def views(state: Tensor, unimodal: Sequence[Tensor], pairs: int) -> HeadState:
         """All fields. unimodal: M of (B, C) returned logits"""
         modalities, (batch, classes) = len(unimodal), unimodal[0].shape
-        projected, wide = 3 * pairs * batch, (3 + 2 * classes) * pairs * batch
-        narrow = unimodal[0].dtype != state.dtype
+        narrow, matrix = unimodal[0].dtype != state.dtype, batch * classes
+        projected, own, _, step = HeadState.offsets(batch, classes, modalities, pairs, narrow)
+        firsts = [own + m * step for m in range(modalities)]
         return HeadState(
-            state[:projected].view(pairs, 3, batch),
-            state[projected:wide].view(pairs, 2, batch, classes),
-            tuple(state[wide:-1].view(modalities, batch, classes)) if narrow else tuple(unimodal),
+            state[: 3 * pairs * batch].view(pairs, 3, batch),
+            state[projected : projected + 2 * pairs * matrix].view(pairs, 2, batch, classes),
+            tuple(state[first : first + matrix].view(batch, classes) for first in firsts) if narrow else tuple(unimodal),
             HeadState.counted_of(state),
         )
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // STATE_ALIGNMENT) * STATE_ALIGNMENT
 
 
 def pairs_of(flat: Sequence[int]) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -220,6 +222,51 @@ def test_what_cannot_be_built_is_refused(source: Path, build: Build, choice: str
     result = build("wheel", source, choice, CXX=compiler)
     assert result.returncode != 0
     assert re.search(message, result.stdout), result.stdout[-4000:]
+
+
+@pytest.fixture
+def toolkit(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str | None]:
+    """The function of setup.py, which is read without setting anything up."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))["toolkit"]
+
+
+def test_the_toolkit_of_an_nvcc_that_is_a_script(
+    toolkit: Callable[[], str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As containers have it: the nvcc on PATH runs that of a toolkit elsewhere, here one that prints what --dryrun prints."""
+    real, wrapper = tmp_path / "toolkit" / "bin" / "nvcc", tmp_path / "bin" / "nvcc"
+    scripts = {
+        real: f"echo '#$ _HERE_={real.parent}' >&2; echo '#$ TOP={real.parent}/..' >&2; echo '#$ LIBRARIES=-Lx' >&2",
+        wrapper: f'exec {real} "$@"',
+    }
+    for path, script in scripts.items():
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(wrapper.parent))
+    assert toolkit() == str(tmp_path / "toolkit")
+    monkeypatch.setenv("CUDA_HOME", "/given")
+    assert toolkit() == "/given"
+
+
+def test_no_toolkit_from_an_nvcc_that_names_none(
+    toolkit: Callable[[], str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert toolkit() is None
+    (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    assert toolkit() is None
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+def test_the_toolkit_here_has_the_runtime_library_to_link(toolkit: Callable[[], str | None]) -> None:
+    home = toolkit()
+    assert home is not None
+    assert list(Path(home).glob("lib64/libcudart.so*"))
 
 
 def test_an_unknown_choice_of_sanitizers_is_refused(source: Path, build: Build) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from tiers import SLOW_INTERPRETED, collected
+from tiers import SLOW_INTERPRETED, collected, interpreter_obstacle
 
 
 def test_the_default_tier_interprets_every_test_of_the_triton_kernels_in_every_type() -> None:
@@ -19,6 +19,14 @@ def test_the_default_tier_interprets_every_test_of_the_triton_kernels_in_every_t
     default, whole = covered(), covered("-m", "")
     assert {node.rpartition("::")[2] for node, _ in whole - default} <= set(SLOW_INTERPRETED)
     assert len(default) > 100
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.6.0", "2.4.6", True), ("3.6.0", "2.5.2", False), ("3.7.1", "2.5.2", True), ("3.10.0", "2.10.0", True)],
+)
+def test_the_interpreter_is_skipped_where_numpy_is_too_new_for_it(triton: str, numpy: str, works: bool) -> None:
+    assert (interpreter_obstacle(triton, numpy) == "") == works
 
 
 @pytest.mark.slow

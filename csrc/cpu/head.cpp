@@ -184,6 +184,7 @@ void head_forward(
     if (parts & kProbe) {
       HeadProbeArgs args{step, probe_weight.const_data_ptr(), {}, row_values.get()};
       if (kNarrow) args.logits.assign(written.begin() + mixtures, written.end());
+      of.clear_gaps();
       const auto kernel = IPRM_BEST(head_probe_rows<T>);
       const int64_t products = (step.modalities() + 2 * mixtures) * classes * columns;
       parallel(rows, products, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

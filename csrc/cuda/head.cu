@@ -7,18 +7,16 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <vector>
 
 #include "../host/head_step.h"
 #include "head_kernels.cuh"
+#include "launch_limits.h"
 
 namespace iprm::device {
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
-}
 
 cudaStream_t stream_of(const Tensor& tensor) {
   void* stream = nullptr;
@@ -31,11 +29,12 @@ void dispatch_type(ScalarType dtype, const Work& work) {
   iprm::dispatch_type<__nv_bfloat16, __half>(dtype, work);
 }
 
-// Returns pointers to contiguous tensors, and keeps copies of all others alive until the launch.
+// Returns pointers to contiguous tensors, and keeps contiguous copies of all others until the launch.
 class Contiguous {
  public:
   template <class T>
   const T* operator()(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return static_cast<const T*>(tensor.const_data_ptr());  // without a dispatch, about 1 us
     kept_.push_back(torch::stable::contiguous(tensor));
     return static_cast<const T*>(kept_.back().const_data_ptr());
   }
@@ -86,15 +85,20 @@ Head<T> head_of(
   return head;
 }
 
-// A kernel must request dynamic shared memory above 48 KiB explicitly.
+// Uninitialised memory, which tests fill with NaN: see IPRM_KERNELS_POISON in tests/conftest.py.
+Tensor scratch_like(const Tensor& tensor, int64_t elements, ScalarType dtype) {
+  static const bool poisoned = std::getenv("IPRM_KERNELS_POISON") != nullptr;
+  Tensor made = torch::stable::new_empty(tensor, {elements}, dtype);
+  if (poisoned) torch::stable::fill_(made, std::numeric_limits<double>::quiet_NaN());
+  return made;
+}
+
+// How many blocks of a kernel run at once; refuses more classes than shared memory holds.
 template <class Kernel>
-void allow_shared(Kernel kernel, int64_t bytes, int device, int64_t classes, int64_t needed_later = 0) {
-  int most = 0;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-  // also refuses a forward pass whose backward pass would not fit
-  STD_TORCH_CHECK(std::max(bytes, needed_later) <= most, "the cuda backend does not support ", classes, " classes: use_backend(\"triton\") does");
-  if (bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "shared memory");
+int64_t blocks_at_once(Kernel kernel, int64_t shared, int device, int64_t classes) {
+  const int64_t blocks = resident_blocks(reinterpret_cast<const void*>(kernel), kThreads, shared, device);
+  STD_TORCH_CHECK(blocks > 0, "the cuda backend does not support ", classes, " classes: use_backend(\"triton\") does");
+  return blocks;
 }
 
 // The blocks of a launch, of which a GPU takes 2^31 - 1.
@@ -148,12 +152,11 @@ void head_forward(
 
     const auto kernel = head_forward_kernel<T>;
     const int64_t shared = forward_shared<T>(args.head.classes);
-    allow_shared(kernel, shared, device, args.head.classes, features_shared<T>(args.head.classes));
-    int multiprocessors = 0, resident = 0;  // all blocks of a cooperative launch run at once
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared), "occupancy");
-    const int64_t blocks = std::clamp<int64_t>(tiles_of(args.head.rows), 1, int64_t(multiprocessors) * resident);
-    const Tensor sums = torch::stable::new_empty(state, {blocks * (kParts + kLossParts)}, ScalarType::Double);
+    const int64_t classes = args.head.classes;
+    blocks_at_once(head_backward_features_kernel<T>, features_shared<T>(classes), device, classes);  // or no backward pass follows
+    const int64_t most = blocks_at_once(kernel, shared, device, classes);  // all blocks of a cooperative launch run at once
+    const int64_t blocks = std::clamp<int64_t>(tiles_of(args.head.rows), 1, most);
+    const Tensor sums = scratch_like(state, blocks * (kParts + kLossParts), ScalarType::Double);
     args.kl_parts = out<double>(sums);
     args.loss_parts = args.kl_parts + blocks * kParts;
     void* parameters[] = {&args};
@@ -197,21 +200,22 @@ void head_backward(
     args.grad_loss = input.operator()<S>(grad_loss);
     args.grad_losses = input.operator()<S>(grad_losses);
     args.strength = static_cast<const S*>(strength.const_data_ptr());
-    const Tensor scratch = torch::stable::new_empty(state, {3 * rows * classes + 2 * rows}, state.scalar_type());
+    const Tensor scratch = scratch_like(state, backward_scratch<T>(rows, classes), state.scalar_type());
+    T* const differences = reinterpret_cast<T*>(out<S>(scratch) + 2 * rows);
     for (int i = 0; i < 3; ++i) {
       args.upstream[i] = input.operator()<T>(grad_logits[i]);
-      args.gradients[i] = out<S>(scratch) + i * rows * classes;
+      args.differences[i] = differences + i * rows * classes;
       args.grad_weight[i] = out<T>(grad_weights[i]);
       args.grad_bias[i] = out<T>(grad_biases[i]);
     }
-    for (int side = 0; side < 2; ++side) args.z_from[side] = out<S>(scratch) + 3 * rows * classes + side * rows;
+    for (int side = 0; side < 2; ++side) args.z_from[side] = out<S>(scratch) + side * rows;
     args.grad_x = out<T>(grad_features[0]);
     args.grad_y = out<T>(grad_features[1]);
 
     if (rows > 0) {
       const auto kernel = head_backward_features_kernel<T>;
       const int64_t shared = features_shared<T>(classes);
-      allow_shared(kernel, shared, device, classes);
+      blocks_at_once(kernel, shared, device, classes);
       kernel<<<grid_of(tiles_of(rows)), kThreads, shared, stream_of(x)>>>(args);
       check(cudaGetLastError(), "head_backward");
     }

@@ -90,7 +90,8 @@ struct Backward {
   Head<T> head;
   const S *grad_loss, *grad_losses, *strength;   // (), (3,), either or both null; (2,)
   const T* upstream[3];                          // (B, C) upstream gradients of the logits of the mixture, x, y, or null
-  S *gradients[3], *z_from[2];                   // (B, C) dZ, dU_x, dU_y; (B,) factors of x and y in the mixture
+  T* differences[3];                             // (B, C) P - wanted of the mixture, x, y: see logit_gradient
+  S* z_from[2];                                  // (B,) factors of x and y in the mixture
   T *grad_x, *grad_y;                            // (B, D) or null
   T *grad_weight[3], *grad_bias[3];              // shaped like the heads, or null
 };
@@ -295,6 +296,12 @@ __device__ __forceinline__ MixCoefficients<S, S> mixture_of(const Head<T>& head,
   return MixCoefficients<S, S>(weight, x_norm[row], y_norm[row], c[row], S(kEps));
 }
 
+// Zeros from element `end` of the state up to the next field, a multiple of 4 elements from its start.
+template <class S>
+__device__ __forceinline__ void clear_gap(S* field, int64_t end) {
+  if (threadIdx.x < unsigned(-end & 3)) field[end + threadIdx.x] = 0;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(const __grid_constant__ Forward<T> args) {
   using S = typename Arithmetic<T>::Type;
@@ -307,6 +314,13 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(const __grid_
 
   double kl[kParts] = {};
   if (args.probe) {
+    if (blockIdx.x == 0) {
+      const int64_t matrix = head.rows * head.classes;
+      clear_gap(head.stats, 3 * head.rows);
+      clear_gap(head.projected[0], 2 * matrix);
+      if (args.logits[0])
+        for (int side = 0; side < 2; ++side) clear_gap(head.own[side], matrix);
+    }
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       const int64_t first = tile * kRows;
       const int count = head.rows - first < kRows ? int(head.rows - first) : kRows;
@@ -373,20 +387,29 @@ __global__ void __launch_bounds__(kThreads, 2) head_forward_kernel(const __grid_
   }
 }
 
-// scale (P - (1 - smoothing) onehot - smoothing / C) + the upstream gradient of the logits, for one row, stored in memory and
-// in `kept`
+// The gradient of the mean cross entropies, by which the differences P - wanted of the head `which` are multiplied
+template <class T, class S = typename Arithmetic<T>::Type>
+__device__ __forceinline__ S loss_scale(const Backward<T>& args, int which) {
+  const S of_losses = args.grad_losses ? args.grad_losses[which] : S(0);
+  return ((args.grad_loss ? *args.grad_loss : S(0)) + of_losses) / *args.head.counted;
+}
+
+// scale (P - (1 - smoothing) onehot - smoothing / C) + the upstream gradient of the logits, for one row, stored in `kept`.
+// `differences` stores P - wanted in the type of the features: between -1 and 1 it is above the least numbers of 16 bits, which
+// the gradient of a mean over a large batch may be below.
 template <class T, class S>
 __device__ __forceinline__ void logit_gradient(
-    const Head<T>& head, int64_t row, const S* logits, const Label& label, S scale, const T* upstream, S* out, S* kept) {
+    const Head<T>& head, int64_t row, const S* logits, const Label& label, S scale, const T* upstream, T* differences, S* kept) {
   const int64_t classes = head.classes;
   const S smoothing = S(head.label_smoothing);
   const Softmax<S> of = softmax_of<S>(classes, [&](int64_t k) { return logits[k]; });
-  if (label.wrong) scale = S(__builtin_nanf(""));
   for (int64_t k = threadIdx.x % kWarp; k < classes; k += kWarp) {
     const S wanted = (k == label.index ? S(1) - smoothing : S(0)) + smoothing / S(classes);
-    S value = label.counted ? scale * (exponential(logits[k] - of.top) / of.sum - wanted) : S(0);
+    const S difference = label.wrong ? S(__builtin_nanf("")) : exponential(logits[k] - of.top) / of.sum - wanted;
+    S value = label.counted ? scale * difference : S(0);
     if (upstream) value += S(upstream[row * classes + k]);
-    out[row * classes + k] = kept[k] = value;
+    differences[row * classes + k] = T(difference);
+    kept[k] = value;
   }
   __syncwarp();
 }
@@ -411,8 +434,8 @@ __global__ void __launch_bounds__(kThreads, 2) head_backward_features_kernel(con
     const Label label(head.target[row * head.target_stride], classes, head.ignore_index);
     const S* logits[3] = {z, head.own[0] + row * classes, head.own[1] + row * classes};
     IPRM_UNROLL for (int i = 0; i < 3; ++i) {
-      const S scale = ((args.grad_loss ? *args.grad_loss : S(0)) + (args.grad_losses ? args.grad_losses[i] : S(0))) / *head.counted;
-      logit_gradient<T, S>(head, row, logits[i], label, scale, args.upstream[i], args.gradients[i],
+      logit_gradient<T, S>(
+          head, row, logits[i], label, loss_scale(args, i), args.upstream[i], args.differences[i],
           kept + (i * kRows + warp) * classes);
     }
     S g_x = 0, g_y = 0;
@@ -475,8 +498,11 @@ __global__ void __launch_bounds__(kThreads) head_backward_heads_kernel(const __g
   const int64_t d = panel * kWarp + lane, k0 = group * kHeadClasses;
   const bool has_bias = panel == 0 && args.grad_bias[which];
   if (!args.grad_weight[which] && !has_bias) return;
+  const S scale = loss_scale(args, which);
+  const T *differences = args.differences[which], *upstream = args.upstream[which];
   S sums[kHeadClasses] = {}, bias_sums[kHeadClasses] = {};
   for (int64_t row = warp; row < head.rows; row += kWarps) {
+    const bool counted = head.target[row * head.target_stride] != head.ignore_index;
     S feature = 0;
     if (d < head.columns) {
       if (which != 2) feature = S(head.x(row, d));
@@ -484,7 +510,9 @@ __global__ void __launch_bounds__(kThreads) head_backward_heads_kernel(const __g
       if (which == 0) feature = args.z_from[0][row] * feature + args.z_from[1][row] * S(head.y(row, d));
     }
     IPRM_UNROLL for (int q = 0; q < kHeadClasses; ++q) {
-      const S g = k0 + q < classes ? args.gradients[which][row * classes + k0 + q] : S(0);
+      const int64_t at = row * classes + k0 + q;
+      S g = k0 + q < classes && counted ? scale * S(differences[at]) : S(0);
+      if (k0 + q < classes && upstream) g += S(upstream[at]);
       sums[q] += g * feature;
       bias_sums[q] += g;
     }
@@ -517,6 +545,12 @@ int64_t features_shared(int64_t classes) {
 template <class T>
 int64_t heads_shared() {
   return kWarps * kHeadClasses * kWarp * sizeof(typename Arithmetic<T>::Type) + 16;
+}
+// Elements of the arithmetic type that a backward pass needs for z_from and then for `differences`.
+template <class T>
+int64_t backward_scratch(int64_t rows, int64_t classes) {
+  constexpr int64_t kSize = sizeof(typename Arithmetic<T>::Type);
+  return 2 * rows + (3 * rows * classes * int64_t(sizeof(T)) + kSize - 1) / kSize;
 }
 inline int64_t tiles_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 inline int64_t head_blocks(int64_t columns, int64_t classes) {

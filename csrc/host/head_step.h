@@ -1,6 +1,8 @@
 // The host code of the linear head step that devices share: argument checks and the layout of the saved state.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <vector>
 
 #include "checks.h"
@@ -29,21 +31,24 @@ inline std::vector<Pair> pairs_of(const std::vector<int64_t>& flat, int64_t moda
 // The layout of the tensor that a step saves for its backward pass, as offsets in elements; HeadState in iprm_kernels/convention.py
 // has the same layout, and tests/iprm_kernels/test_convention.py compares the two. For P pairs and M modalities: ||x||, ||y||, c
 // (P, 3, B) at 0; projections of x and y on the head of their mixture (P, 2, B, C); if the returned logits are narrower than the
-// arithmetic type, the unimodal logits (M, B, C) in the arithmetic type; and the number of rows that count in the losses.
+// arithmetic type, M unimodal logits (B, C) in the arithmetic type, `step` elements apart; and the number of rows that count in the
+// losses. Every offset is a multiple of 4 elements, so that all are aligned to 16 bytes for any batch; the gaps are zeros.
 struct HeadLayout {
-  int64_t projected, unimodal, counted, size;
+  int64_t projected, unimodal, counted, step, size;
 
   HeadLayout(int64_t rows, int64_t classes, int64_t modalities, int64_t pairs, bool narrow) {
-    const int64_t matrix = times(rows, classes), both = times(2, pairs);
-    projected = times(rows, plus(pairs, both));
-    unimodal = plus(projected, times(both, matrix));
-    counted = plus(unimodal, narrow ? times(modalities, matrix) : 0);
+    const int64_t matrix = times(rows, classes);
+    step = aligned(matrix);
+    projected = aligned(times(rows, times(3, pairs)));
+    unimodal = plus(projected, aligned(times(times(2, pairs), matrix)));
+    counted = plus(unimodal, narrow ? times(modalities, step) : 0);
     size = plus(counted, 1);
   }
 
  private:
   static int64_t times(int64_t a, int64_t b) { return product(a, b, "state"); }
   static int64_t plus(int64_t a, int64_t b) { return sum(a, b, "state"); }
+  static int64_t aligned(int64_t elements) { return plus(elements, 3) / 4 * 4; }
 };
 
 // The same layout as pointers into the tensor.
@@ -53,16 +58,31 @@ struct HeadState {
   std::vector<S*> own;  // M of (B, C)
 
   // unimodal: M of (B, C) returned logits
-  HeadState(const Tensor& state, const Tensor* unimodal, int64_t modalities, int64_t pairs) {
-    const int64_t rows = unimodal->size(0), classes = unimodal->size(1);
-    const bool narrow = unimodal->scalar_type() != state.scalar_type();
-    const HeadLayout at(rows, classes, modalities, pairs, narrow);
+  HeadState(const Tensor& state, const Tensor* unimodal, int64_t modalities, int64_t pairs)
+      : narrow(unimodal->scalar_type() != state.scalar_type()),
+        at(unimodal->size(0), unimodal->size(1), modalities, pairs, narrow),
+        matrix(unimodal->size(0) * unimodal->size(1)) {
     stats = static_cast<S*>(state.mutable_data_ptr());
     projected = stats + at.projected;
     counted = stats + at.counted;
     for (int64_t m = 0; m < modalities; ++m)
-      own.push_back(narrow ? stats + at.unimodal + m * rows * classes : static_cast<S*>(unimodal[m].mutable_data_ptr()));
+      own.push_back(narrow ? stats + at.unimodal + m * at.step : static_cast<S*>(unimodal[m].mutable_data_ptr()));
+    ends = {3 * pairs * unimodal->size(0), at.projected + 2 * pairs * matrix};
   }
+
+  // Zeros between the fields, on the host.
+  void clear_gaps() const {
+    std::fill(stats + ends[0], projected, S(0));
+    std::fill(stats + ends[1], stats + at.unimodal, S(0));
+    if (narrow)
+      for (S* logits : own) std::fill(logits + matrix, logits + at.step, S(0));
+  }
+
+ private:
+  bool narrow;
+  HeadLayout at;
+  int64_t matrix;
+  std::array<int64_t, 2> ends;  // of the statistics and the projections, in elements
 };
 
 // The sizes and types of a step, whose heads are one per pair and per modality.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row_math import excess, probabilities
+from .row_math import excess, exponential, probabilities, softmax_parts
 from .tiling import (
     TILE,
     TILE_ROWS,
@@ -35,13 +35,6 @@ def kl_terms(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum):
     p_prob, q_prob, d, close = probabilities(b_p, b_q, r_p_top, r_p_sum, r_q_top, r_q_sum)
     terms = tl.where(p_prob == 0, q_prob, tl.where(close, p_prob * excess(d), p_prob * d + (q_prob - p_prob)))
     return tl.where((b_q == -float("inf")) & (b_p != -float("inf")), float("inf"), terms)
-
-
-@triton.jit
-def softmax_parts(b):
-    """max and Σ exp(b - max) of rows."""
-    r_top = tl.max(b, axis=1)
-    return r_top, tl.sum(tl.exp(b - r_top[:, None]), axis=1)
 
 
 @triton.jit
@@ -73,9 +66,8 @@ def batch_kl_forward_kernel(
     if WHOLE:
         b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
         b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, o_cols, n_cols, DTYPE, -float("inf"))
-        r_p_max, r_q_max = tl.max(b_p, axis=1), tl.max(b_q, axis=1)
-        r_p_sum = tl.sum(tl.exp(b_p - r_p_max[:, None]), axis=1)
-        r_q_sum = tl.sum(tl.exp(b_q - r_q_max[:, None]), axis=1)
+        r_p_max, r_p_sum = softmax_parts(b_p)
+        r_q_max, r_q_sum = softmax_parts(b_q)
         r_kl = tl.sum(kl_terms(b_p, b_q, r_p_max, r_p_sum, r_q_max, r_q_sum), axis=1)
     else:
         # rows that do not fit in registers are read three times: an online softmax would save one read but lose three ulps of
@@ -92,8 +84,8 @@ def batch_kl_forward_kernel(
         for i_col in range(0, n_cols, BLOCK_D):
             b_p = load_block(p_p, p_row, p_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
             b_q = load_block(p_q, q_row, q_col, o_rows, m_rows, i_col + o_cols, n_cols, DTYPE, -float("inf"))
-            b_p_sum += tl.exp(b_p - r_p_max[:, None])
-            b_q_sum += tl.exp(b_q - r_q_max[:, None])
+            b_p_sum += exponential(b_p - r_p_max[:, None])
+            b_q_sum += exponential(b_q - r_q_max[:, None])
         r_p_sum, r_q_sum = tl.sum(b_p_sum, axis=1), tl.sum(b_q_sum, axis=1)
         b_kl = tl.zeros((BLOCK_B, BLOCK_D), DTYPE)
         for i_col in range(0, n_cols, BLOCK_D):

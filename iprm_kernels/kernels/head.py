@@ -59,6 +59,8 @@ def head_forward(inputs: HeadInputs, parts: int, outputs: HeadOutputs) -> None:
     kl_parts, kl_out = kl[None], None  # the all-reduced sums, if only REBALANCE runs
     with on_device_of(features[0]):
         if parts & PROBE:
+            for gap in HeadState.gaps(outputs.state, logits[mixtures:], mixtures):
+                gap.zero_()  # for a batch that is no multiple of 4; in either row kernel, these stores spilled registers
             kl_parts, kl_out = _probe(inputs, shape, state, logits[mixtures:]), kl
         if parts & REBALANCE:
             _rebalance(inputs, shape, state, kl_parts, kl_out, outputs)

@@ -7,9 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .divergence import softmax_parts
 from .head_forward_rows import load_bias, load_labels, load_stats, matrix_of, pair_stats
-from .row_math import divisor, gap_of, live_inverse_norm, slerp
+from .row_math import divisor, exponential, gap_of, live_inverse_norm, slerp, softmax_parts
 from .tiling import block_rows, load_block, store_block
 
 
@@ -22,7 +21,7 @@ def logit_gradient(b, o_cols, m_cols, n_cols, r_target, counted, r_poison, scale
     b_wanted = tl.where(o_cols[None, :] == r_target[:, None], tl.full(b.shape, 1 - SMOOTHING, b.dtype), 0.0)
     if SMOOTHING != 0:
         b_wanted += tl.full(b.shape, SMOOTHING, b.dtype) / n_cols
-    b_grad = (tl.exp(b - r_top[:, None]) / r_sum[:, None] - b_wanted) * (r_poison * scale)[:, None]
+    b_grad = (exponential(b - r_top[:, None]) * (1 / r_sum)[:, None] - b_wanted) * (r_poison * scale)[:, None]
     return tl.where(counted[:, None] & m_cols[None, :], b_grad, 0.0)
 
 

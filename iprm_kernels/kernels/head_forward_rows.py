@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .divergence import row_kl, softmax_parts
+from .divergence import row_kl
 from .geodesic import sum_length
-from .row_math import NEAR_ANTIPODE, cosine, divisor, saved_cosine, slerp, square_root
+from .row_math import NEAR_ANTIPODE, cosine, divisor, saved_cosine, slerp, softmax_parts, square_root
 from .tiling import block_rows, load_block, store_block, sum_of_parts
 
 

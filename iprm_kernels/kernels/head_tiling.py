@@ -123,7 +123,7 @@ class RowChunks(NamedTuple):
 
 def unaligned(features: Sequence[Tensor]) -> bool:
     """Whether rows may be unaligned, so that a tile needs one address per element."""
-    return any(x.shape[1] % 16 or x.stride(0) % 16 for x in features)
+    return any(x.shape[1] % 16 or x.stride(0) % 16 or x.data_ptr() % 16 for x in features)
 
 
 def precision(x: Tensor) -> str:

@@ -58,6 +58,8 @@ def head_forward(inputs: HeadInputs, parts: int, outputs: HeadOutputs) -> None:
             stats, projected, unimodal, kl = head.head_probe(inputs)
             fill((state.stats, state.projected, *state.unimodal, outputs.kl), (stats, projected, *unimodal, kl))
             fill(logits[pairs:], state.unimodal)
+            for gap in HeadState.gaps(outputs.state, logits[pairs:], pairs):
+                gap.zero_()
         if parts & REBALANCE:
             strength, mixed, *rest = head.head_rebalance(inputs, state, outputs.kl)
             filled = (outputs.strength, *logits[:pairs], outputs.loss, outputs.losses, state.counted)

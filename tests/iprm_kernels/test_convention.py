@@ -15,7 +15,7 @@ from torch import Tensor
 
 import iprm_kernels
 from iprm_kernels import convention, extension
-from iprm_kernels.convention import KERNELS, OPERATORS, HeadState, Kernels
+from iprm_kernels.convention import KERNELS, OPERATORS, STATE_ALIGNMENT, HeadState, Kernels
 from iprm_kernels.reference import kernels as reference
 
 
@@ -43,30 +43,24 @@ def test_constants_of_the_extension(built: Any) -> None:
 
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(("modalities", "pairs"), [(2, 1), (3, 3), (4, 2)])
-def test_layout_of_the_saved_state(built: Any, modalities: int, pairs: int, narrow: bool) -> None:
-    batch, classes = 5, 7
-    size = HeadState.size(batch, classes, modalities, pairs, narrow)
-    state = torch.empty(size, dtype=torch.float32)
-    unimodal = [torch.empty(batch, classes, dtype=torch.float16 if narrow else torch.float32) for _ in range(modalities)]
+@pytest.mark.parametrize(("batch", "classes"), [(5, 7), (4, 8), (1, 1), (0, 3), (3, 0)])
+def test_layout_of_the_saved_state(built: Any, batch: int, classes: int, modalities: int, pairs: int, narrow: bool) -> None:
+    sizes = (batch, classes, modalities, pairs, narrow)
+    assert built.head_layout(*sizes) == HeadState.offsets(*sizes)
+
+
+@pytest.mark.parametrize(("batch", "classes"), [(5, 7), (4, 8), (1, 1)])
+def test_fields_and_gaps_of_the_state_fill_it_without_overlap(batch: int, classes: int) -> None:
+    modalities, pairs = 3, 2
+    state = torch.zeros(HeadState.size(batch, classes, modalities, pairs, True))
+    unimodal = [torch.empty(batch, classes, dtype=torch.float16)] * modalities
     views = HeadState.views(state, unimodal, pairs)
-    projected, of_modalities, counted, total = built.head_layout(batch, classes, modalities, pairs, narrow)
-    assert total == size
-    assert views.stats.storage_offset() == 0
-    assert views.projected.storage_offset() == projected
-    assert views.counted.storage_offset() == counted
-    if narrow:
-        assert [own.storage_offset() for own in views.unimodal] == [
-            of_modalities + m * batch * classes for m in range(modalities)
-        ]
-    else:
-        assert of_modalities == counted
-
-
-def test_fields_of_the_state_fill_it_without_overlap() -> None:
-    state = torch.zeros(HeadState.size(5, 7, 3, 2, True))
-    views = HeadState.views(state, [torch.empty(5, 7, dtype=torch.float16)] * 3, 2)
     for view in (views.stats, views.projected, *views.unimodal, views.counted):
         view.add_(1)
+    gaps = HeadState.gaps(state, unimodal, pairs)
+    assert all(len(gap) < STATE_ALIGNMENT for gap in gaps)
+    for gap in gaps:
+        gap.add_(1)
     assert (state == 1).all()
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import itertools
+import os
 import random
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import antipode
 import cases
@@ -24,9 +26,11 @@ from heads import LEAVES, Step
 from places import INTERPRETED
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
+import iprm_kernels as ik
 import iprm_kernels.head_step
 from iprm_kernels.backends import kernels
-from iprm_kernels.convention import PROBE, REBALANCE, HeadInputs, HeadOutputs
+from iprm_kernels.convention import PROBE, REBALANCE, HeadInputs, HeadOutputs, HeadState
+from iprm_kernels.dtypes import arithmetic_dtype
 
 if INTERPRETED:
     pytest.skip("TRITON_INTERPRET is set: only Triton's kernels are tested", allow_module_level=True)
@@ -133,6 +137,43 @@ def test_sizes_of_zero_return_what_the_reference_returns(
 
 
 @needs_emulator
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "classes"), [(65536, 31), (4096, 1000)])
+def test_a_step_keeps_to_its_memory(emulated: cuda_on_host.Emulated, batch: int, classes: int, dtype: torch.dtype) -> None:
+    """At most 8BC numbers and 4 MB beside inputs, gradients and heads: saved state, logits and scratch of the backward pass."""
+    wide = arithmetic_dtype(dtype)
+    numbers = HeadState.size(batch, classes, 2, 1, dtype != wide) + emulated.scratch(dtype, batch, classes)
+    needed = numbers * wide.itemsize + 3 * batch * classes * dtype.itemsize
+    assert needed <= 8 * batch * classes * wide.itemsize + 4_000_000
+
+
+@needs_emulator
+def test_heads_learn_from_gradients_of_logits_below_the_least_float16(on_host: cuda_on_host.Emulated) -> None:
+    """As in a mean over a large batch: gradients of logits near 1e-8, large features, and so gradients of heads near 4e-5."""
+    inputs = heads.inputs(5, 7, 6, torch.float16)
+    inputs["x"], inputs["weight_x"] = inputs["x"] * 2**12, inputs["weight_x"] / 2**12
+
+    def scaled(arguments: dict, **options: Any) -> ik.StepResult:
+        result = heads.call(arguments, **options)
+        return result._replace(loss=result.loss * 2**-24)
+
+    whole, small = heads.run(inputs), heads.run(inputs, call=scaled)
+    wanted = whole.gradients["weight_x"].float() * 2**-24
+    torch.testing.assert_close(small.gradients["weight_x"].float(), wanted, rtol=1e-2, atol=1e-7)
+    assert wanted.abs().max() > 3e-5
+
+
+@needs_emulator
+def test_the_gaps_of_the_state_are_zeros(on_host: cuda_on_host.Emulated) -> None:
+    name = "iprm::linear_probe_rebalance"
+    of = direct_calls.Sizes(5, 7, 3, 2, [0, 1], torch.bfloat16)
+    *_, state = direct_calls.overload(name)(*direct_calls.valid_arguments(name, direct_calls.Memory(random.Random(0)), of))
+    gaps = HeadState.gaps(state, [torch.empty(5, 3, dtype=torch.bfloat16)] * 2, 1)
+    assert [len(gap) for gap in gaps] == [1, 2, 1, 1]
+    assert not torch.cat(gaps).any()
+
+
+@needs_emulator
 def test_processes_add_up_between_two_halves(on_host: cuda_on_host.Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = heads.inputs(17, 31, 6)
     whole = heads.run(inputs)
@@ -173,23 +214,52 @@ def test_follows_the_algorithm_as_released_for_200_steps(on_host: cuda_on_host.E
     assert parity.furthest(parity.run(parity.fused, cpu), parity.run(parity.released, cpu)) < parity.BOUND
 
 
+@pytest.fixture
+def with_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Runs the head step of the test with kernels in which one text is replaced."""
+
+    def change(text: str, by: str) -> None:
+        shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+        kernels = tmp_path / "csrc" / "cuda" / "head_kernels.cuh"
+        source = kernels.read_text()
+        assert source.count(text) == 1
+        kernels.write_text(source.replace(text, by))
+        broken = tmp_path / "tests" / "support" / "cuda_on_host"
+        shutil.copytree(cuda_on_host.SOURCE.parent, broken)
+        monkeypatch.setattr(cuda_on_host, "SOURCE", broken / "head.cpp")
+        emulated = cuda_on_host.Emulated(tmp_path)
+        monkeypatch.setattr(iprm_kernels.head_step, "kernels", lambda device: emulated)
+
+    return change
+
+
 @needs_emulator
-def test_a_missing_barrier_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_barrier_is_seen(with_a_change: Callable[[str, str], None]) -> None:
     """Tests the emulator: without the barrier between projections and rows, some thread order reads unwritten memory."""
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    kernels = tmp_path / "csrc" / "cuda" / "head_kernels.cuh"
-    text = kernels.read_text()
-    barrier = "project_tile<T, S>(args, first, count);\n      __syncthreads();"
-    assert text.count(barrier) == 1
-    kernels.write_text(text.replace(barrier, barrier.splitlines()[0]))
-    broken = tmp_path / "tests" / "support" / "cuda_on_host"
-    shutil.copytree(cuda_on_host.SOURCE.parent, broken)
-    monkeypatch.setattr(cuda_on_host, "SOURCE", broken / "head.cpp")
-    emulated = cuda_on_host.Emulated(tmp_path)
-    monkeypatch.setattr(iprm_kernels.head_step, "kernels", lambda device: emulated)
+    projections = "project_tile<T, S>(args, first, count);"
+    with_a_change(f"{projections}\n      __syncthreads();", projections)
     step = heads.run(heads.inputs(9, 31, 6))
     other = heads.run(step.inputs, call=heads.two_pass)
     assert not torch.allclose(step.outputs["kl"], other.outputs["kl"], rtol=1e-3)
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("line", "leaf"),
+    [("args.z_from[1][row] = to.y_from_g;", "weight_mix"), ("differences[row * classes + k] = T(difference);", "bias_x")],
+)
+def test_unwritten_scratch_is_seen(with_a_change: Callable[[str, str], None], line: str, leaf: str) -> None:
+    """Tests the tests: scratch is filled with NaN, so an element that no kernel writes shows."""
+    with_a_change(line, "")
+    assert heads.run(heads.inputs(9, 31, 6)).gradients[leaf].isnan().any()
+
+
+def test_all_scratch_of_the_host_code_can_be_filled_with_nan() -> None:
+    """IPRM_KERNELS_POISON, which the tests set, reaches the allocations of `scratch_like` alone."""
+    source = (ROOT / "csrc" / "cuda" / "head.cu").read_text()
+    assert source.count("new_empty(") == 1
+    assert source.count("scratch_like(") == 3  # the function and two uses
+    assert os.environ["IPRM_KERNELS_POISON"]
 
 
 # compiled for every supported GPU

@@ -5,19 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from head_launches import backward, by_name, forward
 from tiers import default_parameters
-from triton_launches import ALL_TARGETS, FURTHER_TARGETS, TARGETS, Launch, empty, recording, spills
+from triton_launches import ALL_TARGETS, FURTHER_TARGETS, TARGETS, Launch, recording, spills
 
 from iprm_kernels import kernels
-from iprm_kernels.convention import PROBE, REBALANCE, HeadBackwardInputs, HeadGradients, HeadInputs
-from iprm_kernels.dtypes import arithmetic_dtype
-from iprm_kernels.head_step import new_outputs
+from iprm_kernels.convention import PROBE, REBALANCE
 from iprm_kernels.kernels.tiling import scratch
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -41,38 +38,6 @@ THREE_LIBRARY = ((F32, 65536, 1024, 16, 3), (BF16, 65536, 1023, 31, 3), (F16, 65
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return recording(monkeypatch)
-
-
-def forward(
-    dtype: torch.dtype, batch: int, width: int, classes: int, modalities: int = 2, parts: int = PROBE | REBALANCE
-) -> dict[str, Any]:
-    """The launches of a forward pass, and its tensors by name."""
-    pairs = list(itertools.chain(*itertools.combinations(range(modalities), 2)))
-    heads = modalities + len(pairs) // 2
-    features = [empty(batch, width, dtype=dtype) for _ in range(modalities)]
-    weights = [empty(classes, width, dtype=dtype) for _ in range(heads)]
-    biases = [empty(classes, dtype=dtype) for _ in range(heads)]
-    target, probing = empty(batch, dtype=torch.int64), empty(len(pairs) // 2, dtype=arithmetic_dtype(dtype))
-    outputs = new_outputs(features[0], classes, modalities, len(pairs) // 2)
-    inputs = HeadInputs(features, weights, biases, pairs, target, probing, 0.1, -100)
-    kernels.head_forward(inputs, parts, outputs)
-    return {"inputs": inputs, **outputs._asdict()}
-
-
-def backward(of: dict[str, Any], needed: Callable[[str, int], bool] = lambda what, place: True) -> None:
-    """needed: takes "features", "weights" or "biases" and an index."""
-    features, weights, biases, pairs, target, *_ = of["inputs"]
-    grads = [
-        [t if needed(what, place) else None for place, t in enumerate(tensors)]
-        for what, tensors in (("features", features), ("weights", weights), ("biases", biases))
-    ]
-    unimodal = of["logits"][-len(features) :]
-    saved = (features, weights, biases, pairs, target, of["state"], unimodal, of["strength"], 0.1, -100)
-    kernels.head_backward(HeadBackwardInputs(of["loss"], of["losses"], of["logits"], *saved), HeadGradients(*grads))
-
-
-def by_name(launches: list[Launch]) -> dict[str, Launch]:
-    return {launch.name.removeprefix("head_").removesuffix("_kernel"): launch for launch in launches}
 
 
 CASES = (*PRODUCTS, *LIBRARY, *THREE, *THREE_LIBRARY)

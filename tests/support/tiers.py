@@ -12,11 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 #: Tests with thousands of launches, which run in the default tier for other backends; and tests of repetition, which the
 #: interpreter cannot affect.
 SLOW_INTERPRETED = ("test_follows_the_algorithm_as_released_for_200_steps", "test_repeats_bitwise")
+
+
+#: A module whose few cases all run in the default tier.
+WHOLE_INTERPRETED = "test_triton_approximate"
 
 
 def thin_interpreted(items: Sequence[pytest.Item]) -> None:
@@ -27,7 +32,7 @@ def thin_interpreted(items: Sequence[pytest.Item]) -> None:
     """
     cases: dict[tuple[object, ...], list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if not isinstance(item, pytest.Function):
+        if not isinstance(item, pytest.Function) or item.path.stem == WHOLE_INTERPRETED:
             continue
         if item.originalname in SLOW_INTERPRETED:
             item.add_marker(pytest.mark.slow)
@@ -38,6 +43,16 @@ def thin_interpreted(items: Sequence[pytest.Item]) -> None:
         for item in group:
             if item is not group[len(group) // 2]:
                 item.add_marker(pytest.mark.grid)
+
+
+def interpreter_obstacle(triton: str, numpy: str) -> str:
+    """Why the interpreter of a version of Triton cannot run with a version of numpy; empty if it can.
+
+    Up to Triton 3.6 it converts loop bounds, arrays of one element, by `int`, which numpy 2.5 refuses. Compiled kernels do not
+    use numpy.
+    """
+    too_old, too_new = Version(triton) < Version("3.7"), Version(numpy) >= Version("2.5")
+    return f"the interpreter of Triton {triton} needs numpy < 2.5, found {numpy}" if too_old and too_new else ""
 
 
 def collected(path: str | Path, *options: str, **environment: str) -> list[str]:

@@ -38,6 +38,11 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def aligned(tensor: torch.Tensor) -> bool:
+    """Whether the address is a multiple of 16 bytes, on a device whose allocations are."""
+    return tensor.storage_offset() * tensor.element_size() % 16 == 0
+
+
 @dataclass
 class Launch:
     kernel: JITFunction
@@ -49,9 +54,9 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
-    def compile(self, target: GPUTarget) -> CompiledKernel:
-        """Specialises arguments as a launch does: None and 1 are constants, multiples of 16 (and aligned pointers) are
-        marked. test_triton_launches.py compares the result with that of a launch."""
+    def source(self) -> ASTSource:
+        """The kernel and its arguments, specialised as a launch does it: None and 1 are constants, multiples of 16 and aligned
+        pointers are marked. test_triton_launches.py compares the result with that of a launch."""
         signature, constants, attributes = {}, {}, {}
 
         def described(value: Any, path: tuple[int, ...], specialize: bool) -> Any:
@@ -63,8 +68,8 @@ class Launch:
                     attributes[path] = []
                 return "constexpr"
             if specialize:
-                aligned = value.data_ptr() % 16 == 0 if isinstance(value, torch.Tensor) else value % 16 == 0
-                attributes[path] = [["tt.divisibility", 16]] if aligned else []
+                divisible = aligned(value) if isinstance(value, torch.Tensor) else value % 16 == 0
+                attributes[path] = [["tt.divisibility", 16]] if divisible else []
             return mangle_type(value)
 
         for index, parameter in enumerate(self.kernel.params):
@@ -73,8 +78,15 @@ class Launch:
                 signature[parameter.name], constants[(index,)], attributes[(index,)] = "constexpr", value, []
             else:
                 signature[parameter.name] = described(value, (index,), not parameter.do_not_specialize)
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=self.options)
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+    @property
+    def variant(self) -> str:
+        """What a launch looks its compiled kernel up by: equal for launches that share one."""
+        return f"{self.source().hash()} {sorted(self.options.items())}"
+
+    def compile(self, target: GPUTarget) -> CompiledKernel:
+        return triton.compile(self.source(), target=target, options=self.options)
 
 
 def recording(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:

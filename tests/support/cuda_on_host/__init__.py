@@ -50,7 +50,7 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     _fields_ = (
         ("head", Head), ("grad_loss", ctypes.c_void_p), ("grad_losses", ctypes.c_void_p), ("strength", ctypes.c_void_p),
-        ("upstream", Pointers3), ("gradients", Pointers3), ("z_from", Pointers2), ("grad_x", ctypes.c_void_p),
+        ("upstream", Pointers3), ("differences", Pointers3), ("z_from", Pointers2), ("grad_x", ctypes.c_void_p),
         ("grad_y", ctypes.c_void_p), ("grad_weight", Pointers3), ("grad_bias", Pointers3),
     )  # fmt: skip
 
@@ -71,8 +71,13 @@ class Emulated:
         subprocess.run(["g++", *flags, str(SOURCE), "-o", str(library)], check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.tiles.argtypes, self.library.tiles.restype = [ctypes.c_int64], ctypes.c_int64
+        self.library.scratch.argtypes, self.library.scratch.restype = [ctypes.c_char_p, *2 * [ctypes.c_int64]], ctypes.c_int64
         self.blocks, self.seed = blocks, seed
         self.kept: list[Tensor] = []
+
+    def scratch(self, dtype: torch.dtype, rows: int, classes: int) -> int:
+        """Elements of the arithmetic type that a backward pass allocates."""
+        return self.library.scratch(_name(dtype), rows, classes)
 
     def head_forward(self, inputs: HeadInputs, parts: int, outputs: HeadOutputs) -> None:
         x, (logits_mix, *unimodal), state = inputs.features[0], outputs.logits, outputs.state
@@ -85,21 +90,23 @@ class Emulated:
             head, inputs.probe_weight.data_ptr(), logits_mix.data_ptr(), Pointers2(*narrow), *written,
             sums.data_ptr(), sums.data_ptr() + 16 * blocks, bool(parts & PROBE), bool(parts & REBALANCE),
         )  # fmt: skip
-        self.library.head_forward(_name(x), ctypes.byref(args), blocks, self.seed)
+        self.library.head_forward(_name(x.dtype), ctypes.byref(args), blocks, self.seed)
         self.kept.clear()
 
     def head_backward(self, inputs: HeadBackwardInputs, gradients: HeadGradients) -> None:
         x, state, unimodal = inputs.features[0], inputs.state, inputs.unimodal
         head = self._head(inputs, (*inputs.biases, None, None), state, unimodal)
-        of_logits = torch.empty((3, *unimodal[0].shape), dtype=state.dtype)
-        z_from = torch.empty((2, len(x)), dtype=state.dtype)
+        rows, classes = unimodal[0].shape
+        scratch = torch.empty(self.scratch(x.dtype, rows, classes), dtype=state.dtype)
+        z_from, matrix = scratch.data_ptr(), rows * classes * x.element_size()
+        differences = z_from + 2 * rows * state.element_size()
         features, weights, biases = ([None if t is None else t.data_ptr() for t in tensors] for tensors in gradients)
         args = Backward(
             head, self._pointer(inputs.grad_loss), self._pointer(inputs.grad_losses), inputs.strength.data_ptr(),
-            Pointers3(*map(self._pointer, inputs.grad_logits)), Pointers3(*(t.data_ptr() for t in of_logits)),
-            Pointers2(*(t.data_ptr() for t in z_from)), *features, Pointers3(*weights), Pointers3(*biases),
+            Pointers3(*map(self._pointer, inputs.grad_logits)), Pointers3(*(differences + i * matrix for i in range(3))),
+            Pointers2(z_from, z_from + rows * state.element_size()), *features, Pointers3(*weights), Pointers3(*biases),
         )  # fmt: skip
-        self.library.head_backward(_name(x), ctypes.byref(args), self.seed)
+        self.library.head_backward(_name(x.dtype), ctypes.byref(args), self.seed)
         self.kept.clear()
 
     def _head(
@@ -124,5 +131,5 @@ class Emulated:
         return self.kept[-1].data_ptr()
 
 
-def _name(x: Tensor) -> bytes:
-    return str(x.dtype).removeprefix("torch.").encode()
+def _name(dtype: torch.dtype) -> bytes:
+    return str(dtype).removeprefix("torch.").encode()

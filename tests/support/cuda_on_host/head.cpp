@@ -44,6 +44,12 @@ extern "C" {
 
 int64_t tiles(int64_t rows) { return tiles_of(rows); }
 
+int64_t scratch(const char* type, int64_t rows, int64_t classes) {
+  int64_t elements = 0;
+  dispatch(type, [&]<class T>() { elements = backward_scratch<T>(rows, classes); });
+  return elements;
+}
+
 void head_forward(const char* type, const void* args, unsigned blocks, unsigned seed) {
   dispatch(type, [&]<class T>() { forward(*static_cast<const Forward<T>*>(args), blocks, seed); });
 }
