@@ -11,13 +11,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import places
-import poison
 import pytest
 import tiers
 import torch
 from places import INTERPRETED, Place
 
 import iprm_kernels as ik
+from iprm_kernels.verify import poison
 
 # Inductor's graph caches do not depend on this package's version, so tests could run code from before a change.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
