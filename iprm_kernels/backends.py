@@ -248,7 +248,7 @@ def _status(name: str) -> BackendStatus:
     loaded = load(name)
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
-        devices.append(torch.device("cuda", torch.cuda.current_device()))
+        devices.append(torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0))
     operators = {}
     for operator, names in OPERATORS.items():
         missing = [kernel for kernel in names if kernel not in loaded.kernels]

@@ -16,11 +16,17 @@ import math
 import os
 import platform
 import secrets
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from .convention import OPERATORS
 from .dtypes import FLOATING
@@ -186,6 +192,35 @@ def keep(device: torch.device, results: Iterable[Result]) -> str:
             part.unlink()
         return f"{path}: cannot be written: {error.strerror}"
     return str(path)
+
+
+@contextlib.contextmanager
+def alone(patience: float) -> Iterator[None]:
+    """Context in which no other process verifies, for its own times and so that it can use what the other has found.
+
+    Waits for `patience` seconds at most; without locks, or where the cache folder cannot be written, it does not wait.
+    """
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder() / ".lock", os.O_RDWR | os.O_CREAT, 0o666) if fcntl and folder().is_absolute() else -1
+    except OSError:
+        handle = -1
+    until = time.monotonic() + patience
+    try:
+        while handle >= 0:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system if this process is killed
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.1)
+            except OSError:  # no locks on this file system
+                break
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
 
 
 def fastest(results: Iterable[Result], case: Case) -> list[str]:

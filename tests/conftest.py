@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 # Read when torch loads OpenMP. By default, threads spin while they wait for work, and so take the cores from the other worker
 # of pytest-xdist: on two busy cores a test of 400 small steps on two threads took 31.7 s, and 2.1 s with this setting.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Which backend serves by default depends on the verdict in the user's cache folder: tests have none.
+os.environ["IPRM_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), f"iprm-kernels-tests-{os.getpid()}")
 
 import hypothesis
 import places

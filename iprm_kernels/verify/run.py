@@ -22,7 +22,7 @@ from ..backends import backends, forget
 from ..loading import NAMES
 from ..verdict import Result
 from .child import REFUSED
-from .operators import OPERATORS
+from .operators import OPERATORS, Shape
 from .plan import Check, checks, checks_of_run
 
 #: The module whose `main` is the child process.
@@ -85,7 +85,7 @@ def verify_backends(
         quick: one shape per case, and at most about a minute; what is not reached stays unverified.
         operators: names of operators; None for all.
         dtypes: floating types; None for all, in the quick form float32, and on a GPU bfloat16.
-        step: (B, D, C), verify only for calls of this size, in the quick form.
+        step: (B, D, C), verify only calls of this size, in the quick form, and not what the verdict has already.
         limit: seconds that one check may take.
         progress: called before each check.
         child: for tests, the module whose `main` runs instead of that of `child`.
@@ -103,30 +103,46 @@ def verify_backends(
         few = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
         dtypes = few if quick else (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     names = tuple(OPERATORS if operators is None else operators)
-    plan = checks(dtypes, quick=quick, operators=names) if step is None else checks_of_run(names, dtypes, step)
-    deadline = time.monotonic() + (QUICK if quick or step else float("inf"))
-    serving = [name for name in served(device) if backend in (None, name)]
-    total, outcomes = len(plan) * len(serving), list[Outcome]()
-    for place, name in enumerate(serving):
-
-        def now(ended: int, what: str, first: int = place * len(plan), name: str = name) -> None:
-            if progress is not None:
-                progress(first + ended, total, f"{name} {what}")
-
-        outcomes += _of_backend(name, device, plan, limit, deadline, now, child)
-    results = [
-        Result(o.backend, o.check.case, o.reason, o.times[o.backend] / o.times["reference"] if o.times else None)
-        for o in outcomes
-        if not o.refused and (o.reason != NO_TIME or step is not None)  # a run would check them again each time
-    ]
-    kept = verdict.keep(device, results)
+    with verdict.alone(QUICK):
+        outcomes = _outcomes(device, backend, names, dtypes, quick, step, limit, progress, child)
+        results = [
+            Result(o.backend, o.check.case, o.reason, o.times[o.backend] / o.times["reference"] if o.times else None)
+            for o in outcomes
+            if o.reason != NO_TIME or step is not None  # a training run would try again each time
+        ]
+        kept = verdict.keep(device, results)
     forget()
     return Verification(outcomes, kept)
 
 
-def served(device: torch.device) -> list[str]:
-    """The backends that have kernels for a device; the reference runs on any."""
-    return [name for name, status in backends().items() if status.available and device.type in status.devices]
+def _outcomes(
+    device: torch.device,
+    backend: str | None,
+    operators: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    quick: bool,
+    step: Shape | None,
+    limit: float,
+    progress: Progress | None,
+    child: str,
+) -> list[Outcome]:
+    deadline = time.monotonic() + (QUICK if quick or step else float("inf"))
+    known = {(result.backend, result.case) for result in verdict.read(device) or ()} if step else set()
+    every = checks(dtypes, quick=quick, operators=operators) if step is None else checks_of_run(operators, dtypes, step)
+    plans = {
+        name: [c for c in every if status.operators[c.case.operator].available and (name, c.case) not in known]
+        for name, status in backends().items()
+        if status.available and device.type in status.devices and backend in (None, name)  # the reference serves "any"
+    }
+    total, outcomes = sum(map(len, plans.values())), list[Outcome]()
+    for name, plan in plans.items():
+
+        def now(ended: int, what: str, first: int = len(outcomes), name: str = name) -> None:
+            if progress is not None:
+                progress(first + ended, total, f"{name} {what}")
+
+        outcomes += _of_backend(name, device, plan, limit, deadline, now, child)
+    return outcomes
 
 
 def _device(device: torch.device | str) -> torch.device:

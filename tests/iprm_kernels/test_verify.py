@@ -41,8 +41,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     choice.forget()
 
 
-def calls_of(monkeypatch: pytest.MonkeyPatch, name: str = "triton") -> list[str]:
-    """Installs a backend of right kernels in the place of `name`, which list their calls."""
+def calls_of(monkeypatch: pytest.MonkeyPatch, device: str = "cpu") -> list[str]:
+    """Installs right kernels for a device in the place of "triton", which list their calls."""
     calls: list[str] = []
     load = choice.load
 
@@ -53,8 +53,8 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, name: str = "triton") -> list[str]
 
         return Kernel(run)
 
-    loaded = Loaded({kernel: counted(kernel) for kernel in planted.whole}, ("cpu",), "")
-    monkeypatch.setattr(choice, "load", lambda other: loaded if other == name else load(other))
+    loaded = Loaded({kernel: counted(kernel) for kernel in planted.whole}, (device,), "")
+    monkeypatch.setattr(choice, "load", lambda name: loaded if name == "triton" else load(name))
     choice.forget()
     return calls
 
@@ -222,6 +222,73 @@ def test_without_a_verdict_the_table_decides(monkeypatch: pytest.MonkeyPatch) ->
     calls = calls_of(monkeypatch)
     ik.normalize(torch.ones(2, 3))
     assert calls == []
+
+
+class TestOnAGpu:
+    """The choice for a GPU, with kernels that run on CPU tensors in its place."""
+
+    GPU = torch.device("cuda", 0)
+
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        monkeypatch.setattr(verdict, "_capability", lambda device: "sm_90")
+        choice._warn.cache_clear()
+        return calls_of(monkeypatch, device="cuda")
+
+    def normalize(self, count: int) -> None:
+        x = torch.ones(count, 4)
+        choice._select(None, self.GPU).normalize(x, 1e-12, torch.empty_like(x), torch.empty(count))
+
+    def test_without_a_verdict_the_reference_serves_and_one_warning_names_the_command(
+        self, calls: list[str], recwarn: pytest.WarningsRecorder
+    ) -> None:
+        with pytest.warns(UserWarning, match=r"a GPU.*once: python -m iprm_kernels verify$") as caught:
+            self.normalize(2)
+        self.normalize(2)
+        choice._select(None, self.GPU).strength_weights(torch.ones(2), torch.empty(2))
+        assert len(caught) == 1
+        assert not recwarn.list
+        assert calls == []
+
+    def test_with_one_the_fastest_that_passed_serves_in_silence(
+        self, calls: list[str], recwarn: pytest.WarningsRecorder
+    ) -> None:
+        verdict.keep(self.GPU, [passed("normalize", "small", 0.5), passed("normalize", "medium", 1.5)])
+        choice.forget()
+        self.normalize(2)
+        assert calls == ["normalize"]
+        self.normalize(1 << 17)
+        assert calls == ["normalize"]
+        assert not recwarn.list
+
+    def test_one_that_was_made_on_another_gpu_does_not_count(self, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        verdict.keep(self.GPU, [passed("normalize", "small", 0.5)])
+        choice.forget()
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
+        with pytest.warns(UserWarning, match="another GPU"):
+            self.normalize(2)
+        assert calls == []
+
+    def test_a_failed_one_never_serves_and_its_status_says_why(self, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        bad = Result("triton", Case("normalize", "float32", "small"), "out, by row: error 3", None)
+        verdict.keep(self.GPU, [bad])
+        choice.forget()
+        self.normalize(2)
+        assert calls == []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        status = ik.backends()["triton"].operators["normalize"]
+        assert status.default_for == ()
+        assert status.verified == {"cuda": "failed for float32 small: out, by row: error 3"}
+
+
+def test_a_run_does_not_check_again_what_the_verdict_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls_of(monkeypatch)
+    kept(passed("normalize", "small", 0.5))
+    found = ik.verify_backends(
+        "cpu", backend="triton", operators=["normalize"], dtypes=[torch.float32], step=(4, 4, 2), child="no module"
+    )
+    assert found.outcomes == []
 
 
 def test_a_compiled_function_selects_by_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
