@@ -132,8 +132,12 @@ def read(device: torch.device) -> list[Result] | None:
     if not _made and not (folder().is_absolute() and any(folder().glob("verdict-*.json"))):
         return None  # without the key, which takes some milliseconds
     of = key(device)
-    path = _file(of)
-    return _made.get(path) or _read(path, of)
+    return list(_known(_file(of), of).values()) or None
+
+
+def _known(path: Path, of: Mapping[str, str], added: Iterable[Result] = ()) -> dict[tuple[str, Case], Result]:
+    """The results in the file, those made by this process, and new ones, which replace earlier ones of the same case."""
+    return {(result.backend, result.case): result for result in (*(_read(path, of) or ()), *_made.get(path, ()), *added)}
 
 
 def _read(path: Path, of: Mapping[str, str]) -> list[Result] | None:
@@ -171,10 +175,9 @@ def keep(device: torch.device, results: Iterable[Result]) -> str:
     """
     of = key(device)
     path = _file(of)
-    before = _made.get(path) or _read(path, of) or []
-    kept = {(result.backend, result.case): result for result in (*before, *results)}
-    _made[path] = list(kept.values())
-    rows = [[result.backend, *result.case, result.reason, result.ratio] for result in kept.values()]
+    kept = list(_known(path, of, results).values())
+    _made[path] = kept
+    rows = [[result.backend, *result.case, result.reason, result.ratio] for result in kept]
     made = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     content = {"format": FORMAT, "made": made, "key": of, "results": rows}
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
+import io
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,6 +224,45 @@ def test_writers_at_once_leave_a_whole_verdict(monkeypatch: pytest.MonkeyPatch, 
     assert len(json.loads(file.read_text())["results"]) == 3
 
 
+def test_of_two_processes_at_once_the_second_uses_what_the_first_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls_of(monkeypatch)
+    found = []
+
+    def verify() -> None:
+        found.append(
+            ik.verify_backends(
+                "cpu", backend="triton", operators=["strength_weights"], dtypes=[torch.float32], step=(4, 4, 2), child="planted"
+            )
+        )
+
+    threads = [threading.Thread(target=verify) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(len(each.outcomes) for each in found) == [0, 1]
+
+
+def test_a_process_that_verifies_for_long_is_not_waited_for(cache: Path) -> None:
+    cache.mkdir()
+    with (cache / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with verdict.alone(0.3):
+            pass
+
+
+def test_the_key_depends_on_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = shutil.copytree(verdict.FOLDER, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(verdict, "FOLDER", package)
+    names = ("kernels/head.py", "convention.py", *(path.name for path in package.glob("_C*.so")))
+    hashes = {verdict.kernels_hash.__wrapped__()}
+    for name in names:
+        with (package / name).open("ab") as file:
+            file.write(b"\n")
+        hashes.add(verdict.kernels_hash.__wrapped__())
+    assert len(hashes) == 1 + len(names)
+
+
 def test_without_a_verdict_the_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = calls_of(monkeypatch)
     ik.normalize(torch.ones(2, 3))
@@ -314,6 +359,35 @@ def test_the_command_refuses_what_it_does_not_know(argument: list[str], capsys: 
     assert re.search(rf"error: .*{argument[0][2:]}: .*{argument[1]}", capsys.readouterr().err)
 
 
-def test_the_child_reports_what_is_refused() -> None:
-    outcome = run.Outcome("cuda", run.checks([torch.float32], quick=True)[0], f"{child.REFUSED}one pair", {})
-    assert outcome.refused
+def test_a_child_ends_with_its_parent() -> None:
+    job = {"device": "cpu", "backend": "triton", "checks": [["batch_kl", "float32", [[4, 4]], False]]}
+    process = subprocess.Popen(
+        [sys.executable, "-c", run.CODE, "\n".join(sys.path), "planted"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(json.dumps(job) + "\n")
+    process.stdin.flush()
+    assert [process.stdout.readline() for _ in range(2)] == ["[]\n", "[0, null]\n"]  # it hangs
+    process.stdin.close()
+    assert process.wait(20) == 1
+    process.stdout.close()
+
+
+def test_what_a_backend_refuses_and_what_raises(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A refusal is reported as such and the process continues; any other exception ends it, after a report."""
+
+    def checked(backend: str, operator: str, *_: object) -> str:
+        raise {"normalize": ik.BackendUnavailableError("one pair"), "batch_kl": RuntimeError("CUDA error: bad")}[operator]
+
+    monkeypatch.setattr(child, "_checked", checked)
+    checks = [[name, "float32", [[2, 3]], False] for name in ("normalize", "batch_kl", "normalize")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"device": "cpu", "backend": "cuda", "checks": checks})))
+    monkeypatch.setattr(child, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    child.main()
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert lines == [[], [0, None], [0, "refused: one pair", {}], [1, None], [1, "RuntimeError: CUDA error: bad", {}, True]]
