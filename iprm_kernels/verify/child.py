@@ -7,6 +7,7 @@ has ended. The process ends after the first exception, because a failed CUDA ker
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -85,7 +86,8 @@ def _timed(
 
     versions = {name: by(name) for name in (backend, "reference")}
     if compiled and operator in FORMULAS:
-        versions["torch.compile"] = _compiled(operator, inputs)
+        with contextlib.suppress(Exception):  # without a compiler, for example: no fault of the backend
+            versions["torch.compile"] = _compiled(operator, inputs)
     return {name: spread.p50 for name, spread in side_by_side(versions, seconds=SECONDS, least=3).items()}
 
 

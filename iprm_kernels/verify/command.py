@@ -35,6 +35,9 @@ def main(arguments: Sequence[str]) -> int:
         found = verify_backends(given.device, backend=given.backend, quick=given.quick, progress=progress_line(sys.stderr))
     except ValueError as error:
         verify.error(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was found is kept", file=sys.stderr)
+        return 130
     if not found.outcomes:
         print(f"no backend but the reference serves {given.device}: see iprm_kernels.backends()")
         return 0

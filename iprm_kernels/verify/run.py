@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import math
 import os
 import queue
 import signal
@@ -12,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -103,46 +105,55 @@ def verify_backends(
         few = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
         dtypes = few if quick else (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     names = tuple(OPERATORS if operators is None else operators)
+    plans = functools.partial(_plans, device, backend, names, dtypes, quick, step)
+    if not any(plans().values()):
+        return Verification([], "")
+    outcomes: list[Outcome] = []
     with verdict.alone(QUICK):
-        outcomes = _outcomes(device, backend, names, dtypes, quick, step, limit, progress, child)
-        results = [
-            Result(o.backend, o.check.case, o.reason, o.times[o.backend] / o.times["reference"] if o.times else None)
-            for o in outcomes
-            if o.reason != NO_TIME or step is not None  # a training run would try again each time
-        ]
-        kept = verdict.keep(device, results)
-    forget()
+        try:  # what was found before an interrupt is kept
+            for outcome in _outcomes(plans(), device, limit, QUICK if quick or step else math.inf, progress, child):
+                outcomes.append(outcome)
+        finally:
+            results = [
+                Result(o.backend, o.check.case, o.reason, o.times[o.backend] / o.times["reference"] if o.times else None)
+                for o in outcomes
+                if o.reason != NO_TIME or step is not None  # a training run would try again each time
+            ]
+            kept = verdict.keep(device, results) if results else "nothing to keep"
+            forget()
     return Verification(outcomes, kept)
 
 
-def _outcomes(
+def _plans(
     device: torch.device,
     backend: str | None,
     operators: Sequence[str],
     dtypes: Sequence[torch.dtype],
     quick: bool,
     step: Shape | None,
-    limit: float,
-    progress: Progress | None,
-    child: str,
-) -> list[Outcome]:
-    deadline = time.monotonic() + (QUICK if quick or step else float("inf"))
+) -> dict[str, list[Check]]:
+    """The checks of each backend that serves the device; for a training run, those that the verdict does not have yet."""
     known = {(result.backend, result.case) for result in verdict.read(device) or ()} if step else set()
     every = checks(dtypes, quick=quick, operators=operators) if step is None else checks_of_run(operators, dtypes, step)
-    plans = {
+    return {
         name: [c for c in every if status.operators[c.case.operator].available and (name, c.case) not in known]
         for name, status in backends().items()
         if status.available and device.type in status.devices and backend in (None, name)  # the reference serves "any"
     }
-    total, outcomes = sum(map(len, plans.values())), list[Outcome]()
+
+
+def _outcomes(
+    plans: Mapping[str, list[Check]], device: torch.device, limit: float, seconds: float, progress: Progress | None, child: str
+) -> Iterator[Outcome]:
+    deadline, total, before = time.monotonic() + seconds, sum(map(len, plans.values())), 0
     for name, plan in plans.items():
 
-        def now(ended: int, what: str, first: int = len(outcomes), name: str = name) -> None:
+        def now(ended: int, what: str, before: int = before, name: str = name) -> None:
             if progress is not None:
-                progress(first + ended, total, f"{name} {what}")
+                progress(before + ended, total, f"{name} {what}")
 
-        outcomes += _of_backend(name, device, plan, limit, deadline, now, child)
-    return outcomes
+        yield from _of_backend(name, device, plan, limit, deadline, now, child)
+        before += len(plan)
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -165,22 +176,18 @@ def _of_backend(
     deadline: float,
     progress: Callable[[int, str], None],
     child: str,
-) -> list[Outcome]:
+) -> Iterator[Outcome]:
     """The outcomes of all checks, in processes that are started again after one has failed."""
-    outcomes: list[Outcome] = []
-    failures = 0
-    while len(outcomes) < len(plan):
-        rest = plan[len(outcomes) :]
-        left = deadline - time.monotonic()
-        given_up = f"not checked: {failures} processes had failed" if failures == MOST_FAILURES else ""
-        if given_up or left < 1:
-            reason = given_up or NO_TIME
-            outcomes += [Outcome(backend, check, reason, {}) for check in rest]
-            break
-        for outcome in _process(backend, device, rest, limit, deadline, progress, len(outcomes), child):
-            outcomes.append(outcome)
+    ended = failures = 0
+    while ended < len(plan):
+        if failures == MOST_FAILURES or deadline - time.monotonic() < 1:
+            reason = NO_TIME if failures < MOST_FAILURES else f"not checked: {failures} processes had failed"
+            yield from (Outcome(backend, check, reason, {}) for check in plan[ended:])
+            return
+        for outcome in _process(backend, device, plan[ended:], limit, deadline, progress, ended, child):
+            ended += 1
+            yield outcome
         failures += 1
-    return outcomes
 
 
 def _process(
@@ -228,7 +235,7 @@ def _process(
                     yield Outcome(backend, plan[done], NO_TIME if late else f"does not end within {limit:g} s", {})
                     return
                 if not line:
-                    process.wait()
+                    _kill(process)
                     yield Outcome(backend, plan[done], _death(process.returncode, errors), {})
                     return
                 ready = True
@@ -266,10 +273,9 @@ def _death(code: int, errors: IO[bytes]) -> str:
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """Kills the process and what it has started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        process.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a GPU may not end
-        process.wait(10)
+    """Kills the process and what it has started. The code of a process that is ending already stays as it was."""
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # not reaped before, so its number is no other process's
+        process.wait(10)  # a process that waits for a GPU may not end
