@@ -16,6 +16,7 @@ import planted
 import pytest
 import torch
 from places import Place
+from torch import Tensor
 from verdicts import CPU, calls_of, empty_cache, kept, passed
 
 import iprm_kernels as ik
@@ -98,6 +99,16 @@ def test_a_run_does_not_check_again_what_the_verdict_has(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_backends_pass(fused: Place, operator: str, dtype: torch.dtype) -> None:
     assert check(fused.backend, operator, dtype, (9, 100, 7), fused.device) == ""
+
+
+def test_a_kernel_that_changes_its_input_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def normalize_in_place(x: Tensor, eps: float, out: Tensor, norm: Tensor) -> None:
+        planted.whole["normalize"](x, eps, x, norm)
+        out.copy_(x)
+
+    monkeypatch.setitem(planted.FAULTS, "normalize", normalize_in_place)
+    planted.install(monkeypatch.setattr)
+    assert check("triton", "normalize", torch.float32, (4, 8), CPU) == "it changes its input x"
 
 
 @pytest.mark.parametrize("argument", [["--device", "tpu"], ["--device", "cuda:99"], ["--backend", "jax"]])
