@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command import iprm
+from iprm.cli import fit
 from iprm.training import verification
 from iprm.training.classifier import FusionClassifier
 
@@ -114,3 +116,13 @@ class Counting:
     def __getattr__(self, name):
         self._called.add(name)
         return getattr(self._kernels, name)
+
+
+def test_fit_and_compare_ask_before_they_train(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fit, "verify_kernels", lambda trainer, model, rows: asked.append((trainer.current_epoch, rows)))
+    short = ("--data.batch_size", "50", "--model.feature_dim", "4", "--trainer.max_epochs", "1")
+    assert iprm(tmp_path, "fit", "--data", "digits", *short).code == 0
+    short = ("--methods", "iprm", "--seeds", "1", "--epochs", "1", "--jobs", "1", "--data.batch_size=40")
+    assert iprm(tmp_path, "compare", "--data", "digits", *short, "--model.feature_dim=4").code == 0
+    assert asked == [(0, 50), (0, 40)]
