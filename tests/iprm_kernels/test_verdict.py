@@ -68,7 +68,7 @@ def test_on_the_cpu_a_slower_extension_makes_way_for_the_reference() -> None:
     assert ik.backends()["reference"].operators["normalize"].default_for == ("cpu",)
 
 
-@pytest.mark.parametrize("name", ["device", "driver", "torch", "triton", "kernels"])
+@pytest.mark.parametrize("name", ["device", "driver", "torch", pytest.param("triton", id="compiler"), "kernels"])
 def test_a_verdict_of_another_machine_or_build_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     kept(passed("normalize", "small", 0.5))
     assert verdict.read(CPU)

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iprm_kernels.verify.error_budget import excess
+from iprm_kernels.verify.error_budget import FACTOR, FLOOR_ULPS, excess, floor
+
+__all__ = ["FACTOR", "FLOOR_ULPS", "Truth", "assert_within_budget", "floor"]
 
 
 class Truth(NamedTuple):
