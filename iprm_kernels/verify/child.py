@@ -22,12 +22,11 @@ from ..backends import BackendUnavailableError, use_backend
 from . import formulas
 from .checks import check
 from .operators import OPERATORS, Inputs, Shape, runner
+from .plan import REFUSED
 from .timing import Version, side_by_side
 
 #: Seconds of measurement per check.
 SECONDS = 0.3
-#: The reason of a backend that does not support a case.
-REFUSED = "refused: "
 
 
 def main() -> None:

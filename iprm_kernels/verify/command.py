@@ -10,7 +10,7 @@ from typing import TextIO
 import torch
 
 from ..loading import NAMES
-from .child import REFUSED
+from .plan import REFUSED
 from .run import NO_TIME, Outcome, Progress, verify_backends
 
 DESCRIPTION = """\

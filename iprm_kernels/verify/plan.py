@@ -19,6 +19,8 @@ class Check(NamedTuple):
     compiled: bool = False  #: whether torch.compile is timed as well
 
 
+#: How the reason of a backend that does not support a case begins.
+REFUSED = "refused: "
 HEADS = ("linear_probe_rebalance", "linear_probe_rebalance_pairs")
 #: (M,) divergences, or P pairs: always small.
 VECTORS = ("strength_weights", "average_strength")

@@ -23,9 +23,8 @@ from .. import verdict
 from ..backends import backends, forget
 from ..loading import NAMES
 from ..verdict import Result
-from .child import REFUSED
 from .operators import OPERATORS, Shape
-from .plan import Check, checks, checks_of_run
+from .plan import REFUSED, Check, checks, checks_of_run
 
 #: The module whose `main` is the child process.
 CHILD = "iprm_kernels.verify.child"
