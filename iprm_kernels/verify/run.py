@@ -30,8 +30,10 @@ from .plan import REFUSED, Check, checks, checks_of_run
 CHILD = "iprm_kernels.verify.child"
 #: It has the import path of this process, not the current folder.
 CODE = r"import sys; sys.path[:] = sys.argv[1].split('\n'); __import__('importlib').import_module(sys.argv[2]).main()"
-#: Seconds that a check may take, with compilation.
-LIMIT = 120.0
+#: Seconds that a check may take, with compilation, by device type; on a busy CPU a large one takes a minute.
+LIMIT = {"cuda": 120.0, "cpu": 600.0}
+#: Seconds that a process may take to start.
+START = 120.0
 #: Seconds that the quick form takes at most.
 QUICK = 50.0
 #: Processes of one backend that may fail before its remaining checks are given up.
@@ -71,7 +73,7 @@ def verify_backends(
     operators: Sequence[str] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     step: tuple[int, int, int] | None = None,
-    limit: float = LIMIT,
+    limit: float | None = None,
     progress: Progress | None = None,
     child: str = CHILD,
 ) -> Verification:
@@ -87,7 +89,7 @@ def verify_backends(
         operators: names of operators; None for all.
         dtypes: floating types; None for all, in the quick form float32, and on a GPU bfloat16.
         step: (B, D, C), verify only calls of this size, in the quick form, and not what the verdict has already.
-        limit: seconds that one check may take.
+        limit: seconds that one check may take; None for `LIMIT`.
         progress: called before each check.
         child: for tests, the module whose `main` runs instead of that of `child`.
 
@@ -104,6 +106,7 @@ def verify_backends(
         few = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
         dtypes = few if quick else (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     names = tuple(OPERATORS if operators is None else operators)
+    limit = LIMIT[device.type] if limit is None else limit
     plans = functools.partial(_plans, device, backend, names, dtypes, quick, step)
     if not any(plans().values()):
         return Verification([], "")
@@ -228,7 +231,7 @@ def _process(
             while done < len(plan):
                 left = max(0.0, deadline - time.monotonic())
                 try:
-                    line = lines.get(timeout=min(limit if ready else max(limit, LIMIT), left))
+                    line = lines.get(timeout=min(limit if ready else max(limit, START), left))
                 except queue.Empty:
                     late = time.monotonic() >= deadline
                     yield Outcome(backend, plan[done], NO_TIME if late else f"does not end within {limit:g} s", {})
