@@ -51,7 +51,7 @@ class OperatorStatus:
     default_for: tuple[str, ...]  #: device types it serves here if no backend is requested, within its limits
     limits: str  #: the shapes it serves; empty if it serves all
     reason: str  #: why it is not available; empty if it is
-    #: by device type, what `verify` found there; empty if it has not run
+    #: by device type, what `verify` found there, or that it has not run
     verified: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -241,32 +241,34 @@ def backends() -> dict[str, BackendStatus]:
     >>> ik.backends()["cpp"].operators["batch_kl"].default_for
     ('cpu',)
     """
-    return {name: _status(name) for name in NAMES}
-
-
-def _status(name: str) -> BackendStatus:
-    loaded = load(name)
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0))
+    kept = {device: verdict.read(device) or [] for device in devices}
+    return {name: _status(name, kept) for name in NAMES}
+
+
+def _status(name: str, kept: Mapping[torch.device, Sequence[Result]]) -> BackendStatus:
+    loaded = load(name)
     operators = {}
     for operator, names in OPERATORS.items():
         missing = [kernel for kernel in names if kernel not in loaded.kernels]
         if missing:
             reason = f"it has no kernel {' and '.join(missing)}" if loaded.kernels else loaded.reason
             operators[operator] = OperatorStatus(False, (), "", reason)
-        else:
-            limits = dict.fromkeys(loaded.kernels[kernel].limits for kernel in names)
-            results = {device: [r for r in verdict.read(device) or () if r.case.operator == operator] for device in devices}
-            default_for = tuple(device.type for device in devices if name in _firsts(operator, device, results[device]))
-            verified = {
-                device.type: verdict.summary([result for result in found if result.backend == name])
-                for device, found in results.items()
-                if any(result.backend == name for result in found)
-            }
-            operators[operator] = OperatorStatus(True, default_for, ", ".join(filter(None, limits)), "", verified)
-    default_for = tuple(d.type for d in devices if any(d.type in status.default_for for status in operators.values()))
-    return BackendStatus(name, bool(loaded.kernels), loaded.devices, default_for, loaded.reason, operators)
+            continue
+        limits = dict.fromkeys(loaded.kernels[kernel].limits for kernel in names)
+        default_for, verified = [], {}
+        for device, results in kept.items():
+            mine = [result for result in results if result.case.operator == operator]
+            if name in _firsts(operator, device, mine):
+                default_for.append(device.type)
+            own = [result for result in mine if result.backend == name]
+            if device.type in loaded.devices and (own or device.type != "cpu"):  # cpp is a default without a verdict
+                verified[device.type] = verdict.summary(own)
+        operators[operator] = OperatorStatus(True, tuple(default_for), ", ".join(filter(None, limits)), "", verified)
+    served = dict.fromkeys(device for status in operators.values() for device in status.default_for)
+    return BackendStatus(name, bool(loaded.kernels), loaded.devices, tuple(served), loaded.reason, operators)
 
 
 def _firsts(operator: str, device: torch.device, results: Sequence[Result]) -> set[str]:

@@ -259,7 +259,7 @@ def summary(results: Iterable[Result]) -> str:
     parts = [f"{dtype} {', '.join(sizes)}" for dtype, sizes in passed.items()]
     good = f"verified, time over the reference's: {'; '.join(parts)}" if parts else ""
     bad = "; ".join(f"failed for {', '.join(cases)}: {reason}" for reason, cases in failed.items())
-    return "; ".join(filter(None, (good, bad)))
+    return "; ".join(filter(None, (good, bad))) or "not verified on this device: python -m iprm_kernels verify"
 
 
 def name_of(dtype: torch.dtype) -> str:

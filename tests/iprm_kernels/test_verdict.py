@@ -220,9 +220,11 @@ class TestOnAGpu:
         self.normalize(2)
         assert calls == []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        status = ik.backends()["triton"].operators["normalize"]
-        assert status.default_for == ()
-        assert status.verified == {"cuda": "failed for float32 small: out, by row: error 3"}
+        operators = ik.backends()["triton"].operators
+        assert operators["normalize"].default_for == ()
+        assert operators["normalize"].verified == {"cuda": "failed for float32 small: out, by row: error 3"}
+        assert operators["batch_kl"].verified == {"cuda": "not verified on this device: python -m iprm_kernels verify"}
+        assert "cuda" in ik.backends()["reference"].operators["batch_kl"].default_for
 
 
 def test_a_compiled_function_selects_by_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
