@@ -41,7 +41,8 @@ def check(backend: str, name: str, dtype: torch.dtype, shape: Shape, device: tor
     for result, value in values.items():
         if value.shape != truth[result].shape:
             return f"{result}: shape {tuple(value.shape)}, expected {tuple(truth[result].shape)}"
-        if found := _compared(result, value, truth[result], baseline[result], terms[result], result in operator.relative):
+        relative = result in operator.relative
+        if found := _compared(result, value, truth[result], baseline[result], terms[result], shape, relative):
             return found
         if not all(torch.equal(value, repeat[result]) for repeat in repeats):
             return f"{result}: {RUNS} runs with the same inputs differ"
@@ -85,10 +86,17 @@ def _nudged(value: Any, place: int) -> Any:
     return value * (1 + NUDGE * signs)
 
 
-def _compared(name: str, value: Tensor, truth: Tensor, errors: Tensor, terms: Tensor, relative: bool) -> str:
-    rows = len(value) if value.dim() else 1
-    size = (truth.abs() if relative else terms).double().reshape(rows, -1).amax(1)
-    error, errors = ((t.double()).reshape(rows, -1) for t in (value.double() - truth, errors))
+def _compared(name: str, value: Tensor, truth: Tensor, errors: Tensor, terms: Tensor, shape: Shape, relative: bool) -> str:
+    batch, rows = shape[0], len(value) if value.dim() else 1
+    size = (truth.abs() if relative else terms).double().reshape(rows, -1)
+    # nudges of both signs add up to √n of n terms in a sum, and rounding errors to at most n
+    if rows != batch:
+        size = size.amax(1) * batch**0.5
+    elif size.shape[1] == 1 and not relative:
+        size = size[:, 0] * (shape[1] if len(shape) > 1 else 1) ** 0.5
+    else:
+        size = size.norm(dim=1)
+    error, errors = (difference.reshape(rows, -1) for difference in (value.double() - truth, errors))
     zero = size == 0  # such as the gradient of a dead row
     if (error[zero] != 0).any():
         return f"{name}: {value.reshape(rows, -1)[zero].abs().max().item():.3g} where the reference has 0"

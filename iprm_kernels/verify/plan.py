@@ -35,7 +35,7 @@ ROWS: dict[str, tuple[Shape, ...]] = {
         (37, 20_000),  # rows that the Triton kernels read block by block
     ),
     "large": (
-        (4096, 1024),
+        (2304, 1024),
         (301, 8_193),
     ),
 }
@@ -51,7 +51,7 @@ STEPS: dict[str, tuple[Shape, ...]] = {
         (256, 512, 1000),
     ),
     "large": (
-        (8192, 1024, 33),
+        (16_384, 512, 33),  # enough rows for the largest tiles
         (1024, 512, 1000),
     ),
 }
