@@ -79,9 +79,9 @@ def key(device: torch.device) -> dict[str, str]:
 
 @functools.cache
 def kernels_hash() -> str:
-    """A hash of the kernels' sources and of the extension."""
+    """A hash of the package, whose checks a verdict depends on as well, and of the extension."""
     digest = hashlib.sha256()
-    for file in sorted([*FOLDER.glob("*.py"), *FOLDER.glob("kernels/*.py"), *FOLDER.glob("_C*.so"), *FOLDER.glob("_C*.pyd")]):
+    for file in sorted([*FOLDER.rglob("*.py"), *FOLDER.glob("_C*.so"), *FOLDER.glob("_C*.pyd")]):
         digest.update(f"{file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
