@@ -8,6 +8,7 @@ from .extension import build_info
 from .geodesic import geodesic_mixup, normalize
 from .head import PairsResult, StepResult, linear_probe_rebalance, linear_probe_rebalance_pairs
 from .probe_rebalance import ProbeResult, probe_rebalance
+from .verify.run import Verification, verify_backends
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "PairsResult",
     "ProbeResult",
     "StepResult",
+    "Verification",
     "__version__",
     "arguments",
     "autocast",
@@ -34,4 +36,5 @@ __all__ = [
     "probe_rebalance",
     "strength_weights",
     "use_backend",
+    "verify_backends",
 ]

@@ -1,4 +1,4 @@
-"""Selects the backend of a call by operator, device type and shape. No other file loads a backend."""
+"""Selects the backend of a call by operator, device, type and shape."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import contextlib
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from . import extension
-from .convention import KERNELS, OPERATORS, Kernel, Kernels
-
-if TYPE_CHECKING:
-    from . import kernels as triton_kernels
-    from .reference import kernels as reference_kernels
-
-    _CHECKED: tuple[Kernels, ...] = (reference_kernels, triton_kernels)  # for mypy, which compares every signature
-
-NAMES = ("reference", "cpp", "triton", "cuda")
+from . import verdict
+from .convention import KERNELS, OPERATORS, Kernels
+from .loading import NAMES, load
+from .verdict import Case, Result
 
 
 class Choice(NamedTuple):
@@ -33,9 +28,9 @@ class Choice(NamedTuple):
     measured: str  #: the measurement that justifies this row
 
 
-#: Default backends, best first: a call is served by the first one that has the kernel and accepts the shape. A kernel that has
-#: never run on a GPU is no default: rows for "cuda", by size of the step, are added after `make gpu-check` has passed and
-#: measured them on a GPU.
+#: Default backends where `python -m iprm_kernels verify` has not run, best first: a call is served by the first one that has
+#: the kernel and accepts the shape. The verdict of a machine replaces them by the backends that passed there and were measured
+#: faster than the reference; on a GPU no others serve.
 TABLE = (
     Choice("cpu", "cpp", "head step forward + backward, two Zen 4 cores: 0.30 ms at (64, 512, 6) where the released code's two "
            "passes take 1.11, 23.6 at (256, 512, 1000) where they take 28.5 and the library's products with the rows in plain "
@@ -56,6 +51,8 @@ class OperatorStatus:
     default_for: tuple[str, ...]  #: device types it serves here if no backend is requested, within its limits
     limits: str  #: the shapes it serves; empty if it serves all
     reason: str  #: why it is not available; empty if it is
+    #: by device type, what `verify` found there, or that it has not run
+    verified: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.available:
@@ -78,64 +75,6 @@ class BackendStatus:
         state = f"serves {', '.join(self.devices)}" if self.available else "unavailable"
         default = f", default for {', '.join(self.default_for)}" if self.default_for else ""
         return f"{self.name}: {state}{default}" + (f" ({self.reason})" if self.reason else "")
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    kernels: dict[str, Kernel]  #: empty if the backend cannot run
-    devices: tuple[str, ...]
-    reason: str
-
-    def obstacle(self, kernel: str, device_type: str) -> str:
-        """Why a kernel cannot serve tensors of a device type; empty if it serves at least some shapes."""
-        if not self.kernels:
-            return self.reason
-        if "any" not in self.devices and device_type not in self.devices:
-            return f"it serves {' and '.join(self.devices)} tensors"
-        return "" if kernel in self.kernels else "it has no kernel for this operator"
-
-
-def _load_reference() -> _Loaded:
-    return _Loaded(importlib.import_module(".reference.kernels", __package__).SERVES, ("any",), "")
-
-
-def _load_cpp() -> _Loaded:
-    try:
-        extension.load()
-    except ImportError as error:
-        return _Loaded({}, (), str(error))
-    return _Loaded(extension.cpu_kernels(), ("cpu",), "")
-
-
-def _load_triton() -> _Loaded:
-    try:
-        triton = importlib.import_module("triton")
-    except ImportError as error:
-        return _Loaded({}, (), f"Triton cannot be imported: {error}; pip install triton (Linux)")
-    if triton.knobs.runtime.interpret:
-        reason = "interpreted, for tests: TRITON_INTERPRET is set"
-    elif torch.cuda.is_available():
-        reason = "not yet verified on a GPU"
-    else:
-        return _Loaded({}, (), "no GPU is visible; TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests")
-    devices = ("cpu", "cuda") if triton.knobs.runtime.interpret else ("cuda",)
-    return _Loaded(importlib.import_module(".kernels", __package__).SERVES, devices, reason)
-
-
-def _load_cuda() -> _Loaded:
-    built = extension.build_info()
-    if built["extension"] != "cuda":
-        found = "holds no CUDA kernels" if built["extension"] == "cpu" else f"cannot be loaded ({built['reason']})"
-        return _Loaded({}, (), f"the C++ extension {found}: reinstall with IPRM_KERNELS_BUILD=cuda, nvcc and a CUDA torch")
-    if not torch.cuda.is_available() or torch.version.hip:
-        return _Loaded({}, (), "no NVIDIA GPU is visible")
-    return _Loaded(extension.cuda_kernels(), ("cuda",), "serves only the head step; not yet verified on a GPU")
-
-
-@functools.cache
-def _load(name: str) -> _Loaded:
-    loaders = {"reference": _load_reference, "cpp": _load_cpp, "triton": _load_triton, "cuda": _load_cuda}
-    return loaders[name]()
 
 
 def _known(name: str) -> str:
@@ -161,15 +100,74 @@ def _candidates(name: str | None, device_type: str) -> list[str]:
 
 
 @functools.cache
-def _select(name: str | None, device_type: str) -> SimpleNamespace:
-    candidates = _candidates(name, device_type)
-    return SimpleNamespace(**{kernel: _serving(kernel, candidates, device_type) for kernel in KERNELS})
+def _select(name: str | None, device: torch.device) -> SimpleNamespace:
+    if name is None:
+        results = verdict.read(device)
+        return SimpleNamespace(**{kernel: _verified(kernel, device, results) for kernel in KERNELS})
+    return SimpleNamespace(**{kernel: _serving(kernel, [_known(name)], device.type) for kernel in KERNELS})
+
+
+def forget() -> None:
+    """Makes the next call read the verdict anew."""
+    _select.cache_clear()
+
+
+def _verified(kernel: str, device: torch.device, results: Sequence[Result] | None) -> Callable[..., None]:
+    """The kernel that serves by default; a function that selects one by type and size if they differ."""
+    table = _candidates(None, device.type)
+    unverified = _serving(kernel, table, device.type)
+    others = any(not load(name).obstacle(kernel, device.type) for name in NAMES[1:])
+    mine = [result.case for result in results or () if kernel in OPERATORS[result.case.operator]]
+    if not others or (device.type == "cpu" and all(_order(kernel, case, device, results or ()) == table for case in mine)):
+        return unverified
+    of_head, place = kernel.startswith("head_"), int(kernel.endswith("_backward"))
+    owner = next(operator for operator, names in OPERATORS.items() if kernel in names)
+    serving: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+    def run(*arguments: Any) -> None:
+        if of_head:
+            step = arguments[0]
+            x = step.features[0]
+            operator = owner if len(step.pairs) == 2 else f"{owner}_pairs"
+            size = verdict.size_class(x.numel() * len(step.weights[0]), True)
+        else:
+            x, operator = arguments[place], owner
+            size = verdict.size_class(x.numel(), False)
+        key = (operator, x.dtype, size)
+        found = serving.get(key)
+        if found is None:
+            case = Case(operator, verdict.name_of(x.dtype), size)
+            found = serving[key] = _serving(kernel, _order(kernel, case, device, results or ()), device.type)
+            if device.type != "cpu" and case not in mine:
+                _warn(device)
+        return found(*arguments)
+
+    return run
+
+
+def _order(kernel: str, case: Case, device: torch.device, results: Sequence[Result]) -> list[str]:
+    """The backends that serve a case by default, best first."""
+    using = [operator for operator, names in OPERATORS.items() if kernel in names]
+    operators = [case.operator] if kernel.startswith("head_") else using
+    mine = [result for result in results if result.case.operator in operators and result.case[1:] == case[1:]]
+    if not mine:
+        return _candidates(None, device.type)
+    return [*verdict.fastest(mine, case), "reference"]
+
+
+@functools.cache
+def _warn(device: torch.device) -> None:
+    warnings.warn(
+        f"iprm_kernels: plain torch serves {torch.cuda.get_device_name(device)}, whose kernels are not verified for this call; "
+        "to verify and time them, once: python -m iprm_kernels verify",
+        stacklevel=2,
+    )
 
 
 def _serving(kernel: str, candidates: Sequence[str], device_type: str) -> Callable[..., None]:
     """The kernel of the first candidate that serves the device, or a function that selects one by the arguments."""
-    obstacles = {name: _load(name).obstacle(kernel, device_type) for name in candidates}
-    found = [(name, _load(name).kernels[kernel]) for name, obstacle in obstacles.items() if not obstacle]
+    obstacles = {name: load(name).obstacle(kernel, device_type) for name in candidates}
+    found = [(name, load(name).kernels[kernel]) for name, obstacle in obstacles.items() if not obstacle]
     if found and found[0][1].refuses is None:
         return found[0][1].run
 
@@ -194,7 +192,7 @@ def kernels(device: torch.device) -> Kernels:
     Raises:
         ValueError: IPRM_KERNELS_BACKEND asks for an unknown backend.
     """
-    return cast(Kernels, _select(requested(), device.type))
+    return cast(Kernels, _select(requested(), device))
 
 
 @contextlib.contextmanager
@@ -213,7 +211,7 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: `name` is unknown.
         BackendUnavailableError: the backend cannot run here; the message says why.
     """
-    loaded = _load(_known(name))
+    loaded = load(_known(name))
     if not loaded.kernels:
         raise BackendUnavailableError(f"backend {name!r} cannot run here: {loaded.reason}")
     entry = [name]
@@ -243,27 +241,39 @@ def backends() -> dict[str, BackendStatus]:
     >>> ik.backends()["cpp"].operators["batch_kl"].default_for
     ('cpu',)
     """
-    return {name: _status(name) for name in NAMES}
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0))
+    kept = {device: verdict.read(device) or [] for device in devices}
+    return {name: _status(name, kept) for name in NAMES}
 
 
-def _status(name: str) -> BackendStatus:
-    loaded = _load(name)
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+def _status(name: str, kept: Mapping[torch.device, Sequence[Result]]) -> BackendStatus:
+    loaded = load(name)
     operators = {}
     for operator, names in OPERATORS.items():
         missing = [kernel for kernel in names if kernel not in loaded.kernels]
         if missing:
             reason = f"it has no kernel {' and '.join(missing)}" if loaded.kernels else loaded.reason
             operators[operator] = OperatorStatus(False, (), "", reason)
-        else:
-            limits = dict.fromkeys(loaded.kernels[kernel].limits for kernel in names)
-            default_for = tuple(device for device in devices if _first(names, device) == name)
-            operators[operator] = OperatorStatus(True, default_for, ", ".join(filter(None, limits)), "")
-    default_for = tuple(device for device in devices if any(device in status.default_for for status in operators.values()))
-    return BackendStatus(name, bool(loaded.kernels), loaded.devices, default_for, loaded.reason, operators)
+            continue
+        limits = dict.fromkeys(loaded.kernels[kernel].limits for kernel in names)
+        default_for, verified = [], {}
+        for device, results in kept.items():
+            mine = [result for result in results if result.case.operator == operator]
+            if name in _firsts(operator, device, mine):
+                default_for.append(device.type)
+            own = [result for result in mine if result.backend == name]
+            if device.type in loaded.devices and (own or device.type != "cpu"):  # cpp is a default without a verdict
+                verified[device.type] = verdict.summary(own)
+        operators[operator] = OperatorStatus(True, tuple(default_for), ", ".join(filter(None, limits)), "", verified)
+    served = dict.fromkeys(device for status in operators.values() for device in status.default_for)
+    return BackendStatus(name, bool(loaded.kernels), loaded.devices, tuple(served), loaded.reason, operators)
 
 
-def _first(names: Sequence[str], device_type: str) -> str | None:
-    """The first backend in the table that serves all `names` on a device."""
-    candidates = _candidates(None, device_type)
-    return next((name for name in candidates if not any(_load(name).obstacle(kernel, device_type) for kernel in names)), None)
+def _firsts(operator: str, device: torch.device, results: Sequence[Result]) -> set[str]:
+    """The backends that serve an operator by default on a device: in at least one of the verified cases, if there are any."""
+    names = OPERATORS[operator]
+    orders = [[*verdict.fastest(results, result.case), "reference"] for result in results] or [_candidates(None, device.type)]
+    serving = ([n for n in order if not any(load(n).obstacle(k, device.type) for k in names)] for order in orders)
+    return {order[0] for order in serving if order}

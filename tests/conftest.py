@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -10,16 +11,19 @@ from importlib.metadata import version
 # of pytest-xdist: on two busy cores a test of 400 small steps on two threads took 31.7 s, and 2.1 s with this setting.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Which backend serves by default depends on the verdict in the user's cache folder: tests have none.
+os.environ["IPRM_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), f"iprm-kernels-tests-{os.getpid()}")
+
 import gpu_arithmetic
 import hypothesis
 import places
-import poison
 import pytest
 import tiers
 import torch
 from places import INTERPRETED, Place
 
 import iprm_kernels as ik
+from iprm_kernels.verify import poison
 
 # The scratch memory of csrc/cuda/head.cu, which no patch of Python reaches, is filled with NaN. Read at the first step.
 os.environ["IPRM_KERNELS_POISON"] = "1"

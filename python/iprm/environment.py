@@ -78,10 +78,13 @@ def _asked(asked: str, statuses: Mapping[str, BackendStatus], device: str, opera
 
 
 def _default(statuses: Mapping[str, BackendStatus], device: str, operator: str) -> str:
-    """The first choice; beyond its limits the next backend of the table serves."""
-    status = next(status for status in statuses.values() if device in status.operators[operator].default_for)
-    limits = status.operators[operator].limits
-    return f"{status.name} ({limits}; another backend beyond that)" if limits else status.name
+    """The backends that serve by default, with their limits, beyond which another one serves, and what `verify` found."""
+    at = {status.name: status.operators[operator] for status in statuses.values()}
+    serving = {name: status for name, status in at.items() if device in status.default_for}
+    remarks = ["by type and size"] if len(serving) > 1 else []
+    remarks += [f"{status.limits}; another backend beyond that" for status in serving.values() if status.limits]
+    remarks += [f"{name} {status.verified[device]}" for name, status in at.items() if device in status.verified]
+    return " or ".join(serving) + (f" ({'; '.join(remarks)})" if remarks else "")
 
 
 def check_variables() -> None:

@@ -16,8 +16,9 @@ from places import INTERPRETED, Place
 
 import iprm_kernels as ik
 from iprm_kernels import extension
-from iprm_kernels.backends import NAMES, kernels, requested
+from iprm_kernels.backends import kernels, requested
 from iprm_kernels.convention import OPERATORS, HeadInputs, Kernel
+from iprm_kernels.loading import NAMES, Loaded
 from iprm_kernels.reference import kernels as reference
 
 choice = sys.modules["iprm_kernels.backends"]  # in the package, the function of this name hides the module
@@ -160,10 +161,10 @@ class Table:
     """Backends that a test defines, all on the CPU, tried in the order in which they were added."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.loaded = {name: choice._Loaded({}, (), "not in this test") for name in NAMES}
+        self.loaded = {name: Loaded({}, (), "not in this test") for name in NAMES}
         self.calls: list[tuple[str, str]] = []
         self.monkeypatch = monkeypatch
-        monkeypatch.setattr(choice, "_load", self.loaded.__getitem__)
+        monkeypatch.setattr(choice, "load", self.loaded.__getitem__)
         monkeypatch.setattr(choice, "_from_environment", None)
         self.use()
 
@@ -183,7 +184,7 @@ class Table:
             return run
 
         made = {name: Kernel(counted(name), refuses, limits) for name in names or reference.SERVES}
-        self.loaded[backend] = choice._Loaded(made, ("cpu",), "")
+        self.loaded[backend] = Loaded(made, ("cpu",), "")
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ class TestChoice:
     def test_another_device_is_refused_with_its_reason(self, table: Table) -> None:
         table.add("cpp")
         with pytest.raises(ik.BackendUnavailableError, match=r"'cpp' cannot serve a tensor on 'cuda': it serves cpu tensors"):
-            choice._select("cpp", "cuda").normalize()
+            choice._select("cpp", torch.device("cuda")).normalize()
 
 
 def test_the_cuda_kernels_take_one_pair_of_two_modalities() -> None:

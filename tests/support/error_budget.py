@@ -1,10 +1,4 @@
-"""The error budget: the error allowed to a backend, measured instead of chosen.
-
-The truth is the reference in float64 on the same rounded inputs (50 digits where the test itself is in float64). The
-baseline is the reference in plain torch at the dtype under test. A backend's error may be at most FACTOR times the
-baseline's, plus a floor for baselines that happen to be exact: FLOOR_ULPS of the arithmetic and, where results are stored in
-a narrower type, the one rounding to it.
-"""
+"""The error budget of `iprm_kernels.verify.error_budget` as an assertion, with truths of twice the digits of float64."""
 
 from __future__ import annotations
 
@@ -14,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iprm_kernels.dtypes import arithmetic_dtype
+from iprm_kernels.verify.error_budget import FACTOR, FLOOR_ULPS, excess, floor
 
-FACTOR = 3.0
-FLOOR_ULPS = 2.0
+__all__ = ["FACTOR", "FLOOR_ULPS", "Truth", "assert_within_budget", "floor"]
 
 
 class Truth(NamedTuple):
@@ -46,17 +39,8 @@ class Truth(NamedTuple):
         return (value.double().cpu() - self.high) - self.low
 
 
-def floor(dtype: torch.dtype) -> float:
-    """The relative error allowed for any baseline error."""
-    stored = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0
-    return FLOOR_ULPS * torch.finfo(arithmetic_dtype(dtype)).eps + stored
-
-
 def assert_within_budget(name: str, value: Tensor, baseline: Tensor, truth: Truth, magnitude: Tensor) -> None:
-    """`value` is as close to `truth` as `baseline` is, in two norms.
-
-    The largest error, relative to the largest magnitude; and the largest error of any row relative to that row's magnitude:
-    the size of the terms of the row, to which its rounding errors are proportional.
+    """`value` is as close to `truth` as `baseline` is; see `excess`.
 
     Args:
         value, baseline: (B, ...) results of the backend and of plain torch, same dtype.
@@ -65,11 +49,5 @@ def assert_within_budget(name: str, value: Tensor, baseline: Tensor, truth: Trut
     assert value.dtype == baseline.dtype
     assert value.shape == baseline.shape == truth.high.shape
     assert value.isfinite().all(), f"{name}: not finite"
-    rows = [truth.error(tensor).abs().reshape(len(magnitude), -1).amax(1) for tensor in (value, baseline)]
-    largest = [row.max().item() / magnitude.max().item() for row in rows]
-    by_row = [(row / magnitude).max().item() for row in rows]
-    for norm, (error, error_baseline) in (("largest", largest), ("by row", by_row)):
-        allowed = FACTOR * error_baseline + floor(value.dtype)
-        assert error <= allowed, (
-            f"{name}, {norm}: error {error:.3g}, of plain torch {error_baseline:.3g}, allowed {allowed:.3g}"
-        )
+    message = excess(name, value.dtype, truth.error(value), truth.error(baseline), magnitude)
+    assert not message, message

@@ -7,16 +7,19 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import cases
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import iprm_kernels as ik
 from iprm_kernels.dtypes import arithmetic_dtype
+from iprm_kernels.verify.inputs import step
 
 #: The differentiable inputs of a step, in the order of the operator's arguments.
 LEAVES = ("x", "y", "weight_x", "bias_x", "weight_y", "bias_y", "weight_mix", "bias_mix")
+
+
+inputs = step  # features, heads, labels and λ by name
 
 
 class Step(NamedTuple):
@@ -26,25 +29,6 @@ class Step(NamedTuple):
     options: dict[str, Any]
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor | None]
-
-
-def inputs(
-    batch: int,
-    width: int,
-    classes: int,
-    dtype: torch.dtype = torch.float32,
-    *,
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """Features at all angles, heads that make logits of size 1 to 3, labels of every class, and λ = 0.3."""
-    x, y = cases.feature_pairs(batch, width, dtype, device)
-    made = {"x": x, "y": y}
-    for seed, name in enumerate(("x", "y", "mix"), start=10):
-        scale = 2.0 if name != "mix" else 2.0 * width**0.5  # features of the mixture have length 1
-        made[f"weight_{name}"] = (scale / width**0.5 * cases.randn(classes, width, seed=seed)).to(device, dtype)
-        made[f"bias_{name}"] = cases.randn(classes, seed=seed + 3, dtype=dtype, device=device)
-    target = torch.arange(batch, device=device) % classes
-    return {**made, "target": target, "weight": 0.3}
 
 
 def call(arguments: dict[str, Any], **options: Any) -> ik.StepResult:

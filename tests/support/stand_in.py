@@ -78,8 +78,10 @@ def install(folder: Path) -> StandIn:
 
 def serve(*devices: str) -> None:
     """Makes the triton backend serve tensors on `devices`."""
-    backends, kernels = (importlib.import_module(f"iprm_kernels.{name}") for name in ("backends", "kernels"))
-    loaded = backends._Loaded(kernels.SERVES, devices, "a stand-in")
-    backends._load_triton = lambda: loaded
-    backends._load.cache_clear()
-    backends._select.cache_clear()
+    backends, loading, kernels = (
+        importlib.import_module(f"iprm_kernels.{name}") for name in ("backends", "loading", "kernels")
+    )
+    loaded = loading.Loaded(kernels.SERVES, devices, "a stand-in")
+    loading._load_triton = lambda: loaded
+    loading.load.cache_clear()
+    backends.forget()

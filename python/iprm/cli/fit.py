@@ -22,6 +22,7 @@ from iprm.training.callbacks.run_state import batches_of
 from iprm.training.checkpoint import logged_steps, read_checkpoint
 from iprm.training.finite import NonFiniteError
 from iprm.training.lightning import first_process, quiet_lightning, survive_full_disk
+from iprm.training.verification import verify_kernels
 
 from .fusion_cli import FusionCLI, as_list, run
 from .run_record import RunRecord
@@ -112,6 +113,7 @@ class FitCLI(FusionCLI):
             InputError: with these settings, no batch is trained on.
             SystemExit: with `STOPPED` or `INTERRUPTED`, after a line that says how to continue.
         """
+        verify_kernels(self.trainer, self.model, self.datamodule.batch_size)
         with self.record.kept() if self.record else contextlib.nullcontext():
             try:
                 self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path)

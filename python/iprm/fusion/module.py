@@ -36,6 +36,8 @@ class FusionModule(nn.Module, ABC):
     """
 
     minimum_modalities = 2
+    #: The operators of `iprm_kernels` that training and evaluation call.
+    operators: tuple[str, ...] = ()
 
     def __init__(self, feature_dim: int | Mapping[str, int], num_classes: int, modalities: Sequence[str]) -> None:
         super().__init__()

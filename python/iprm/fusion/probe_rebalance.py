@@ -105,6 +105,12 @@ class ProbeRebalance(PairState):
         super().__init__(feature_dim, num_classes, modalities, alpha=alpha, pairs=pairs, ema_start=ema_start)
         self.mixup = check_choice("mixup", mixup, ("geodesic", "linear"))
         self.passes = check_choice("passes", passes, (1, 2))
+        if mixup == "geodesic" and passes == 2:
+            step = "linear_probe_rebalance" if len(self.modalities) == 2 else "linear_probe_rebalance_pairs"
+            self.operators = (step, "average_strength", "geodesic_mixup")
+        else:
+            mixing = ("geodesic_mixup",) if mixup == "geodesic" else ()
+            self.operators = (*mixing, "batch_kl", "strength_weights", "average_strength")
         self._names = frozenset(self.modalities)
         self.mix_head_names = tuple("shared" if shared_mix_head else name for name in pair_names(self.modalities))
 

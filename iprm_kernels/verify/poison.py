@@ -3,8 +3,11 @@ element then fails the test."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,6 +29,17 @@ def poisoned_new_empty(self: Tensor, *size: Any, **options: Any) -> Tensor:
     tensor = _new_empty(self, *size, **options)
     plain = type(tensor) is Tensor and not tensor.is_meta and not torch.compiler.is_compiling()
     return _poisoned(tensor) if plain else tensor
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Context in which new memory is poisoned."""
+    with (
+        mock.patch.object(torch, "empty", poisoned_empty),
+        mock.patch.object(torch, "empty_like", poisoned_empty_like),
+        mock.patch.object(Tensor, "new_empty", poisoned_new_empty),
+    ):
+        yield
 
 
 def _poisoned(tensor: Tensor) -> Tensor:
