@@ -75,10 +75,12 @@ def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = Fal
     content, reason = None, ""
     # the readers raise many errors for broken archives and pickles: BadZipFile, IndexError, AttributeError, AssertionError
     try:
-        with reading(path):
-            if zipfile.is_zipfile(path):  # for other files torch.load would try its legacy formats
-                check_archive(path)
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with reading(path), path.open("rb") as file:
+            if zipfile.is_zipfile(file):  # for other files torch.load would try its legacy formats
+                check_archive(path, file)
+                file.seek(0)
+                mapped = mmap and str(path).isprintable()  # torch opens a path of UTF-8 alone
+                content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except InputError:
         raise
     except Exception as error:
