@@ -67,7 +67,7 @@ def load_inference(path: str | Path, encoders: Collection[str] = ()) -> Inferenc
     settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known - SPEEDS}
     try:
         inputs = settings["inputs"]
-        count = len(flat(inputs)) if isinstance(inputs, Mapping) else 0
+        count = len(flat(descriptions(inputs)))  # each takes time to build, and each pair of modalities memory
         if count > MOST_INPUTS:
             raise InputError(f"expected at most {MOST_INPUTS} input tensors, got {count}")
         for modality, cls in imported_classes(settings.get("encoders")).items():
