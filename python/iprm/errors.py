@@ -105,15 +105,16 @@ def check_number(name: str, value: Any, highest: float = math.inf) -> int | floa
     return number
 
 
-def check_whole(name: str, value: Any, lowest: int = 0) -> int:
+def check_whole(name: str, value: Any, lowest: int = 0, highest: float = math.inf) -> int:
     """Returns `value` as an int.
 
     Raises:
-        InputError: it is no whole number from `lowest` up, of Python or numpy.
+        InputError: it is no whole number in [lowest, highest], of Python or numpy.
     """
     number = plain_number(value)
-    if not isinstance(number, int) or number < lowest:
-        raise InputError(f"{name}: expected a whole number from {lowest} up, got {value!r}")
+    if not isinstance(number, int) or not lowest <= number <= highest:
+        span = f"{lowest} up" if highest == math.inf else f"{lowest} to {highest}"
+        raise InputError(f"{name}: expected a whole number from {span}, got {value!r}")
     return number
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from forged import MIB, Call, Stored, checkpoint_with, forge, pickled, tensor
+from raw_zip import Member, RawZip, entry
 
 HEAVY = 500 * MIB  # what the heavy ones would take
 ONE = {"0": bytes(4)}
@@ -91,7 +92,109 @@ def with_a_comment(path: Path) -> Path:
     return path
 
 
+def with_two_pickles(file: RawZip) -> tuple[Member, Member, list[Member]]:
+    """The members of an archive with two pickles: the plain one, the heavy one, and the others."""
+    version = file.member("a/version", b"3\n")
+    plain = file.member("a/data.pkl", checkpoint_with())
+    heavy = file.member("a/data.pkl", checkpoint_with(more=Call(bytearray, HEAVY)))
+    return plain, heavy, [version, file.member("a/byteorder", b"little")]
+
+
+def write_zip(path: Path, file: RawZip, sealed: bool = True) -> Path:
+    if sealed:
+        file.seal()
+    path.write_bytes(file)
+    return path
+
+
+def of_two_ends(path: Path, sealed: bool) -> Path:
+    """torch reads the directory whose end the zip64 locator names; zipfile the one whose end is just before the locator."""
+    file = RawZip()
+    plain, heavy, others = with_two_pickles(file)
+    hidden = file.end64(*file.directory(*map(entry, [heavy, *others])))
+    seen = file.directory(*map(entry, [plain, *others]))
+    file.end64(*seen)
+    file.locator(hidden)
+    file.end(*seen)
+    return write_zip(path, file, sealed)
+
+
+def of_an_end_in_a_comment(path: Path, sealed: bool) -> Path:
+    """The locator is in the comment of the last entry of the directory that zipfile reads, without an end just before it."""
+    file = RawZip()
+    plain, heavy, others = with_two_pickles(file)
+    hidden = file.end64(*file.directory(*map(entry, [heavy, *others])))
+    count, size, offset = file.directory(*map(entry, [plain, others[0]]), entry(others[1], comment=bytes(76)))
+    del file[-20:]
+    file.locator(hidden)
+    file.end(count, size, offset)
+    return write_zip(path, file, sealed)
+
+
+def with_a_shifted_directory(path: Path) -> Path:
+    """The last record names a place within the directory, in the comment of its first entry: torch reads on from there;
+    zipfile reads the whole, and shifts the places of all members."""
+    file = RawZip()
+    plain, heavy, (version, byteorder) = with_two_pickles(file)
+    shift = len(entry(version))
+    hidden = b"".join(map(entry, [version, heavy, byteorder]))
+    first = entry(version, comment=hidden, shift=shift)
+    count, size, offset = file.directory(first, entry(plain, shift=shift), entry(byteorder, shift=shift))
+    file.end(count, size, offset + shift)
+    return write_zip(path, file)
+
+
+def with_an_end(path: Path, change: Callable[..., object]) -> Path:
+    """A plain checkpoint with other records of the end: `change` receives the file, and the number of entries, the size and the
+    place of its directory."""
+    file = RawZip()
+    members = [file.member(name, content) for name, content in PLAIN.items()]
+    change(file, *file.directory(*map(entry, members)))
+    return write_zip(path, file)
+
+
+def naming_another_place(file: RawZip, *found: int) -> None:
+    """A locator of a place where no zip64 record is: torch reads the last record then, zipfile the zip64 record."""
+    file.end64(*found)
+    file.locator(1)
+    file.end(*found)
+
+
+def within_the_end(file: RawZip, *found: int) -> None:
+    """The last record has the signature of one within it."""
+    file.locator(file.end64(*found))
+    file.end(found[0], int.from_bytes(b"PK\5\6", "little"), 0)
+
+
+def with_two_fields_of_zip64(path: Path) -> Path:
+    """zipfile takes the size from both, torch from the first."""
+    file = RawZip()
+    first, *others = [file.member(name, content) for name, content in PLAIN.items()]
+    field = struct.pack("<2HQQ", 1, 16, 2**64 - 1, first.size) + struct.pack("<2HQ", 1, 8, first.size)
+    file.end(*file.directory(entry(first, size=2**32 - 1, extra=field), *map(entry, others)))
+    return write_zip(path, file)
+
+
+PLAIN = {
+    "archive/data.pkl": checkpoint_with(),
+    "archive/byteorder": b"little",
+    "archive/version": b"3\n",
+    "archive/data/0": b"",
+}
+ZIPS: dict[str, Callable[[Path], Path]] = {
+    "two ends": lambda path: of_two_ends(path, False),
+    "two ends, with a checksum": lambda path: of_two_ends(path, True),
+    "an end in a comment": lambda path: of_an_end_in_a_comment(path, False),
+    "an end in a comment, with a checksum": lambda path: of_an_end_in_a_comment(path, True),
+    "a shifted directory": with_a_shifted_directory,
+    "a locator of nothing": lambda path: with_an_end(path, naming_another_place),
+    "more members than counted": lambda path: with_an_end(path, lambda file, _, *found: file.end(3, *found)),
+    "fewer members than counted": lambda path: with_an_end(path, lambda file, _, *found: file.end(5, *found)),
+    "an end within the end": lambda path: with_an_end(path, within_the_end),
+    "two fields of zip64": with_two_fields_of_zip64,
+}
 HOSTILE: dict[str, Callable[[Path], Path]] = {
+    **ZIPS,
     # exhausting
     "a tensor larger than its storage": lambda path: with_a_tensor(path, tensor(Stored("0", 1), (HEAVY // 4,), (1,))),
     "a tensor of one number, repeated": lambda path: with_a_tensor(path, tensor(Stored("0", 1), (2**40,), (0,))),

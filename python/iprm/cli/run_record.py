@@ -25,7 +25,7 @@ from .refusals import refusal
 
 
 class RunRecord(L.Callback):
-    """Writes config.yaml when training begins, after the state of a resumed run and every setting were accepted.
+    """Writes config.yaml when training begins.
 
     The file has no checkpoint, because a resumed run starts from its own state, and it has the batch size that a
     `BatchSizeFinder` has found, without the finder.
@@ -39,6 +39,7 @@ class RunRecord(L.Callback):
     def __init__(self, log: RunLog, parser: LightningArgumentParser, config: Any) -> None:
         self._log, self.parser, self.config = log, parser, config
         self.begun = False  # whether training has begun
+        self._trained = False  # whether a batch has been trained on
         self._before: str | None = None  # config.yaml of the run that is resumed
         self._locks = contextlib.ExitStack()
         self._locked = False
@@ -54,8 +55,9 @@ class RunRecord(L.Callback):
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Context of a run, in which no other process can resume it. If training has not begun when the context ends, the files
-        that the run has added are removed; if a setting is refused later, config.yaml is as it was.
+        """Context of a run, in which no other process can resume it. If training has not begun when the context ends, or a
+        setting or the state of a resumed run is refused before the first batch has been trained on, the files that the run has
+        added are removed; if a setting is refused, config.yaml is as it was.
 
         Raises:
             InputError: another process trains in the folder.
@@ -71,8 +73,10 @@ class RunRecord(L.Callback):
             try:
                 yield
             except BaseException as error:
-                if self._before is not None and refusal(error):
-                    write_atomically(self.folder / CONFIG, self._before)
+                if refusal(error):
+                    self.begun = self.begun and self._trained
+                    if self._before is not None:
+                        write_atomically(self.folder / CONFIG, self._before)
                 if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
                     raise OSError(error.errno, error.strerror, str(folder or self._log.save_dir)) from None
                 raise
@@ -100,6 +104,9 @@ class RunRecord(L.Callback):
         self._before = config.read_text(encoding="utf-8") if config.is_file() else None
         write_atomically(config, self.parser.dump(self._settings(trainer), skip_unset=False))
         self.begun = True
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._trained = True
 
     def _lock(self, folder: Path) -> None:
         self._locks.enter_context(locked(folder, "run"))

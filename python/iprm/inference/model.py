@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from iprm.data import options_of
-from iprm.encoders.description import Input, descriptions
+from iprm.encoders.description import Input, descriptions, flat
 from iprm.encoders.named_modules import NamedModules
 from iprm.encoders.registry import imported_classes
 from iprm.errors import InputError
@@ -19,8 +19,8 @@ from iprm.fusion.module import FusionModule
 from iprm.training.checkpoint import read_checkpoint
 from iprm.training.classifier import FusionClassifier
 
-#: Modalities of a model that is read from a checkpoint alone.
-MOST_MODALITIES = 256
+#: Input tensors of a model that is read from a checkpoint alone.
+MOST_INPUTS = 64
 #: Settings of a checkpoint that would start a compiler or need a GPU, and change no result.
 SPEEDS = {"compile", "cuda_graph"}
 
@@ -67,8 +67,9 @@ def load_inference(path: str | Path, encoders: Collection[str] = ()) -> Inferenc
     settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known - SPEEDS}
     try:
         inputs = settings["inputs"]
-        if isinstance(inputs, Mapping) and len(inputs) > MOST_MODALITIES:  # each takes time to build, and each pair memory
-            raise InputError(f"expected at most {MOST_MODALITIES} modalities, got {len(inputs)}")
+        count = len(flat(descriptions(inputs)))  # each takes time to build, and each pair of modalities memory
+        if count > MOST_INPUTS:
+            raise InputError(f"expected at most {MOST_INPUTS} input tensors, got {count}")
         for modality, cls in imported_classes(settings.get("encoders")).items():
             if cls not in encoders:
                 raise InputError(

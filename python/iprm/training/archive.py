@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
 from typing import IO, Any, BinaryIO
+
+import torch
 
 from iprm.errors import InputError
 
@@ -42,31 +45,33 @@ class Sealing:
         self._file.write(_seal(self._checksum))
 
 
-def check_archive(path: Path) -> None:
+def check_archive(path: Path, file: BinaryIO) -> None:
     """Checks that a file is a whole archive of tensors and plain values; see `check_pickle`.
 
     torch's reader ignores checksums, maps compressed bytes as weights, and reads past the end of a member whose storage is
     declared longer. Every byte is therefore verified first, against the checksum of the whole file, or, in a file that
-    `Sealing` has not written, of each member.
+    `Sealing` has not written, of each member. Python's reader must then find the same members at the same places as torch's.
 
     Raises:
         InputError: the file is damaged.
         ValueError: it holds something else.
         Exception: it is broken.
     """
-    with path.open("rb") as file:
-        sealed = _check_end(path, file)
-        with zipfile.ZipFile(file) as archive:
-            sizes = _check_members(archive, file)
-            if not sealed and (damaged := archive.testzip()):
-                raise InputError(f"{path}: damaged: the content of {damaged} does not match its checksum")
-            folder = archive.namelist()[0].partition("/")[0]
-            storages = {name.removeprefix(f"{folder}/data/"): size for name, size in sizes.items() if f"{folder}/data/" in name}
-            check_pickle(archive.read(f"{folder}/data.pkl"), storages)
+    end, sealed = _check_end(path, file)
+    count = _check_directory(file, end)
+    with zipfile.ZipFile(file) as archive:
+        if count != len(archive.filelist):
+            raise ValueError(f"its directory has {len(archive.filelist)} members, and states {count}")
+        folder = archive.namelist()[0].partition("/")[0]
+        sizes = _check_members(archive, file, folder)
+        if not sealed and (damaged := archive.testzip()):
+            raise InputError(f"{path}: damaged: the content of {damaged} does not match its checksum")
+        storages = {name.removeprefix("data/"): size for name, size in sizes.items() if name.startswith("data/")}
+        check_pickle(archive.read(f"{folder}/data.pkl"), storages)
 
 
-def _check_end(path: Path, file: BinaryIO) -> bool:
-    """Whether the file has a checksum, which is verified.
+def _check_end(path: Path, file: BinaryIO) -> tuple[int, bool]:
+    """The place of zip's record of the end, and whether the file has a checksum, which is verified.
 
     Raises:
         InputError: it does not match, or other bytes follow the archive.
@@ -74,40 +79,67 @@ def _check_end(path: Path, file: BinaryIO) -> bool:
     whole = file.seek(0, os.SEEK_END)
     file.seek(max(0, whole - _END - _LENGTH))
     end = file.read()
-    if end[-_END:].startswith(b"PK\5\6") and end.endswith(b"\0\0"):
-        return False
+    if end.rfind(b"PK\5\6") == len(end) - _END and end.endswith(b"\0\0"):
+        return whole - _END, False
     rest, checksum = whole - _LENGTH - 2, 0
     file.seek(0)
     chunk = memoryview(bytearray(1 << 20))
     while rest > 0 and (count := file.readinto(chunk[: min(rest, len(chunk))])):  # type: ignore[attr-defined]
         checksum, rest = zlib.crc32(chunk[:count], checksum), rest - count
-    if end[_END - 2 :] != _seal(zlib.crc32(b"\0\0", checksum)):
+    if end.rfind(b"PK\5\6") != 0 or end[_END - 2 :] != _seal(zlib.crc32(b"\0\0", checksum)):
         raise InputError(f"{path}: damaged: its content does not match its checksum")
-    return True
+    return whole - _END - _LENGTH, True
 
 
-def _check_members(archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, int]:
-    """The sizes of the members, by name.
+def _check_directory(file: BinaryIO, end: int) -> int:
+    """The number of members that the directory states.
+
+    The records of the end state twice where the directory is. zipfile trusts the place of the record, torch what it states:
+    two archives in one file, unless both are the same.
 
     Raises:
-        ValueError: a member is compressed, of the name of another, or has bytes in common with another or the directory.
+        ValueError: they are not.
     """
-    free = 0
+    file.seek(max(0, end - 76))
+    *_, count, size, offset = struct.unpack("<4s4H2L", (records := file.read(min(76, end) + 20))[-20:])
+    signature, _, place, _ = struct.unpack("<4sLQL", records[-40:-20])
+    if signature == b"PK\6\7":
+        end -= 76
+        signature, *_, count, size, offset = struct.unpack("<4sQ2H2L4Q", records[:56])
+        if place != end or signature != b"PK\6\6":
+            raise ValueError("its records of the end are not directly before each other")
+    if offset + size != end:
+        raise ValueError("its directory is not directly before the record of its end")
+    return count
+
+
+def _check_members(archive: zipfile.ZipFile, file: BinaryIO, folder: str) -> dict[str, int]:
+    """The sizes of the members, by name within the folder.
+
+    Raises:
+        ValueError: a member is compressed, of the name of another, has bytes in common with another or the directory, or is
+            another one to torch.
+    """
     members = sorted(archive.infolist(), key=lambda member: member.header_offset)
     if not members or members[0].header_offset:
         raise ValueError("it does not begin with a member")
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size or member.flag_bits & 1:
             raise ValueError(f"its member {member.filename} is compressed or encrypted; torch would take its bytes for weights")
-        file.seek(member.header_offset)
-        header = file.read(30)
-        begin = member.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        if member.header_offset < free or not header.startswith(b"PK\3\4"):
-            raise ValueError(f"its member {member.filename} has bytes in common with another")
-        free = begin + member.file_size
-    if free > archive.start_dir:
-        raise ValueError("its members are larger than the file")
-    names = [member.filename for member in archive.infolist()]
-    if len({name.lower() for name in names}) != len(names):  # torch looks them up regardless of case
+    if len({member.filename.lower() for member in members}) != len(members):  # torch looks them up regardless of case
         raise ValueError("two of its members have the same name")
-    return {member.filename: member.file_size for member in archive.infolist()}
+    file.seek(0)
+    reader: Any = torch._C.PyTorchFileReader(file)
+    found = {f"{folder}/{name}": name for name in reader.get_all_records()}
+    free = 0
+    for member in members:
+        name = found.pop(member.filename, "")
+        place = member.header_offset, member.file_size
+        if not name or place != (reader.get_record_header_offset(name), reader.get_record_size(name)):
+            raise ValueError(f"its member {member.filename} is another one to torch")
+        if member.header_offset < free:
+            raise ValueError(f"its member {member.filename} has bytes in common with another")
+        free = reader.get_record_offset(name) + member.file_size
+    if found or free > archive.start_dir:
+        raise ValueError("its members are larger than the file")
+    return {member.filename.removeprefix(f"{folder}/"): member.file_size for member in members}

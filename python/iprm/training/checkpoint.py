@@ -17,6 +17,10 @@ from iprm.files import reading, remove_abandoned, replacing
 from .archive import Sealing, check_archive
 
 STATES = "states"
+#: Key of the state that `RunState` saves in a checkpoint.
+RUN_STATE = "RunState"
+#: Largest counter of a state; Lightning adds to them, and stores them in 64 bits.
+MOST_COUNTED = 2**53
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -75,10 +79,12 @@ def _read(path: str | Path, parts: Sequence[str], what: str, *, mmap: bool = Fal
     content, reason = None, ""
     # the readers raise many errors for broken archives and pickles: BadZipFile, IndexError, AttributeError, AssertionError
     try:
-        with reading(path):
-            if zipfile.is_zipfile(path):  # for other files torch.load would try its legacy formats
-                check_archive(path)
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with reading(path), path.open("rb") as file:
+            if zipfile.is_zipfile(file):  # for other files torch.load would try its legacy formats
+                check_archive(path, file)
+                file.seek(0)
+                mapped = mmap and str(path).isprintable()  # torch opens a path of UTF-8 alone
+                content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except InputError:
         raise
     except Exception as error:
@@ -98,14 +104,14 @@ def logged_steps(checkpoint: Mapping[str, Any]) -> int:
         steps = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"the checkpoint is not the state of a run: it has no {error}") from error
-    return check_whole("the checkpoint's number of steps", steps)
+    return check_whole("the checkpoint's number of steps", steps, 0, MOST_COUNTED)
 
 
 def check_counters(name: str, found: Any, known: Any) -> None:
     """Raises InputError unless the counters of Lightning's loops are whole numbers from 0 up, under names that it knows itself:
     it would set any other name as an attribute."""
     if not isinstance(known, dict):
-        check_whole(f"the checkpoint's {name}", int(found) if isinstance(found, bool) else found)
+        check_whole(f"the checkpoint's {name}", int(found) if isinstance(found, bool) else found, 0, MOST_COUNTED)
         return
     if not isinstance(found, dict) or not found.keys() <= known.keys():
         raise InputError(f"the checkpoint's {name}: expected {', '.join(known)}, got {found!r}")
@@ -132,10 +138,12 @@ def state_to_resume(run: Path, previous: bool = False) -> Path:
         raise InputError(f"{run}: {which} was saved to resume from")
     state = states[-2 if previous else -1]
     try:
-        read_checkpoint(state)
+        callbacks = read_checkpoint(state).get("callbacks")
     except InputError as error:
         command = shlex.join(["iprm", "resume", str(run), "--previous"])
         damaged = not isinstance(error, UnreadableError)
         other = f"; to resume from the state before it: {command}" if damaged and not previous and states[1:] else ""
         raise InputError(f"{error}{other}") from error
+    if not isinstance(callbacks, dict) or not isinstance(callbacks.get(RUN_STATE), dict):
+        raise InputError(f"{state}: not the state of a run: it has no entry of {RUN_STATE}")
     return state

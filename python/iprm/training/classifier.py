@@ -148,6 +148,7 @@ class FusionClassifier(L.LightningModule):
         self._configured: Configured | None = None
         self.means = EpochMeans()
         self._restored_means: list[dict[str, Any]] = []  # one per process
+        self._restored_counts: dict[str, int] = {}  # of optimisers and schedules
         self.guard = FiniteGuard("training batch")
         self.val_metrics, self.test_metrics = EpochMetrics(), EpochMetrics()
         self.evaluation_guard = FiniteGuard("evaluation batch")
@@ -233,9 +234,18 @@ class FusionClassifier(L.LightningModule):
     # training
 
     def on_train_start(self) -> None:
+        optimizers, schedules = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        # a run without a schedule has no initial rates; it may be continued with one
+        scheduled = any("initial_lr" in group for optimizer in optimizers for group in optimizer.param_groups)
+        made = {"optimizer_states": len(optimizers), "lr_schedulers": len(schedules) if scheduled else 0}
+        for name, count in self._restored_counts.items():
+            if count < made[name]:  # Lightning restores as many as there are
+                raise InputError(f"the checkpoint's {name}: expected {made[name]}, got {count}")
+        self._restored_counts = {}
         for config in self.trainer.lr_scheduler_configs:
             check_methods(config.scheduler)
         if self._configured is not None:  # None if a subclass overrides configure_optimizers
+            self._configured.check()
             self._configured.apply()
         if self.graphed is not None:
             self.graphed.accumulates = self.trainer.accumulate_grad_batches > 1
@@ -320,6 +330,9 @@ class FusionClassifier(L.LightningModule):
                 raise InputError(f"the checkpoint is of a model of the classes {there}, this one is of {ours}")
             if settings[name] != here:
                 raise InputError(f"the checkpoint is of a model with {name} {settings[name]!r}, this one has {here!r}")
+        self._restored_counts = {
+            name: len(checkpoint[name]) for name in ("optimizer_states", "lr_schedulers") if name in checkpoint
+        }
         means = checkpoint.get("epoch_means", [])
         self._restored_means = means if len(means) == world_size() else []
         for state in self._restored_means:
@@ -329,8 +342,13 @@ class FusionClassifier(L.LightningModule):
         """As `torch.nn.Module.load_state_dict`.
 
         Raises:
-            InputError: the state does not fit the model; the message names the parameters and shapes that differ.
+            InputError: the state does not fit the model; the message names the parameters and shapes that differ, or one whose
+                numbers are of another kind.
         """
+        for name, here in self.state_dict().items():
+            given = state_dict.get(name)
+            if isinstance(given, Tensor) and _kind(given) != _kind(here):
+                raise InputError(f"the checkpoint's weights {name}: expected {here.dtype}, got {given.dtype}")
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
@@ -406,6 +424,10 @@ class FusionClassifier(L.LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         self.evaluation_guard.look()
+
+
+def _kind(x: Tensor) -> tuple[bool, bool]:
+    return x.is_floating_point(), x.is_complex()
 
 
 def _class_names(classes: Sequence[str] | None, num_classes: int) -> list[str] | None:

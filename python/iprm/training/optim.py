@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from iprm.errors import InputError, check_number, check_whole, plain_values, unknown
 
+from .checkpoint import MOST_COUNTED
+
 #: Settings of an optimiser or schedule: {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}, or a class path alone.
 Settings = Mapping[str, Any]
 
@@ -170,6 +172,22 @@ class Configured:
     def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        self._entries = dict(vars(scheduler)) if scheduler else {}
+
+    def check(self) -> None:
+        """Checks a restored state, whose entries have become those of parameter groups and attributes of the schedule.
+
+        Raises:
+            InputError: a group has no learning rate; or an entry of the schedule is of another type.
+        """
+        for group in self.optimizer.param_groups:
+            for name in {"lr", *(group.keys() & {"initial_lr"})}:
+                check_number(f"the checkpoint's {name} of the optimizer", group.get(name))
+        for name, value in vars(self.scheduler).items() if self.scheduler else ():
+            if name == "last_epoch":
+                check_whole("the checkpoint's last_epoch of lr_schedulers", value, 0, MOST_COUNTED)
+            elif name in self._entries and not _alike(value, self._entries[name]):
+                raise InputError(f"the checkpoint's lr_schedulers have a {name} of {value!r}, expected {self._entries[name]!r}")
 
     def apply(self) -> None:
         """Call after restoring a state; without a restored state this changes nothing."""
@@ -182,9 +200,16 @@ class Configured:
             if isinstance(self.scheduler, LambdaLR):  # a function of the epoch: a changed number of epochs takes effect
                 group["lr"] = rate * self.scheduler.lr_lambdas[place](self.scheduler.last_epoch)
             elif saved is not None:
-                group["lr"] = present if saved == rate else present * (rate / saved)
+                group["lr"] = present if saved == rate else present * (rate / saved) if saved else rate
             elif isinstance(self.scheduler, ReduceLROnPlateau):
                 group["lr"] = present
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Whether both are numbers, or a value is of the type of another that is not None."""
+    if isinstance(other, (int, float)):
+        return isinstance(value, (int, float))
+    return other is None or isinstance(value, type(other))
 
 
 def _number_of(epochs: int | None) -> int:

@@ -93,7 +93,7 @@ class _Reader(pickle._Unpickler):
 
     def __init__(self, content: bytes, storages: Mapping[str, int]) -> None:
         super().__init__(_Stream(content))
-        self._sizes = storages
+        self._sizes, self._size = storages, sum(storages.values())
         self._storages: dict[str, _Storage] = {}
         self._tensors: set[Any] = set()
         self._bytes, self._containers = 0, 0
@@ -150,7 +150,7 @@ class _Reader(pickle._Unpickler):
         if (place := (storage.key, offset, size, stride)) not in self._tensors:
             self._tensors.add(place)
             self._bytes += numel * itemsize
-        if self._bytes > 2 * sum(self._sizes.values()):
+        if self._bytes > 2 * self._size:
             raise ValueError("its tensors share storages, and take more than twice their size")
         return _Tensor(numel * itemsize)
 

@@ -98,6 +98,26 @@ def test_every_plain_value_and_tensor_is_read_as_it_was_saved(tmp_path):
         assert str(found["numbers"]) == str(content["numbers"])
 
 
+def count(path: Path) -> int:
+    return len(read_checkpoint(path)["state_dict"])
+
+
+def test_a_checkpoint_of_many_tensors_is_read_in_time(tmp_path):
+    """One sum over all storages per tensor would take 20 s."""
+    weight = OrderedDict((str(n), torch.zeros(1)) for n in range(40_000))
+    AtomicCheckpointIO().save_checkpoint({"hyper_parameters": {}, "state_dict": weight}, tmp_path / "many.ckpt")
+    outcome, seconds, _ = cost_of(count, tmp_path / "many.ckpt")
+    assert (outcome, seconds < 12) == (40_000, True), seconds
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_checkpoint_is_read_from_a_path_that_is_no_text(sealed, tmp_path, mmap):
+    path = tmp_path / os.fsdecode(b"m\xff/c\xfe.ckpt")
+    path.parent.mkdir()
+    path.write_bytes(sealed.read_bytes())
+    assert read_checkpoint(path, mmap=mmap).keys() == read_checkpoint(sealed).keys()
+
+
 MODALITIES = {f"m{n}": {"shape": [1], "dtype": "float32"} for n in range(100_000)}
 HEAD = "fusion.mix_heads.image_sound.weight"
 
@@ -112,7 +132,17 @@ MODELS = {
         "not finite",
     ),
     "weights without bound": (filled(3e38), "not finite"),
-    "a hundred thousand modalities": (lambda c: c["hyper_parameters"].update(inputs=MODALITIES), "at most 256 modalities"),
+    "complex weights": (
+        lambda c: c["state_dict"].update({HEAD: c["state_dict"][HEAD] + 1j}),
+        "expected torch.float32, got torch.complex64",
+    ),
+    "weights of booleans": (lambda c: c["state_dict"].update({HEAD: c["state_dict"][HEAD] > 0}), "got torch.bool"),
+    "a hundred thousand modalities": (lambda c: c["hyper_parameters"].update(inputs=MODALITIES), "at most 64 input tensors"),
+    "65 modalities": (lambda c: c["hyper_parameters"].update(inputs=dict([*MODALITIES.items()][:65])), "at most 64 input"),
+    "a modality of a hundred thousand tensors": (
+        lambda c: c["hyper_parameters"].update(inputs={"image": MODALITIES, "sound": [6]}),
+        "at most 64 input tensors, got 100001",
+    ),
     "a billion classes": (lambda c: c["hyper_parameters"].update(num_classes=10**9, classes=None), "cannot be made"),
     "features of a trillion": (lambda c: c["hyper_parameters"].update(feature_dim=10**12), "cannot be made"),
     "an encoder of theirs": (lambda c: c["hyper_parameters"].update(encoders={"image": "theirs.Encoder"}), "imported and run"),

@@ -67,7 +67,8 @@ def _check_state(callback: ModelCheckpoint, state: dict[str, Any]) -> None:
         if not _writes(callback, path):
             raise InputError(f"the checkpoint's {name} is {path!r}, which this run has not written")
     for name, score in [*((name, state.get(name)) for name in SCORES), *(("best_k_models", best[path]) for path in best)]:
-        if score is not None and not (isinstance(score, Tensor) and score.ndim == 0 and not score.isnan()):
+        number = isinstance(score, Tensor) and score.ndim == 0 and not score.is_complex() and not score.isnan()
+        if score is not None and not number:
             raise InputError(f"the checkpoint's {name} has the score {score!r}, expected a number")
     for name, path in paths:
         if best and name != "last_model_path" and path not in best:

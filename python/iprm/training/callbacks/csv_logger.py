@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from iprm.training.lightning import first_process, next_version
 #: Largest share of the time of a run that writing its file takes: 10^5 rows of 14 columns take 1.5 s on one core, and would be
 #: written after every epoch.
 SHARE = 0.02
+#: Characters that UTF-8 cannot encode.
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RunLog(CSVLogger):
@@ -76,10 +79,11 @@ class RunLog(CSVLogger):
         be refused.
 
         Raises:
-            InputError: a row is no mapping of names to numbers.
+            InputError: a row is no mapping of names, which UTF-8 can encode, to numbers.
         """
         for row in rows:
-            if not isinstance(row, Mapping) or not all(type(v) in (int, float) and type(n) is str for n, v in row.items()):
+            items = row.items() if isinstance(row, Mapping) else [("", "")]
+            if not all(type(v) in (int, float) and type(n) is str and not SURROGATE.search(n) for n, v in items):
                 raise InputError(f"the checkpoint's metrics have the row {row!r}, expected names and numbers")
         self.rows = [dict(row) for row in rows]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -114,7 +115,9 @@ class RunState(L.Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # equal on all processes
         self.saved = folder / STATES / f"batch={batches_of(trainer):08d}.ckpt"
         self._saved_at = batches_of(trainer)
-        trainer.save_checkpoint(self.saved)
+        # the state that the run was resumed from remains as it is: the optimiser may still refuse it in its first step
+        if not trainer.ckpt_path or os.path.realpath(self.saved) != os.path.realpath(trainer.ckpt_path):
+            trainer.save_checkpoint(self.saved)
         if trainer.is_global_zero:
             before = [state for state in saved_states(folder) if state <= self.saved]
             for old in before[: -self.keep]:
@@ -138,6 +141,10 @@ class RunState(L.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         there, here = state["data"], self._data()
+        if missing := sorted(here.keys() - there.keys()):
+            raise InputError(f"the checkpoint does not state of its data: {', '.join(missing)}")
+        if not state["generators"]:
+            raise InputError("the checkpoint has no states of random number generators")
         for name, was in there.items() if there != self._saved_data else ():
             if name in here and was != here[name]:
                 what = f"batch of {was} rows over all processes" if name == ROWS else f"{name} of {was}"
