@@ -135,7 +135,7 @@ def _check_members(archive: zipfile.ZipFile, file: BinaryIO, folder: str) -> dic
     for member in members:
         name = found.pop(member.filename, "")
         place = member.header_offset, member.file_size
-        if not name or place != (reader.get_record_header_offset(name), reader.get_record_size(name)):
+        if not name or place != (reader.get_record_header_offset(name), _record_size(reader, name, member)):
             raise ValueError(f"its member {member.filename} is another one to torch")
         if member.header_offset < free:
             raise ValueError(f"its member {member.filename} has bytes in common with another")
@@ -143,3 +143,11 @@ def _check_members(archive: zipfile.ZipFile, file: BinaryIO, folder: str) -> dic
     if found or free > archive.start_dir:
         raise ValueError("its members are larger than the file")
     return {member.filename.removeprefix(f"{folder}/"): member.file_size for member in members}
+
+
+def _record_size(reader: Any, name: str, member: zipfile.ZipInfo) -> int:
+    """The size of a member to torch's reader."""
+    if hasattr(reader, "get_record_size"):
+        return reader.get_record_size(name)
+    # torch 2.10: both readers take the 32 bits of the directory, unless an extra field replaces them
+    return len(reader.get_record(name)) if member.extra else member.file_size
