@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,13 @@ def sparse(name: str) -> Callable[[Path], Any]:
     return write
 
 
+def _removed(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
 def linked(name: str, target: str) -> Callable[[Path], Any]:
     def link(run: Path) -> None:
-        (run / name).unlink()
+        _removed(run / name)
         (run / name).symlink_to(target)
 
     return link
@@ -47,6 +52,29 @@ def linked(name: str, target: str) -> Callable[[Path], Any]:
 def pipe(run: Path) -> None:
     (run / "metrics.csv").unlink()
     os.mkfifo(run / "metrics.csv")
+
+
+def links(run: Path) -> None:
+    """A chain of links, the last of which leads out of the run."""
+    linked("metrics.csv", "first")(run)
+    linked("first", "second")(run)
+    linked("second", "../thesis.txt")(run)
+
+
+#: Links out of a run beside `own`, a run of the user, and thesis.txt.
+LINKS: dict[str, Callable[[Path], Any]] = {
+    "a file": linked("metrics.csv", "../thesis.txt"),
+    "a file of another run": linked("diagnostics.json", "../own/metrics.csv"),
+    "a file that does not exist": linked("metrics.csv", "../profile"),
+    "the checkpoints of another run": linked("checkpoints", "../own/checkpoints"),
+    "its own name in another folder": linked("checkpoints", "../got-before"),
+    "a file by a chain": links,
+    "an absolute path": linked("metrics.csv", "/dev/null"),
+    "a link in a folder": linked("checkpoints/best-epoch=1-step=6.ckpt", "../../thesis.txt"),
+    "the folder above": linked("more", ".."),
+}
+#: Parts of a run that are neither files nor folders.
+NO_FILES: dict[str, Callable[[Path], Any]] = {"a pipe": pipe}
 
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from command import iprm
 from hostile_runs import RUNS
 from html_page import report
 from iprm.compare import reading
@@ -89,3 +90,17 @@ def test_forty_modalities_make_a_page(tmp_path: Path) -> None:
     begun = time.process_time()
     assert len(report(tmp_path, run)) < 2 * MIB
     assert time.process_time() - begun < 12
+
+
+@pytest.mark.parametrize("target", ["../thesis.html", "../empty", "../absent", "../earlier.html"])
+def test_a_page_is_not_written_through_a_link_to_another_folder(tmp_path: Path, target: str) -> None:
+    """A page in a file that a shell reads would be commands."""
+    run = write_run(tmp_path / "got")
+    (tmp_path / "thesis.html").write_text("years")
+    (tmp_path / "empty").touch()
+    (tmp_path / "earlier.html").write_text("<title>of before – iprm report</title>")
+    (run / "report.html").symlink_to(target)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    found = iprm(run, "report", ".")
+    assert (found.code, found.out) == (2, "")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
