@@ -83,6 +83,10 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 HEADS = ",".join(f"val_accuracy_m{k}" for k in range(300))
 KINDS = ",".join(f"k{k}x_a" for k in range(2000))
 
+VALUES = "config.yaml cannot be read: ValueError: expected values of at most"
+#: 40 keys of 9,000 letters, each above the next.
+KEYS = "{" + f"? {'k' * 9000} : {{" * 40 + ",".join(f"k{k}: 1" for k in range(5000)) + "}" * 41
+
 #: What is done to a run -> what its page says.
 RUNS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "aliases of aliases": (written("config.yaml", LAUGHS), "config.yaml cannot be read: ValueError: expected a file without"),
@@ -97,8 +101,16 @@ RUNS: dict[str, tuple[Callable[[Path], Any], str]] = {
         written("config.yaml", "model: !!python/object/apply:os.system ['true']"),
         "config.yaml cannot be read: ConstructorError",
     ),
-    "a number of many digits": (written("config.yaml", f"model: {{method: 0x{'f' * 90_000}}}"), "a very large number"),
-    "names of any length": (written("config.yaml", f"model: {{method: {'m' * 10**6}, {'k' * 1000}: 1}}"), "mmm…"),
+    "a number of many digits": (written("config.yaml", f"model: {{method: 0x{'f' * 9_000}}}"), "a very large number"),
+    "names of any length": (written("config.yaml", f"model: {{method: {'m' * 9000}, {'k' * 1000}: 1}}"), "mmm…"),
+    "a number of base 60": (written("config.yaml", f"model: {{method: 1{':1' * 10**6}}}"), f"{VALUES} 10000 letters"),
+    "a value of a megabyte": (written("config.yaml", f"model: {{method: {'m' * 10**6}}}"), f"{VALUES} 10000 letters"),
+    "a key of a megabyte": (written("config.yaml", f'? "{"k" * 10**6}"\n: {{a: 1}}'), f"{VALUES} 10000 letters"),
+    "a long key above many": (
+        written("test.json", json.dumps({"k" * 400_000: {str(k): 1 for k in range(8000)}})),
+        "",
+    ),
+    "long keys above many": (written("config.yaml", KEYS), ""),
     "JSON of depth": (written("diagnostics.json", "[" * 10**6), "diagnostics.json cannot be read: RecursionError"),
     "JSON of 16 GB": (sparse("diagnostics.json"), "diagnostics.json cannot be read: ValueError: expected at most"),
     "bytes that are no text": (written("diagnostics.json", b"\xff\xfe" * 100), "diagnostics.json cannot be read: Unicode"),

@@ -18,8 +18,10 @@ Course = dict[int, float]  # epoch -> value
 MOST_BYTES = 2**24
 #: Most values, and most levels, of a YAML file, which takes up to 200 bytes of memory for each of its bytes.
 MOST_NODES, MOST_LEVELS = 20_000, 50
-#: Longest text of a setting or a name, of which the rest is cut.
-LONGEST = 200
+#: Most letters of a value of a YAML file: PyYAML converts digits of base 60, as in 1:30, in a time quadratic in their number.
+LONGEST_VALUE = 10_000
+#: Longest text of a setting or a name, and longest dotted name, of which the rest is cut.
+LONGEST, LONGEST_NAME = 200, 500
 #: Most columns, heads and cells of metrics.csv, and bytes of a line. 100 modalities have 15,000 columns. The cells take 5 s.
 MOST_COLUMNS, MOST_HEADS, MOST_CELLS, LONGEST_LINE = 2**14, 128, 2**23, 2**20
 LARGEST = 1e30
@@ -53,7 +55,7 @@ def read_yaml(content: str) -> dict[str, Any]:
     """Dotted name -> value of a YAML file. Aliases are refused: each may stand for many values, of which each is an alias.
 
     Raises:
-        ValueError: the file has aliases, or more than `MOST_NODES` or `MOST_LEVELS`.
+        ValueError: the file has aliases, a value longer than `LONGEST_VALUE`, or more than `MOST_NODES` or `MOST_LEVELS`.
         yaml.YAMLError: the file is no YAML.
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -62,6 +64,8 @@ def read_yaml(content: str) -> dict[str, Any]:
         level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("expected a file without aliases")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_VALUE:
+            raise ValueError(f"expected values of at most {LONGEST_VALUE} letters")
         if nodes > MOST_NODES or level > MOST_LEVELS:
             raise ValueError(f"expected at most {MOST_NODES} values in {MOST_LEVELS} levels")
     return flattened(yaml.load(content, Loader=loader))
@@ -84,7 +88,7 @@ def _leaves(content: Mapping[Any, Any], prefix: str, level: int) -> Iterator[tup
     if level > MOST_LEVELS:
         raise ValueError(f"expected at most {MOST_LEVELS} levels")
     for key, value in content.items():
-        name = f"{prefix}{key}"
+        name = text(f"{prefix}{text(key)}", LONGEST_NAME)
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{name}.", level + 1)
         else:
