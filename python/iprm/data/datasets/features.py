@@ -156,7 +156,7 @@ class Features(MultimodalData):
         shape, dtype = x.header.shape, x.header.dtype
         if dtype.hasobject:
             x.read()  # which says why it is refused
-        if not np.issubdtype(dtype, np.floating) and not np.issubdtype(dtype, np.integer):
+        if dtype.kind not in "iuf":
             raise self._error(f"{name}: expected numbers, got {dtype}")
         if len(shape) != 2 or shape[1] == 0:
             raise self._error(f"{name}: expected shape (N, D) with D of at least 1, got {shape}")
@@ -167,6 +167,8 @@ class Features(MultimodalData):
         split, count = stored.read(plain_objects=True), len(labelled)
         if split.shape not in ((count,), (count, 1)):
             raise self._error(f"split: expected shape ({count},) as y, got {split.shape}")
+        if split.dtype.kind not in "biufUSO":
+            raise self._error(f"split: expected words or whole numbers, got {split.dtype}")
         split = split.reshape(-1)
         worded = split.dtype.kind in "US" or isinstance(split[0], str)
         names: tuple[Any, ...] = SPLITS if worded else tuple(range(len(SPLITS)))
