@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -104,3 +106,14 @@ def test_a_page_is_not_written_through_a_link_to_another_folder(tmp_path: Path, 
     found = iprm(run, "report", ".")
     assert (found.code, found.out) == (2, "")
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_no_settings_of_the_current_folder_steer_a_report(tmp_path: Path) -> None:
+    """matplotlib reads a file matplotlibrc where it is imported."""
+    run = write_run(tmp_path / "got")
+    (run / "matplotlibrc").write_bytes(b"text.usetex: True\n# \xff")
+    entry = tmp_path / "iprm"  # as pip installs it: the current folder is not on sys.path
+    entry.write_text(f"import sys; sys.path += {sys.path!r}; from iprm.cli.main import main; sys.exit(main())")
+    command = [sys.executable, entry, "report", "."]
+    ended = subprocess.run(command, cwd=run, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
