@@ -22,6 +22,8 @@ from iprm.names import check_modality
 LABELS, SPLIT = "y", "split"
 #: Bytes for every row beside its features: its class and its index, each int64, and both once more while labels are counted.
 ROW_BYTES = 32
+#: Most modalities, as of a model that is read from a checkpoint; and how many are warned of: 30 have 435 pairs.
+MOST_MODALITIES, MANY_MODALITIES = 256, 30
 
 
 class Features(MultimodalData):
@@ -144,6 +146,11 @@ class Features(MultimodalData):
         found = {name.removeprefix(PREFIX): name for name in arrays if name.startswith(PREFIX)}
         if not found:
             raise self._error(f"there is no array 'x_<modality>' of features; the file has {', '.join(sorted(names))}")
+        if len(found) > MOST_MODALITIES:
+            raise self._error(f"expected at most {MOST_MODALITIES} modalities, got {len(found)}")
+        if len(found) > MANY_MODALITIES:
+            pairs = f"{len(found)} modalities have {math.comb(len(found), 2)} pairs"
+            warn_once(f"{self.path}: {pairs}; every step of the methods iprm trains each pair, which takes time and memory")
         for modality, name in found.items():
             try:
                 check_modality(modality)
