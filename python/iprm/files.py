@@ -143,19 +143,47 @@ def created(folder: Path, *, anew: bool = False) -> Iterator[Path]:
         raise
 
 
+def check_received(folder: Path) -> None:
+    """Checks that a folder, which may come from anyone, holds only files, folders, and links to those. A command that writes to
+    the folder would replace or delete files elsewhere through other links, and wait for the reader of a pipe.
+
+    Raises:
+        InputError: there is such a link, or a device or pipe. The message names it.
+        OSError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    top = Path(os.path.realpath(folder))
+    for place, folders, files in os.walk(top, onerror=refuse):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            shown = folder / path.relative_to(top)
+            if path.is_symlink():
+                if not Path(target := os.path.realpath(path)).is_relative_to(top):
+                    raise InputError(f"{shown}: a link to {target}, which is not in {folder}; nothing is written through it")
+            elif not path.is_dir() and not path.is_file() and path.exists():
+                raise InputError(f"{shown}: expected a file, got a device or pipe")
+
+
 def check_output(path: Path, *marks: str) -> None:
     """Checks that a file can be written to `path`, by a temporary file in its folder, of which nothing remains.
+
+    A link to another folder is refused, except in /dev: the link may come from anyone.
 
     Args:
         path: the file; it may exist.
         marks: texts, one of which begins every file that may be replaced, within its first 4 KiB.
 
     Raises:
-        InputError: `path` is a file without any of the marks.
+        InputError: `path` is a file without any of the marks, or a link to another folder.
         OSError: `path` is a folder, or its folder cannot be created or written to.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    target, here = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    if path.is_symlink() and target.parent != here and not path.absolute().is_relative_to("/dev"):
+        raise InputError(f"{path}: a link to {target}, in another folder; choose another --output")
     if path.is_file():
         with path.open("r+b") as file:  # refused if it is not writable
             beginning = file.read(4096)

@@ -74,9 +74,10 @@ def _lock(path: Path, folder: Path, what: str, deadline: float) -> int:
             except OSError:  # no locks on this file system
                 pass
             if not held and _is(handle, path):
-                with contextlib.suppress(OSError):  # the disk may be full
-                    os.ftruncate(handle, 0)
-                    os.pwrite(handle, _this_process(), 0)
+                if os.fstat(handle).st_nlink == 1:  # in a folder of anyone, it may be another name of any file
+                    with contextlib.suppress(OSError):  # the disk may be full
+                        os.ftruncate(handle, 0)
+                        os.pwrite(handle, _this_process(), 0)
                 return handle
             holder, late = _holder(handle), time.monotonic() - deadline
             if held and (late > 1 or (late >= 0 and holder)):  # a process that has just locked it has not written yet

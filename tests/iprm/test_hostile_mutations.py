@@ -18,7 +18,7 @@ import pytest
 import torch
 from checkpoints import checkpoint
 from feature_files import arrays
-from hostile_arrays import DECLARED, archive, npy, whole
+from hostile_arrays import CONTENTS, DECLARED, archive, npy, twice, whole
 from hostile_checkpoints import HOSTILE
 from hostile_recordings import RATE, RECORDINGS, wav
 from hostile_runs import RUNS
@@ -119,7 +119,9 @@ def test_archives_of_features(tmp_path: Path) -> None:
     labels = whole() | {"y.npy": npy(words, allow_pickle=True)}
     members = [whole(), labels, whole() | {"filenames.npy": npy(words.astype("<U4"))}]
     members += [whole() | {name: content} for content in DECLARED.values() for name in ("x_audio.npy", "y.npy")]
+    members += [whole() | {name: content} for name, content, _ in CONTENTS.values()]
     seeds = [archive(tmp_path / "seed.npz", entries).read_bytes() for entries in members]
+    seeds.append(twice(tmp_path / "seed.npz", "y.npy", whole()["y.npy"]).read_bytes())
     path = tmp_path / "changed.npz"
     for changed in each("archives of features", seeds, mutated_archive):
         path.write_bytes(changed)

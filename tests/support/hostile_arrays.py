@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def archive(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZI
     return path
 
 
+def twice(path: Path, name: str, content: bytes) -> Path:
+    """An archive with two members of one name, of which zipfile reads the last."""
+    with warnings.catch_warnings(), zipfile.ZipFile(archive(path, whole()), "a") as file:
+        warnings.simplefilter("ignore")
+        file.writestr(name, content)
+    return path
+
+
 def whole() -> dict[str, bytes]:
     return {f"{name}.npy": npy(array) for name, array in arrays().items()}
 
@@ -52,4 +61,27 @@ DECLARED = {
     "a later format": b"\x93NUMPY\x09\x00" + b"\0" * 100,
     "no array": b"no array at all",
     "nothing": b"",
+}
+
+
+def text(letter: int, order: str = "<") -> bytes:
+    """60 words of one letter, which may be none of Unicode."""
+    return declared("(60,)", f"'{order}U1'", struct.pack(f"{order}I", letter) * 60)
+
+
+NOT_A_LETTER = "is broken: it has the letter 0x7fffffff, which is none of Unicode"
+#: Arrays that hold all that they declare: the member, its content, and the message with which it is refused.
+CONTENTS: dict[str, tuple[str, bytes, str]] = {
+    "labels of no letters": ("y.npy", text(2**31 - 1), NOT_A_LETTER),
+    "labels of no letters, big-endian": ("y.npy", text(2**31 - 1, ">"), NOT_A_LETTER),
+    "a split of no letters": ("split.npy", text(2**31 - 1), NOT_A_LETTER),
+    "labels of half letters": ("y.npy", text(0xD800), "y: row 0 has the label"),
+    "a split of half letters": ("split.npy", text(0xD800), r"got '\ud800' in row 0"),
+    "a split of fields": ("split.npy", npy(np.zeros(60, [("a", "<i4")])), "split: expected words or whole numbers, got [('a'"),
+    "a split of complex numbers": ("split.npy", npy(np.zeros(60, complex)), "split: expected words or whole numbers"),
+    "a split of durations": ("split.npy", npy(np.zeros(60, "<m8[s]")), "split: expected words or whole numbers"),
+    "labels of fields": ("y.npy", npy(np.zeros(60, [("a", "<U1")])), "y: expected labels, whole numbers or words"),
+    "features of durations": ("x_audio.npy", npy(np.zeros((60, 4), "<m8[s]")), "x_audio: expected numbers, got timedelta64"),
+    "features of dates": ("x_audio.npy", npy(np.zeros((60, 4), "<M8[s]")), "x_audio: expected numbers, got datetime64"),
+    "features of fields": ("x_audio.npy", npy(np.zeros((60, 4), [("a", "<f4")])), "x_audio: expected numbers, got [('a'"),
 }

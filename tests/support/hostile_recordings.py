@@ -70,3 +70,13 @@ RECORDINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another rate": (changed(lambda wav: wav[:24] + struct.pack("<I", 2**31 - 1) + wav[28:]), "samples a second"),
     "a million empty chunks": (changed(lambda wav: wav[:36] + b"junk\0\0\0\0" * 10**6 + wav[36:]), ""),
 }
+
+#: Names of recordings, and whether the file is one.
+NAMES: dict[str, tuple[bytes, bool]] = {
+    "a speaker that is not UTF-8": (b"0_b\xff_9.wav", True),
+    "an index of 18 digits": (b"0_bob_" + b"9" * 18 + b".wav", True),
+    "an index beyond 64 bits": (b"0_bob_" + b"9" * 23 + b".wav", False),
+    "an index of 230 digits": (b"0_bob_" + b"9" * 230 + b".wav", False),
+    "digits of another script": ("٣_bob_٣.wav".encode(), True),
+    "escape sequences": (b"0_b\x1b[31m_9.wav", True),
+}

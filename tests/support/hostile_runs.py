@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,13 @@ def sparse(name: str) -> Callable[[Path], Any]:
     return write
 
 
+def _removed(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
 def linked(name: str, target: str) -> Callable[[Path], Any]:
     def link(run: Path) -> None:
-        (run / name).unlink()
+        _removed(run / name)
         (run / name).symlink_to(target)
 
     return link
@@ -49,11 +54,38 @@ def pipe(run: Path) -> None:
     os.mkfifo(run / "metrics.csv")
 
 
+def links(run: Path) -> None:
+    """A chain of links, the last of which leads out of the run."""
+    linked("metrics.csv", "first")(run)
+    linked("first", "second")(run)
+    linked("second", "../thesis.txt")(run)
+
+
+#: Links out of a run beside `own`, a run of the user, and thesis.txt.
+LINKS: dict[str, Callable[[Path], Any]] = {
+    "a file": linked("metrics.csv", "../thesis.txt"),
+    "a file of another run": linked("diagnostics.json", "../own/metrics.csv"),
+    "a file that does not exist": linked("metrics.csv", "../profile"),
+    "the checkpoints of another run": linked("checkpoints", "../own/checkpoints"),
+    "its own name in another folder": linked("checkpoints", "../got-before"),
+    "a file by a chain": links,
+    "an absolute path": linked("metrics.csv", "/dev/null"),
+    "a link in a folder": linked("checkpoints/best-epoch=1-step=6.ckpt", "../../thesis.txt"),
+    "the folder above": linked("more", ".."),
+}
+#: Parts of a run that are neither files nor folders.
+NO_FILES: dict[str, Callable[[Path], Any]] = {"a pipe": pipe}
+
+
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 10)
 )
 HEADS = ",".join(f"val_accuracy_m{k}" for k in range(300))
 KINDS = ",".join(f"k{k}x_a" for k in range(2000))
+
+VALUES = "config.yaml cannot be read: ValueError: expected values of at most"
+#: 40 keys of 9,000 letters, each above the next.
+KEYS = "{" + f"? {'k' * 9000} : {{" * 40 + ",".join(f"k{k}: 1" for k in range(5000)) + "}" * 41
 
 #: What is done to a run -> what its page says.
 RUNS: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -69,8 +101,16 @@ RUNS: dict[str, tuple[Callable[[Path], Any], str]] = {
         written("config.yaml", "model: !!python/object/apply:os.system ['true']"),
         "config.yaml cannot be read: ConstructorError",
     ),
-    "a number of many digits": (written("config.yaml", f"model: {{method: 0x{'f' * 90_000}}}"), "a very large number"),
-    "names of any length": (written("config.yaml", f"model: {{method: {'m' * 10**6}, {'k' * 1000}: 1}}"), "mmm…"),
+    "a number of many digits": (written("config.yaml", f"model: {{method: 0x{'f' * 9_000}}}"), "a very large number"),
+    "names of any length": (written("config.yaml", f"model: {{method: {'m' * 9000}, {'k' * 1000}: 1}}"), "mmm…"),
+    "a number of base 60": (written("config.yaml", f"model: {{method: 1{':1' * 10**6}}}"), f"{VALUES} 10000 letters"),
+    "a value of a megabyte": (written("config.yaml", f"model: {{method: {'m' * 10**6}}}"), f"{VALUES} 10000 letters"),
+    "a key of a megabyte": (written("config.yaml", f'? "{"k" * 10**6}"\n: {{a: 1}}'), f"{VALUES} 10000 letters"),
+    "a long key above many": (
+        written("test.json", json.dumps({"k" * 400_000: {str(k): 1 for k in range(8000)}})),
+        "",
+    ),
+    "long keys above many": (written("config.yaml", KEYS), ""),
     "JSON of depth": (written("diagnostics.json", "[" * 10**6), "diagnostics.json cannot be read: RecursionError"),
     "JSON of 16 GB": (sparse("diagnostics.json"), "diagnostics.json cannot be read: ValueError: expected at most"),
     "bytes that are no text": (written("diagnostics.json", b"\xff\xfe" * 100), "diagnostics.json cannot be read: Unicode"),

@@ -89,7 +89,7 @@ def class_table(report: Report) -> Table:
 def modality_table(report: Report) -> Table:
     """Shape and type of each modality, and the number of suspicious rows and features per split."""
     rows = [
-        [modality, split, found.shape, found.dtype, *(str(len(v)) for v in (found.missing, found.non_finite, found.constant))]
+        [modality, split, found.shape, found.dtype, *map(str, (len(found.missing), len(found.non_finite), found.still.sum()))]
         for modality, scans in report.scans.items()
         for split, found in scans.items()
     ]

@@ -21,7 +21,7 @@ from iprm.data import DATASETS
 from iprm.data.module import MultimodalData
 from iprm.environment import versions
 from iprm.errors import InputError
-from iprm.files import created, reading, replacing, write_atomically
+from iprm.files import check_received, created, reading, replacing, write_atomically
 from iprm.locks import locked
 from iprm.methods import METHODS
 from iprm.streams import say
@@ -95,6 +95,7 @@ def compare_command(arguments: Sequence[str]) -> int:
 
 
 def _compare(folder: Path, config: dict[str, Any], asked: Sequence[str] | None, given: Any) -> Comparison:
+    check_received(folder)
     _refuse_other_files(folder)
     methods, jobs = make_jobs(config, asked, range(given.seeds), folder)
     with quiet_lightning():

@@ -56,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the output has ended, as after `iprm info | head -1`."""
     streams.write_any_text()
     try:
-        with _own_modules():
-            code = _exit_code(list(sys.argv[1:] if arguments is None else arguments))
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        with _own_modules(*given[:1]):
+            code = _exit_code(given)
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:  # of writing; Python would write again at exit what could not be written
@@ -71,13 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _own_modules() -> Iterator[None]:
+def _own_modules(command: str = "") -> Iterator[None]:
     """Within the context, a user's own datasets and encoders are imported from the folder where the command was started, after
-    all other folders. Its path is absolute: the parser changes into the folder of a configuration, which may be anybody's."""
+    all other folders. Its path is absolute: the parser changes into the folder of a configuration, which may be anybody's. The
+    commands `LIGHT` use none: `iprm report .` is called in folders of anyone."""
     before = sys.path[:]
     with contextlib.suppress(FileNotFoundError):  # the folder has been removed
-        here = os.getcwd()
-        sys.path[:] = dict.fromkeys([*map(os.path.abspath, before), here])
+        here = [] if command in LIGHT else [os.getcwd()]
+        sys.path[:] = dict.fromkeys([*map(os.path.abspath, before), *here])
     try:
         yield
     finally:
@@ -130,6 +132,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise InputError(unknown("command", name, COMMANDS))
     if name != "info" and not {"-h", "--help"} & set(arguments):
         provide_caches()
+        _import_matplotlib()
     try:
         command = getattr(importlib.import_module(f".{name}", __package__), f"{name}_command")
         if name in LIGHT:
@@ -139,6 +142,20 @@ def _dispatch(arguments: list[str]) -> int:
             raise
         raise InputError(f'this command needs more packages: pip install "iprm-kernels[train]" ({error})') from error
     return _train(command, arguments[1:])
+
+
+def _import_matplotlib() -> None:
+    """Imports matplotlib, which torchmetrics and reports use, without the file matplotlibrc of the current folder, which may be
+    anyone's: the file may start TeX."""
+    if os.path.lexists("matplotlibrc"):
+        here = os.getcwd()
+        os.chdir(os.path.dirname(__file__))
+        try:
+            importlib.import_module("matplotlib")
+        except ModuleNotFoundError:
+            return
+        finally:
+            os.chdir(here)
 
 
 def _train(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from iprm.compare.runs import CONFIG, DISPLAY, read_run
 from iprm.errors import InputError, counted
+from iprm.files import check_received
 from iprm.locks import locked
 from iprm.training.checkpoint import state_to_resume
 from iprm.training.lightning import first_process
@@ -67,6 +68,8 @@ def resume_command(arguments: Sequence[str]) -> int:
     given = parser().parse_args([*flags, *run_and_settings[:1]])
     with locked(given.run, "run") if first_process() else contextlib.nullcontext():  # or another could replace the state
         state = state_to_resume(given.run, given.previous)
+        if first_process():
+            check_received(given.run)
         if len(run_and_settings) == 1 and not given.previous and (epochs := _ended_after(given.run)):
             more = f"--trainer.max_epochs {2 * epochs}"
             print(f"{given.run}: this run has ended after {counted(epochs, 'epoch')}; for more: {more}")

@@ -16,24 +16,43 @@ Course = dict[int, float]  # epoch -> value
 
 #: Most bytes of a file that is read as a whole; JSON takes up to 25 times as many in memory.
 MOST_BYTES = 2**24
+#: Most bytes of such files of all runs, which take up to 7 s; and bytes of JSON that take as long as one of YAML.
+MOST_BYTES_OF_ALL, YAML_BYTES = 2**25, 8
 #: Most values, and most levels, of a YAML file, which takes up to 200 bytes of memory for each of its bytes.
 MOST_NODES, MOST_LEVELS = 20_000, 50
-#: Longest text of a setting or a name, of which the rest is cut.
-LONGEST = 200
-#: Most columns, heads and cells of metrics.csv, and bytes of a line. 100 modalities have 15,000 columns. The cells take 5 s.
-MOST_COLUMNS, MOST_HEADS, MOST_CELLS, LONGEST_LINE = 2**14, 128, 2**23, 2**20
+#: Most letters of a value of a YAML file: PyYAML converts digits of base 60, as in 1:30, in a time quadratic in their number.
+LONGEST_VALUE = 10_000
+#: Longest text of a setting or a name, and longest dotted name, of which the rest is cut.
+LONGEST, LONGEST_NAME = 200, 500
+#: Most columns and heads of metrics.csv, and bytes of a line. 100 modalities have 15,000 columns.
+MOST_COLUMNS, MOST_HEADS, LONGEST_LINE = 2**14, 128, 2**20
+#: Most cells of the metrics.csv of all runs, which take 5 s; and letters that count as one more cell.
+MOST_CELLS, LETTERS_OF_A_CELL = 2**23, 64
 LARGEST = 1e30
 #: Prefixes of columns of the accuracy of a head.
 HEADS = ("val_accuracy_", "train_accuracy_")
 
 
-def read(path: Path, parse: Callable[[str], Any], missing: list[str]) -> Any:
+class Budget:
+    """What may still be read of all runs of a report. cells: of metrics.csv; bytes: of other files, each byte of YAML as
+    `YAML_BYTES`."""
+
+    def __init__(self) -> None:
+        self.cells, self.bytes = MOST_CELLS, MOST_BYTES_OF_ALL
+
+
+def read(path: Path, parse: Callable[[str], Any], missing: list[str], budget: Budget | None = None) -> Any:
     """The parsed content of the file; or None, with a message in `missing`."""
+    budget, each = budget or Budget(), YAML_BYTES if parse is read_yaml else 1
+    left = budget.bytes // each
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(min(MOST_BYTES, left) + 1)
         if len(content) > MOST_BYTES:
             raise ValueError(f"expected at most {MOST_BYTES} bytes")
+        if len(content) > left:
+            raise ValueError(f"the files of all runs take more than {MOST_BYTES_OF_ALL // each} bytes")
+        budget.bytes -= each * len(content)
         return parse(content.decode())
     except Exception as error:  # the content may be anything
         missing.append(unreadable(path, error))
@@ -53,7 +72,7 @@ def read_yaml(content: str) -> dict[str, Any]:
     """Dotted name -> value of a YAML file. Aliases are refused: each may stand for many values, of which each is an alias.
 
     Raises:
-        ValueError: the file has aliases, or more than `MOST_NODES` or `MOST_LEVELS`.
+        ValueError: the file has aliases, a value longer than `LONGEST_VALUE`, or more than `MOST_NODES` or `MOST_LEVELS`.
         yaml.YAMLError: the file is no YAML.
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -62,6 +81,8 @@ def read_yaml(content: str) -> dict[str, Any]:
         level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("expected a file without aliases")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_VALUE:
+            raise ValueError(f"expected values of at most {LONGEST_VALUE} letters")
         if nodes > MOST_NODES or level > MOST_LEVELS:
             raise ValueError(f"expected at most {MOST_NODES} values in {MOST_LEVELS} levels")
     return flattened(yaml.load(content, Loader=loader))
@@ -84,7 +105,7 @@ def _leaves(content: Mapping[Any, Any], prefix: str, level: int) -> Iterator[tup
     if level > MOST_LEVELS:
         raise ValueError(f"expected at most {MOST_LEVELS} levels")
     for key, value in content.items():
-        name = f"{prefix}{key}"
+        name = text(f"{prefix}{text(key)}", LONGEST_NAME)
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{name}.", level + 1)
         else:
@@ -109,20 +130,21 @@ def number(cell: Any) -> float | None:
     return value if abs(value) < LARGEST else None
 
 
-def read_courses(path: Path, missing: list[str]) -> dict[str, Course]:
+def read_courses(path: Path, missing: list[str], budget: Budget | None = None) -> dict[str, Course]:
     """metric -> epoch -> its last finite value, of metrics.csv. An incomplete last line is left out, and so is what follows
     the first line that cannot be read."""
     courses: dict[str, Course] = {}
+    budget = budget or Budget()
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(_lines(path, file, missing))
+            rows = csv.reader(_lines(path, file, missing, budget))
             columns = _columns(path, next(rows, []), missing)
             place = columns.pop("epoch", None)
-            cells = 0
+            budget.cells -= len(columns)
             for row in rows:
-                cells += 1 + len(row)
-                if cells > MOST_CELLS:
-                    missing.append(f"{path.name} has more than {MOST_CELLS} cells: later epochs are left out.")
+                budget.cells -= 1 + len(row)
+                if budget.cells < 0:
+                    missing.append(f"All {path.name} have more than {MOST_CELLS} cells: later epochs are left out.")
                     break
                 epoch = number(row[place]) if place is not None and place < len(row) else None
                 if epoch is None or abs(epoch) >= 2**31:
@@ -138,9 +160,10 @@ def read_courses(path: Path, missing: list[str]) -> dict[str, Course]:
     return courses
 
 
-def _lines(path: Path, file: Any, missing: list[str]) -> Iterator[str]:
+def _lines(path: Path, file: Any, missing: list[str], budget: Budget) -> Iterator[str]:
     """The complete lines of the file."""
     while line := file.readline(LONGEST_LINE):
+        budget.cells -= len(line) // LETTERS_OF_A_CELL
         if line.endswith("\n"):
             yield line
         elif len(line) == LONGEST_LINE:

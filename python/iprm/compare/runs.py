@@ -15,7 +15,7 @@ from typing import Any
 from iprm.errors import InputError, closest
 from iprm.names import escaped, file_name, possible_names
 
-from .reading import HEADS, Course, is_file, number, read, read_courses, read_json, read_yaml, text
+from .reading import HEADS, Budget, Course, is_file, number, read, read_courses, read_json, read_yaml, text
 from .record import Pair, Record, read_record
 
 CONFIG, METRICS, DIAGNOSTICS = "config.yaml", "metrics.csv", "diagnostics.json"
@@ -55,16 +55,16 @@ class Run:
     name: str = ""
     label: str = ""
 
-    @property
+    @functools.cached_property
     def method(self) -> str:
         found = self.settings.get("model.method", self.record.method if self.record else None)
         return "unknown method" if found is None else text(found)
 
-    @property
+    @functools.cached_property
     def seed(self) -> str:
         return text(self.settings.get("seed_everything", "–"))
 
-    @property
+    @functools.cached_property
     def data(self) -> str:
         """The dataset's class, without its module."""
         return text(text(self.settings.get("data.class_path", "–"), 1000).rpartition(".")[2])
@@ -144,10 +144,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         InputError: a folder does not exist or has no run, and the message names the closest existing run; or there are more
             than `MOST_RUNS`.
     """
-    found = {path.resolve(): path for folder in folders for path in _runs_at(folder)}
+    budget = Budget()
+    found = {path.resolve(): path for folder in folders for path in _runs_at(folder, budget)}
     if len(found) > MOST_RUNS:
         raise InputError(f"expected at most {MOST_RUNS} runs, got {len(found)}: name those that the report is about")
-    runs = [read_run(folder) for folder in found.values()]
+    runs = [read_run(folder, budget) for folder in found.values()]
     titles = [f"{run.method} · seed {run.seed}" for run in runs]
     common = Path(os.path.commonpath(found)) if len(found) > 1 else next(iter(found)).parent
     for run, place, title in zip(runs, found, titles, strict=True):
@@ -156,7 +157,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def _runs_at(folder: Path) -> list[Path]:
+def _runs_at(folder: Path, budget: Budget) -> list[Path]:
     if is_run(folder):
         return [folder]
     runs = list(_runs_below(folder))
@@ -165,7 +166,7 @@ def _runs_at(folder: Path) -> list[Path]:
         meant = _closest_run(folder)
         raise InputError(f"{folder}: {what}" + (f"; did you mean {meant}?" if meant else ""))
     order = {
-        parent: [file_name(text(name)) for name in settings_of_comparison(parent).get("methods", [])]
+        parent: [file_name(text(name)) for name in settings_of_comparison(parent, budget).get("methods", [])]
         for parent in {run.parent.parent for run in runs}
     }
 
@@ -204,30 +205,31 @@ def _folders_in(folder: Path) -> list[Path]:
         return []
 
 
-def read_run(folder: Path) -> Run:
-    """Reads one run from the files that its folder has."""
-    run = Run(folder)
+def read_run(folder: Path, budget: Budget | None = None) -> Run:
+    """Reads one run from the files that its folder has, as far as the budget of all runs allows."""
+    run, budget = Run(folder), budget or Budget()
     if is_file(folder / CONFIG):
-        run.settings = read(folder / CONFIG, read_yaml, run.missing) or {}
+        run.settings = read(folder / CONFIG, read_yaml, run.missing, budget) or {}
     else:
-        model = (read(folder / MODEL, read_yaml, run.missing) if is_file(folder / MODEL) else None) or {}
+        model = (read(folder / MODEL, read_yaml, run.missing, budget) if is_file(folder / MODEL) else None) or {}
         run.settings = {f"model.{name}": value for name, value in model.items()}
         unknown = "only the model's settings are" if model else "method, seed and settings are not"
         run.missing.append(f"No {CONFIG}: {unknown} known.")
     if is_file(folder / METRICS):
-        run.courses = read_courses(folder / METRICS, run.missing)
+        run.courses = read_courses(folder / METRICS, run.missing, budget)
     else:
         run.missing.append(f"No {METRICS}: no epoch has ended yet.")
     if is_file(folder / DIAGNOSTICS):
-        run.record = read(folder / DIAGNOSTICS, read_record, run.missing)
+        run.record = read(folder / DIAGNOSTICS, read_record, run.missing, budget)
     else:
         what = "no confusion matrix, no angles, no strength by class and no environment"
         run.missing.append(f"No {DIAGNOSTICS}, which is written at the end of training: {what}.")
     if is_file(folder / FAILED):
-        run.failure = text((read(folder / FAILED, str.splitlines, run.missing) or ["for an unknown reason"])[0], 1000)
+        reason = read(folder / FAILED, str.splitlines, run.missing, budget) or ["for an unknown reason"]
+        run.failure = text(reason[0], 1000)
         run.missing.insert(0, f"Failed: {run.failure}")
     if is_file(folder / TEST):
-        test = read(folder / TEST, read_json, run.missing) or {}
+        test = read(folder / TEST, read_json, run.missing, budget) or {}
         numbers = {name.removeprefix("metrics."): number(test[name]) for name in test if name.startswith("metrics.")}
         run.test = {name: value for name, value in numbers.items() if value is not None}
         run.seconds = number(test.get("seconds_per_epoch"))
@@ -239,9 +241,9 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def settings_of_comparison(folder: Path) -> dict[str, Any]:
+def settings_of_comparison(folder: Path, budget: Budget | None = None) -> dict[str, Any]:
     """The content of settings.json, such as data, methods and seeds; empty if it cannot be read."""
-    found: Any = read(folder / COMPARISON, json.loads, []) if is_file(folder / COMPARISON) else None
+    found: Any = read(folder / COMPARISON, json.loads, [], budget) if is_file(folder / COMPARISON) else None
     usable = isinstance(found, dict) and all(isinstance(found.get(name), list) for name in ("methods", "seeds"))
     return found if usable else {}
 

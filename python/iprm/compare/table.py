@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +15,14 @@ from iprm.errors import counted
 from iprm.files import replacing, write_atomically
 from iprm.streams import cell
 
-from .reading import text
+from .reading import Budget, text
 from .record import Pair
 from .runs import SYMBOLS, Run, settings_of_comparison
 
 ABSENT = "–"
 SECONDS = "s/epoch"
+#: Most values of the runs in a table: of 4,950 pairs of 100 modalities in 50 runs.
+MOST_VALUES = 2**18
 #: Most pairs that a note names.
 MOST_NAMED = 6
 #: tests/iprm/fusion/test_one_sided.py measures it.
@@ -88,8 +91,10 @@ class Comparison:
     def _weights(self) -> list[Table]:
         pairs = dict.fromkeys(pair for run in self.finished for name, pair in run.weights.items() if name != "weight")
 
+        columns = {id(run): {pair: name for name, pair in run.weights.items()} for run in self.finished}
+
         def last(run: Run, pair: Pair) -> float | None:
-            return run.last({pair: name for name, pair in run.weights.items()}.get(pair, ""))
+            return run.last(columns[id(run)].get(pair, ""))
 
         rows = {" × ".join(pair): partial(last, pair=pair) for pair in pairs}
         return self._last("λ, the weight of the first of a pair, after the last epoch", "pair", rows)
@@ -100,7 +105,9 @@ class Comparison:
         return self._last("Measures after the last epoch", "measure", rows)
 
     def _last(self, title: str, of: str, rows: Mapping[str, Callable[[Run], float | None]]) -> list[Table]:
-        """A table of these values by method, of the methods that have one; none without rows."""
+        """A table of these values by method, of the methods that have one; none without rows. The first rows alone, if there
+        are more than `MOST_VALUES`."""
+        rows = dict(itertools.islice(rows.items(), MOST_VALUES // max(1, len(self.finished))))
         methods = [m for m in self.by_method if any(self.values(m, value) for value in rows.values())]
         cells = [[name, *(_cell(self.values(method, value), 2) for method in methods)] for name, value in rows.items()]
         return [Table(title, [of, *methods], cells)] if rows else []
@@ -121,14 +128,13 @@ def _modalities(run: Run) -> list[str]:
     return [] if run.method.startswith("unimodal") else [head for head in run.heads if head != "mix"]
 
 
-def comparisons(runs: Sequence[Run]) -> list[Comparison]:
+def comparisons(runs: Sequence[Run]) -> Iterator[Comparison]:
     """One comparison per folder that holds runs as <method>/seed=<k>."""
-    folders = dict.fromkeys(run.folder.parent.parent for run in runs)
-    return [
-        Comparison(folder, [run for run in runs if run.folder.parent.parent == folder])
-        for folder in folders
-        if settings_of_comparison(folder)
-    ]
+    folders: dict[Path, list[Run]] = {}
+    for run in runs:
+        folders.setdefault(run.folder.parent.parent, []).append(run)
+    budget = Budget()
+    return (Comparison(folder, found) for folder, found in folders.items() if settings_of_comparison(folder, budget))
 
 
 def _cell(values: Sequence[float], digits: int) -> str:

@@ -25,8 +25,8 @@ class Scan:
     """Result of `scan`.
 
     shape: of one row, as text; missing, non_finite: indices of such rows; digest: (N,) uint64, equal for rows with equal bytes
-    (different rows collide with probability 2⁻⁶⁴), valid within this process only; low, high: (D,) minimum and maximum of
-    every feature, ignoring NaN.
+    (different rows collide with probability 2⁻⁶⁴), valid within this process only; still: (D,) bool, whether a feature has the
+    same value in all rows, ignoring NaN.
     """
 
     shape: str
@@ -34,13 +34,12 @@ class Scan:
     missing: np.ndarray
     non_finite: np.ndarray
     digest: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    still: np.ndarray
 
     @property
     def constant(self) -> np.ndarray:
         """Indices, in a flattened row, of features with the same value in all rows."""
-        return np.flatnonzero(self.low == self.high)
+        return np.flatnonzero(self.still)
 
 
 def scan(x: Input) -> Scan:
@@ -54,7 +53,7 @@ def scan(x: Input) -> Scan:
     rows, width = len(x), int(np.prod(x.shape[1:]))
     step = max(1, CHUNK_BYTES // max(1, width * x.element_size()))
     missing, non_finite, digest = np.zeros(rows, bool), np.zeros(rows, bool), np.zeros(rows, np.uint64)
-    low = high = np.full(width, np.nan)
+    ends: tuple[np.ndarray, np.ndarray] | None = None  # minimum and maximum, in the type of the values
     for start in range(0, rows, step):
         part = slice(start, start + step)
         # numpy lacks bfloat16; float32 represents every one of its values
@@ -63,10 +62,14 @@ def scan(x: Input) -> Scan:
         missing[part] = ((values == 0) | not_a_number).all(axis=1)
         non_finite[part] = ~np.isfinite(values).all(axis=1)
         digest[part] = row_digests(values)
-        low, high = np.fmin(low, np.fmin.reduce(values)), np.fmax(high, np.fmax.reduce(values))
+        lowest, highest = np.fmin.reduce(values), np.fmax.reduce(values)
+        ends = ends or (lowest, highest)
+        np.fmin(ends[0], lowest, out=ends[0])
+        np.fmax(ends[1], highest, out=ends[1])
+    still = np.zeros(width, bool) if ends is None else ends[0] == ends[1]
     dtype = str(x.dtype).removeprefix("torch.")
     shape = "x".join(map(str, x.shape[1:]))
-    return Scan(shape, dtype, np.flatnonzero(missing), np.flatnonzero(non_finite), digest, low, high)
+    return Scan(shape, dtype, np.flatnonzero(missing), np.flatnonzero(non_finite), digest, still)
 
 
 def _joined(scans: Mapping[str, Scan]) -> Scan:
@@ -81,8 +84,7 @@ def _joined(scans: Mapping[str, Scan]) -> Scan:
         missing=functools.reduce(np.intersect1d, [part.missing for part in parts]),
         non_finite=functools.reduce(np.union1d, [part.non_finite for part in parts]),
         digest=joint_digests([part.digest for part in parts]),
-        low=np.concatenate([part.low for part in parts]),
-        high=np.concatenate([part.high for part in parts]),
+        still=np.concatenate([part.still for part in parts]),
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import math
+import sys
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -70,7 +72,7 @@ class Archive:
         path: the file.
 
     Raises:
-        InputError: the file is missing, or no readable archive.
+        InputError: the file is missing, no readable archive, or has several arrays of one name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,6 +92,10 @@ class Archive:
                     raise InputError(message) from error
             raise InputError(f"{path}: not a readable .npz file: {error}") from error
         self.names = [name.removesuffix(".npy") for name in self._file.namelist() if name.endswith(".npy")]
+        if len(set(self.names)) < len(self.names):  # numpy and zipfile would read the last
+            name, _ = collections.Counter(self.names).most_common(1)[0]
+            self._file.close()
+            raise InputError(f"{path}: it has several arrays {name!r}, expected one")
 
     def __enter__(self) -> Archive:
         return self
@@ -137,6 +143,8 @@ class StoredArray:
             with self._named(), self._content() as stream:
                 content = np.empty(self._member.file_size - self.header.start, np.uint8)
                 _fill(stream, content)
+                if dtype.kind == "U":
+                    _check_letters(content, dtype)
                 if not dtype.hasobject:
                     return self.header.array(content)
         why = "it is of objects"
@@ -201,6 +209,13 @@ def _check_directory(path: Path) -> None:
         size = max(size % (2**32 - 1), int.from_bytes(tail[max(0, end - 36) : end - 28], "little"))
     if size > LONGEST_DIRECTORY:
         raise zipfile.BadZipFile(f"its directory takes {size} bytes, expected at most {LONGEST_DIRECTORY}")
+
+
+def _check_letters(content: np.ndarray, dtype: np.dtype[Any]) -> None:
+    """Raises ValueError unless every letter of an array of text is one of Unicode: Python ends with a SystemError at others."""
+    letters = content.view(np.dtype(np.uint32).newbyteorder(dtype.byteorder))
+    if letters.max(initial=0) > sys.maxunicode:
+        raise ValueError(f"it has the letter {letters.max():#x}, which is none of Unicode")
 
 
 def _fill(stream: IO[bytes], content: np.ndarray) -> None:

@@ -195,7 +195,7 @@ def _untaught(classes: np.ndarray, counts: Mapping[str, np.ndarray]) -> Iterator
 def _of_modality(modality: str, scans: Mapping[str, Scan], splits: Splits) -> Iterator[Finding]:
     for name, found in scans.items():
         rows = len(found.digest)
-        still = rows > 1 and len(found.constant) == found.low.size
+        still = rows > 1 and bool(found.still.all())
         if still:
             yield Finding(True, _stillness(modality, name, len(found.missing) == rows))
         if len(found.non_finite):
@@ -209,10 +209,9 @@ def _of_modality(modality: str, scans: Mapping[str, Scan], splits: Splits) -> It
     if len({found.dtype for found in scans.values()}) > 1:
         types = ", ".join(f"{found.dtype} in {name}" for name, found in scans.items())
         yield Finding(True, f"modality {modality!r}: expected one type, got {types}")
-    constant = scans["train"].constant
-    if 0 < len(constant) < scans["train"].low.size:
-        width = scans["train"].low.size
-        what = f"{_named('feature', 'features', constant)} of {width} without variance in train"
+    features = scans["train"].still
+    if features.any() and not features.all():
+        what = f"{_named('feature', 'features', scans['train'].constant)} of {features.size} without variance in train"
         yield Finding(False, f"modality {modality!r}: {what}")
 
 

@@ -94,8 +94,8 @@ class Source:
     def _samples(self, label: str, x: np.ndarray) -> np.ndarray:
         """Checks the dtype and shape of an array, and adds the batch dimension of a single sample."""
         spec, found, place = self.specs[label], x.shape, self._place(label)
-        whole = np.issubdtype(x.dtype, np.integer) or (spec.dtype == "bool" and x.dtype == np.bool_)
-        if not whole and not (spec.floating and np.issubdtype(x.dtype, np.floating)):
+        kinds = "iuf" if spec.floating else "iub" if spec.dtype == "bool" else "iu"
+        if x.dtype.kind not in kinds:
             raise InputError(f"{place}: expected {'numbers' if spec.floating else f'values of {spec.dtype}'}, got {x.dtype}")
         if found == spec.shape:
             return x[None]

@@ -45,6 +45,7 @@ WIDTH = 336  # units of an SVG, which a card shows at 1 to 1.2 pixels each
 RC: dict[Any, Any] = dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top", "text.parse_math"), False)
 RC |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), SOFT)
 RC |= {
+    "text.usetex": False,  # names may be anyone's
     "grid.color": GRID,
     "grid.linewidth": 1,
     "axes.grid": True,

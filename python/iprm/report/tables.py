@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from iprm.compare.reading import text
+from iprm.compare.reading import MOST_HEADS, text
 from iprm.compare.record import Record
 from iprm.compare.runs import Run, label
 from iprm.compare.table import ABSENT, Table
@@ -14,6 +15,8 @@ from .figures import percent
 
 #: Largest number of measures with columns in the summary; if there are more, the page shows only figures of them.
 MOST_MEASURES = 4
+#: Most cells of a table of settings: of 1,000 runs with 260 each.
+MOST_CELLS = 2**18
 #: Letters of a setting, of which the rest is cut.
 LONGEST_SETTING = 2000
 
@@ -45,8 +48,8 @@ def summary(runs: Sequence[Run]) -> Table:
 
 
 def heads_of(runs: Sequence[Run]) -> list[str]:
-    """All heads, "mix" last."""
-    found = dict.fromkeys(head for run in runs for head in run.heads)
+    """All heads, "mix" last; the first `MOST_HEADS` of all runs."""
+    found = itertools.islice(dict.fromkeys(head for run in runs for head in run.heads), MOST_HEADS)
     return sorted(found, key=lambda head: head == "mix")
 
 
@@ -55,9 +58,10 @@ def head_name(head: str) -> str:
 
 
 def compared(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Named values that differ between the runs, and those that are equal; runs without any values are not considered."""
+    """Named values that differ between the runs, and those that are equal; runs without any values are not considered. The
+    first names alone, if the tables would have more than `MOST_CELLS`."""
     differing, shared = [], []
-    for name in dict.fromkeys(name for run in values for name in run):
+    for name in itertools.islice(dict.fromkeys(name for run in values for name in run), MOST_CELLS // len(runs)):
         row = [text(run.get(name, ABSENT), LONGEST_SETTING) for run in values]
         known = {cell for cell, run in zip(row, values, strict=True) if run}
         if len(known) > 1:

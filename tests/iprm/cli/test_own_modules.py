@@ -83,5 +83,8 @@ def test_the_search_path_is_absolute_while_a_command_runs_and_as_before_afterwar
     assert all(map(os.path.isabs, seen))
     monkeypatch.setattr(sys, "path", [path for path in before[2:] if path != str(tmp_path)])
     seen.clear()
-    iprm(tmp_path, "info")
+    iprm(tmp_path, "fit")
     assert seen == list(dict.fromkeys([*sys.path, str(tmp_path)]))
+    seen.clear()
+    iprm(tmp_path, "report", ".")
+    assert str(tmp_path) not in seen

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
+from command import iprm
 from hostile_runs import RUNS
 from html_page import report
 from iprm.compare import reading
@@ -45,7 +48,7 @@ def test_cells_beyond_the_bound_are_left_out(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(reading, "MOST_CELLS", 500)
     (read,) = read_runs([run])
     assert max(read.epochs) < 30
-    assert "metrics.csv has more than 500 cells: later epochs are left out." in read.missing
+    assert "All metrics.csv have more than 500 cells: later epochs are left out." in read.missing
 
 
 def test_folders_that_link_in_circles_are_read_once(tmp_path: Path) -> None:
@@ -89,3 +92,59 @@ def test_forty_modalities_make_a_page(tmp_path: Path) -> None:
     begun = time.process_time()
     assert len(report(tmp_path, run)) < 2 * MIB
     assert time.process_time() - begun < 12
+
+
+@pytest.mark.parametrize("target", ["../thesis.html", "../empty", "../absent", "../earlier.html"])
+def test_a_page_is_not_written_through_a_link_to_another_folder(tmp_path: Path, target: str) -> None:
+    """A page in a file that a shell reads would be commands."""
+    run = write_run(tmp_path / "got")
+    (tmp_path / "thesis.html").write_text("years")
+    (tmp_path / "empty").touch()
+    (tmp_path / "earlier.html").write_text("<title>of before – iprm report</title>")
+    (run / "report.html").symlink_to(target)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    found = iprm(run, "report", ".")
+    assert (found.code, found.out) == (2, "")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_no_settings_of_the_current_folder_steer_a_report(tmp_path: Path) -> None:
+    """matplotlib reads a file matplotlibrc where it is imported."""
+    run = write_run(tmp_path / "got")
+    (run / "matplotlibrc").write_bytes(b"text.usetex: True\n# \xff")
+    entry = tmp_path / "iprm"  # as pip installs it: the current folder is not on sys.path
+    entry.write_text(f"import sys; sys.path += {sys.path!r}; from iprm.cli.main import main; sys.exit(main())")
+    command = [sys.executable, entry, "report", "."]
+    ended = subprocess.run(command, cwd=run, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_what_all_runs_together_may_take_is_bounded(tmp_path: Path) -> None:
+    """Links to one file: 27 MB for each run, of one file on the disk."""
+    epochs = "".join(f"{k},0,0.5\n" for k in range(300_000))
+    (tmp_path / "metrics.csv").write_text(f"epoch,step,val_accuracy\n{epochs}")
+    (tmp_path / "config.yaml").write_text("".join(f"k{k}: {'v' * 100}\n" for k in range(5000)))
+    for k in range(20):
+        run = write_run(tmp_path / f"runs/version_{k}")
+        for name in ("metrics.csv", "config.yaml"):
+            (run / name).unlink()
+            (run / name).symlink_to(tmp_path / name)
+    begun = time.process_time()
+    runs = read_runs([tmp_path / "runs"])
+    assert time.process_time() - begun < 20
+    assert [len(run.epochs) for run in runs[:6]] == [300_000] * 6
+    assert sum(len(run.epochs) for run in runs) < 2**23 / 4
+    words = [word for run in runs for word in run.missing]
+    assert words.count("All metrics.csv have more than 8388608 cells: later epochs are left out.") > 12
+    assert words.count("config.yaml cannot be read: ValueError: the files of all runs take more than 4194304 bytes") > 10
+
+
+def test_of_many_runs_some_have_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 runs took minutes: a figure takes up to 0.1 s."""
+    monkeypatch.setattr("iprm.report.render.MOST_GROUPS", 2)
+    for k in range(4):
+        write_run(tmp_path / f"runs/version_{k}", settings={"alpha": k}, modalities=("a", "b"), epochs=1)
+    page = report(tmp_path, tmp_path / "runs")
+    assert "and only the first 2 of 4 configurations, is shown below; iprm report RUN shows one of the 2 other runs" in page
+    assert "Shown: the first 2 configurations of 4." in page
+    assert page.count("<title>Confusion matrix</title>") == 2

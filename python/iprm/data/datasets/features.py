@@ -22,6 +22,8 @@ from iprm.names import check_modality
 LABELS, SPLIT = "y", "split"
 #: Bytes for every row beside its features: its class and its index, each int64, and both once more while labels are counted.
 ROW_BYTES = 32
+#: Most modalities, as of a model that is read from a checkpoint; and how many are warned of: 30 have 435 pairs.
+MOST_MODALITIES, MANY_MODALITIES = 256, 30
 
 
 class Features(MultimodalData):
@@ -144,6 +146,11 @@ class Features(MultimodalData):
         found = {name.removeprefix(PREFIX): name for name in arrays if name.startswith(PREFIX)}
         if not found:
             raise self._error(f"there is no array 'x_<modality>' of features; the file has {', '.join(sorted(names))}")
+        if len(found) > MOST_MODALITIES:
+            raise self._error(f"expected at most {MOST_MODALITIES} modalities, got {len(found)}")
+        if len(found) > MANY_MODALITIES:
+            pairs = f"{len(found)} modalities have {math.comb(len(found), 2)} pairs"
+            warn_once(f"{self.path}: {pairs}; every step of the methods iprm trains each pair, which takes time and memory")
         for modality, name in found.items():
             try:
                 check_modality(modality)
@@ -156,7 +163,7 @@ class Features(MultimodalData):
         shape, dtype = x.header.shape, x.header.dtype
         if dtype.hasobject:
             x.read()  # which says why it is refused
-        if not np.issubdtype(dtype, np.floating) and not np.issubdtype(dtype, np.integer):
+        if dtype.kind not in "iuf":
             raise self._error(f"{name}: expected numbers, got {dtype}")
         if len(shape) != 2 or shape[1] == 0:
             raise self._error(f"{name}: expected shape (N, D) with D of at least 1, got {shape}")
@@ -167,6 +174,8 @@ class Features(MultimodalData):
         split, count = stored.read(plain_objects=True), len(labelled)
         if split.shape not in ((count,), (count, 1)):
             raise self._error(f"split: expected shape ({count},) as y, got {split.shape}")
+        if split.dtype.kind not in "biufUSO":
+            raise self._error(f"split: expected words or whole numbers, got {split.dtype}")
         split = split.reshape(-1)
         worded = split.dtype.kind in "US" or isinstance(split[0], str)
         names: tuple[Any, ...] = SPLITS if worded else tuple(range(len(SPLITS)))

@@ -21,7 +21,7 @@ from iprm.files import reading, replacing
 from .riff import declared_frames
 from .spectrogram import LogMel
 
-NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<index>\d+)\.wav")
+NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<index>\d{1,18})\.wav")  # the index fits 64 bits
 #: Formats of libsndfile that are WAV. It would also read others, whatever the name of the file.
 FORMATS = ("WAV", "WAVEX", "RF64")
 #: Incremented whenever a change of the code changes the spectrograms of the same files and parameters.
@@ -66,7 +66,7 @@ def load_recordings(folder: Path, log_mel: LogMel, cache_dir: Path, faults: list
         raise InputError(f"{folder}: the folder is empty; expected recordings named {{digit}}_{{speaker}}_{{index}}.wav")
     stats = [(file.name, *_size_and_time(file)) for file in files]
     key = hashlib.sha256(repr((CACHE_VERSION, astuple(log_mel), stats)).encode()).hexdigest()
-    cache = cache_dir / f"recordings-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.npz"
+    cache = cache_dir / f"recordings-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}.npz"
     try:
         for file in files:
             _check_file(file)
@@ -142,6 +142,8 @@ def _store(cache: Path, key: str, spectrograms: np.ndarray) -> None:
     try:
         if cache.parts[0] == "~":
             raise FileNotFoundError("there is no home folder")
+        if os.path.lexists(cache) and not stat.S_ISREG(cache.lstat().st_mode):  # a pipe would wait, a link lead anywhere
+            raise FileExistsError("expected a file, got a link, folder, device or pipe")
         with replacing(cache, "wb") as file:
             np.savez(file, key=np.array(key), spectrograms=spectrograms)
     except OSError as error:
@@ -156,7 +158,8 @@ def _spectrogram(file: Path, log_mel: LogMel) -> np.ndarray:
     import soundfile
 
     try:
-        with soundfile.SoundFile(file) as recording:
+        # as bytes, where names of files are: soundfile would encode a name that is not UTF-8
+        with soundfile.SoundFile(os.fsencode(file) if os.name == "posix" else file) as recording:
             rate, frames = recording.samplerate, recording.frames
             if recording.format not in FORMATS:
                 raise InputError(f"{file}: expected a WAV file, got {recording.format}")
