@@ -158,7 +158,8 @@ def test_a_hostile_model_is_refused_and_nothing_written(sealed, tmp_path, edit, 
     np.savez(tmp_path / "new.npz", **{f"x_{name}": x.numpy() for name, x in inputs_of(TWO, 9).items()})
     options = ("--input", "new.npz", "--output", "p.csv") if command == "predict" else ("--output", "exported")
     outcome, seconds, mib = cost_of(iprm, tmp_path, command, "--ckpt_path", "model.ckpt", *options)
-    assert (outcome.code, outcome.err.count("\n"), message in outcome.err) == (2, 1, True), outcome
+    *_, line = outcome.err.splitlines()  # torch 2.10 warns while it exports
+    assert (outcome.code, line.startswith("iprm: "), message in line) == (2, True, True), outcome
     assert seconds < 10
     assert mib < 300
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model.ckpt", "new.npz"]
