@@ -44,12 +44,12 @@ class Budget:
 def read(path: Path, parse: Callable[[str], Any], missing: list[str], budget: Budget | None = None) -> Any:
     """The parsed content of the file; or None, with a message in `missing`."""
     budget, each = budget or Budget(), YAML_BYTES if parse is read_yaml else 1
-    left = budget.bytes // each
+    left, most = budget.bytes // each, min(MOST_BYTES, MOST_BYTES_OF_ALL // each)
     try:
         with path.open("rb") as file:
-            content = file.read(min(MOST_BYTES, left) + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"expected at most {MOST_BYTES} bytes")
+            content = file.read(min(most, left) + 1)
+        if len(content) > most:
+            raise ValueError(f"expected at most {most} bytes")
         if len(content) > left:
             raise ValueError(f"the files of all runs take more than {MOST_BYTES_OF_ALL // each} bytes")
         budget.bytes -= each * len(content)
