@@ -82,6 +82,8 @@ def head_coefficients_kernel(
     o_classes = tl.arange(0, BLOCK_C)
     m_classes = o_classes < n_classes
     o_rows, m_rows = block_rows(n_rows, tl.program_id(0), BLOCK_B)
+    r_target, counted, r_poison = load_labels(p_target, target_row, o_rows, m_rows, n_classes, ignore_index)
+    r_poison = r_poison.to(DTYPE)
     for head in tl.static_range(P + MODALITIES):
         if head < P:
             r_x_norm, r_y_norm, r_c = load_stats(pair_stats(p_stats, n_all_rows, head), o_rows, m_rows, n_all_rows)
@@ -99,9 +101,6 @@ def head_coefficients_kernel(
             b = r_z_x[:, None] * b_a + r_z_y[:, None] * b_v + b_bias[None, :]
         else:
             b = load_block(p_unimodal[head - P], n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
-        if head == 0:
-            r_target, counted, r_poison = load_labels(p_target, target_row, o_rows, m_rows, n_classes, ignore_index)
-            r_poison = r_poison.to(DTYPE)
         scale = load_scale(p_grad_loss, p_grad_losses, p_counted, head, P)
         b_g = logit_gradient(b, o_classes, m_classes, n_classes, r_target, counted, r_poison, scale, SMOOTHING)
         if p_grad_logits[head] is not None:

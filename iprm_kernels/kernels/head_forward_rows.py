@@ -315,13 +315,14 @@ def head_rebalance_kernel(
                 b_v = load_block(p_v, n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
                 b_bias = load_bias(p_biases[head], o_classes, n_classes, DTYPE)
                 b = mixed_logits(b_a, b_v, b_bias, r_x_norm, r_y_norm, r_c, weights[head], m_classes, EPS)
-                store_block(p_logits[head], b, o_rows, m_rows, o_classes, n_classes)
             else:
                 b = load_block(p_unimodal[head - P], n_classes, 1, o_rows, m_rows, o_classes, n_classes, DTYPE)
             if head == 0:
                 r_target, counted, r_poison = load_labels(p_target, target_row, o_rows, m_rows, n_classes, ignore_index)
                 r_poison = r_poison.to(DTYPE)
             r_loss = cross_entropy(b, o_classes, m_classes, n_classes, r_target, counted, r_poison, SMOOTHING)
+            if head < P:
+                store_block(p_logits[head], b, o_rows, m_rows, o_classes, n_classes)
             r_next = r_next + (r_losses[head] + r_loss,)
         r_losses = r_next
         r_counted += counted.to(DTYPE)
