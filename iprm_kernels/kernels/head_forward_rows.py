@@ -321,7 +321,7 @@ def head_rebalance_kernel(
                 r_target, counted, r_poison = load_labels(p_target, target_row, o_rows, m_rows, n_classes, ignore_index)
                 r_poison = r_poison.to(DTYPE)
             r_loss = cross_entropy(b, o_classes, m_classes, n_classes, r_target, counted, r_poison, SMOOTHING)
-            if head < P:
+            if head < P:  # after the loss: before it, ptxas spilled a register for sm_90
                 store_block(p_logits[head], b, o_rows, m_rows, o_classes, n_classes)
             r_next = r_next + (r_losses[head] + r_loss,)
         r_losses = r_next
