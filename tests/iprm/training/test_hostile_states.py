@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     save(folder, arrays())
     assert iprm(folder, *FIT, "--trainer.max_epochs", "2").code == 0
+    time.sleep(1)  # tensorboardX names a file by the second: a run resumed in the same one would append to the file of this one
     return folder
 
 
