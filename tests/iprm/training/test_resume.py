@@ -244,8 +244,9 @@ def test_a_run_that_has_ended_at_its_last_step_is_left_as_it_is(tmp_path):
     save(tmp_path, arrays())
     limit = ("--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--state.every_n_batches", "1")
     data = ("--data", "features", "--data.path", "features.npz", "--data.batch_size", "13")
-    # in a process of its own: the writer of tensorboard's events may write some of them late, when its process ends
+    # in a process of its own: the writer of tensorboardX's events may write some of them late, when its process ends
     assert run_commands([(tmp_path, ["fit", *data, *limit, "--trainer.enable_progress_bar", "false"])]) == [0]
+    time.sleep(1)  # it names a file by the second: a run resumed in the same one would append to the file of this one
     before = files(tmp_path)
     message = "this run has ended; for more: --trainer.max_epochs, or the limit that it had\n"
     assert iprm(tmp_path, "resume", "runs/fit/version_0") == (0, message, "")
