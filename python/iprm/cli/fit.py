@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shlex
 import sys
 from collections.abc import Sequence
@@ -155,7 +156,9 @@ class _Events(TensorBoardLogger):
     """TensorBoard's file of events, in the folder that `RunLog` creates when the run begins."""
 
     def __init__(self, log: RunLog, purge_step: int | None) -> None:
-        super().__init__(log.save_dir, log.name, default_hp_metric=False, purge_step=purge_step)
+        # otherwise named by the second: a run resumed within the second of its start would append to the file of that start
+        own = f".{secrets.token_hex(4)}"
+        super().__init__(log.save_dir, log.name, default_hp_metric=False, purge_step=purge_step, filename_suffix=own)
         self._log = log
         self._survives = False  # a full disk
 

@@ -246,11 +246,20 @@ def test_a_run_that_has_ended_at_its_last_step_is_left_as_it_is(tmp_path):
     data = ("--data", "features", "--data.path", "features.npz", "--data.batch_size", "13")
     # in a process of its own: the writer of tensorboardX's events may write some of them late, when its process ends
     assert run_commands([(tmp_path, ["fit", *data, *limit, "--trainer.enable_progress_bar", "false"])]) == [0]
-    time.sleep(1)  # it names a file by the second: a run resumed in the same one would append to the file of this one
     before = files(tmp_path)
     message = "this run has ended; for more: --trainer.max_epochs, or the limit that it had\n"
     assert iprm(tmp_path, "resume", "runs/fit/version_0") == (0, message, "")
     assert files(tmp_path) == before
+
+
+def test_a_run_that_is_resumed_in_the_second_of_its_start_has_another_file_of_events(tmp_path, monkeypatch):
+    monkeypatch.setattr("tensorboardX.event_file_writer.time.time", lambda: 2e9)  # names of files have the second
+    save(tmp_path, arrays())
+    data = ("--data", "features", "--data.path", "features.npz", "--data.batch_size", "13")
+    assert iprm(tmp_path, "fit", *data, "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false").code == 0
+    run = tmp_path / "runs/fit/version_0"
+    assert iprm(tmp_path, "resume", str(run), "--trainer.max_epochs", "2").code == 0
+    assert len(list(run.glob("events.out.tfevents.2000000000.*"))) == 2
 
 
 def files(folder: Path) -> dict[Path, bytes | None]:
