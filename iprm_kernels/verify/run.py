@@ -30,7 +30,7 @@ from .plan import REFUSED, Check, checks, checks_of_run
 CHILD = "iprm_kernels.verify.child"
 #: It has the import path of this process, not the current folder.
 CODE = r"import sys; sys.path[:] = sys.argv[1].split('\n'); __import__('importlib').import_module(sys.argv[2]).main()"
-#: Seconds that a check may take, with compilation, by device type; on a busy CPU a large one takes a minute.
+#: Time limit of a check in seconds, compilation included, by device type. On a busy CPU a large check takes a minute.
 LIMIT = {"cuda": 120.0, "cpu": 600.0}
 #: Seconds that a process may take to start.
 START = 120.0

@@ -103,7 +103,7 @@ def test_checkpoints(tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoints_are_not_believed(tmp_path: Path) -> None:
-    """Of bytes changed at any place of a checkpoint with a checksum."""
+    """Any change of the bytes of a checkpoint with a checksum is refused."""
     path, _ = checkpoint(tmp_path)
     AtomicCheckpointIO().save_checkpoint(torch.load(path, weights_only=True), path)
     original, damaged = path.read_bytes(), tmp_path / "damaged.ckpt"

@@ -33,8 +33,8 @@ LAUNCHES = {
     "head step, 3 modalities": {"float32": (11, 28), "bfloat16": (7, 1)},  # in float32 torch computes the products backward
 }
 BATCHES = [64, 63, 1, 65, 128]
-#: Kernels that the JIT compiles for each batch size, beside those for the sizes before it. Operators that are not named compile
-#: none after the first size. Of three modalities and of two, some kernels are the same.
+#: Number of kernels that the JIT compiles at each batch size and has not compiled for an earlier one. Operators that are not
+#: listed compile none after the first size. The steps of two and of three modalities share some kernels.
 VARIANTS = {
     "float32": {
         "probe_rebalance": [2, 0, 0, 1, 0],

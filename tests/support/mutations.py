@@ -61,7 +61,7 @@ def mutated_archive(content: bytes, others: Sequence[bytes], draw: random.Random
 
 
 def _members(content: bytes) -> dict[str, bytes]:
-    """None of an archive that zipfile refuses."""
+    """Name -> content; empty for an archive that zipfile refuses, with NotImplementedError if it is of a later version."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as file:
             return {name: file.read(name) for name in file.namelist()}
