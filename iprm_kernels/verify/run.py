@@ -154,7 +154,7 @@ def _outcomes(
             if progress is not None:
                 progress(before + ended, total, f"{name} {what}")
 
-        yield from _of_backend(name, device, plan, limit, deadline, now, child)
+        yield from _of_backend(_Job(name, device, limit, deadline, now, child), plan)
         before += len(plan)
 
 
@@ -170,82 +170,76 @@ def _device(device: torch.device | str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
-def _of_backend(
-    backend: str,
-    device: torch.device,
-    plan: Sequence[Check],
-    limit: float,
-    deadline: float,
-    progress: Callable[[int, str], None],
-    child: str,
-) -> Iterator[Outcome]:
+class _Job(NamedTuple):
+    """How the checks of a backend run."""
+
+    backend: str
+    device: torch.device
+    limit: float  #: seconds of one check
+    deadline: float  #: by time.monotonic, for all checks
+    progress: Callable[[int, str], None]  #: takes the number of checks that have ended, and what runs now
+    child: str
+
+
+def _of_backend(job: _Job, plan: Sequence[Check]) -> Iterator[Outcome]:
     """The outcomes of all checks, in processes that are started again after one has failed."""
     ended = failures = 0
     while ended < len(plan):
-        if failures == MOST_FAILURES or deadline - time.monotonic() < 1:
+        if failures == MOST_FAILURES or job.deadline - time.monotonic() < 1:
             reason = NO_TIME if failures < MOST_FAILURES else f"not checked: {failures} processes had failed"
-            yield from (Outcome(backend, check, reason, {}) for check in plan[ended:])
+            yield from (Outcome(job.backend, check, reason, {}) for check in plan[ended:])
             return
-        for outcome in _process(backend, device, plan[ended:], limit, deadline, progress, ended, child):
+        for outcome in _process(job, plan[ended:], ended):
             ended += 1
             yield outcome
         failures += 1
 
 
-def _process(
-    backend: str,
-    device: torch.device,
-    plan: Sequence[Check],
-    limit: float,
-    deadline: float,
-    progress: Callable[[int, str], None],
-    ended: int,
-    child: str,
-) -> Iterator[Outcome]:
-    """The outcomes of the checks until one ends the process, at least one."""
+def _process(job: _Job, plan: Sequence[Check], ended: int) -> Iterator[Outcome]:
+    """The outcomes of the checks until one ends the process, at least one. ended: the number of checks before these."""
     # OpenMP threads that spin while they wait take the cores from each other where other processes run
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     environment.pop("IPRM_KERNELS_BACKEND", None)
-    job = {
-        "device": str(device),
-        "backend": backend,
+    request = {
+        "device": str(job.device),
+        "backend": job.backend,
         "checks": [[*c.case[:2], [list(shape) for shape in c.shapes], c.compiled] for c in plan],
     }
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-c", CODE, "\n".join(sys.path), child],
+            [sys.executable, "-c", CODE, "\n".join(sys.path), job.child],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True, start_new_session=True,
         )  # fmt: skip
         try:
             assert process.stdin is not None
             assert process.stdout is not None
             try:
-                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
             except BrokenPipeError:
                 pass
             lines: queue.SimpleQueue[str] = queue.SimpleQueue()
             threading.Thread(target=_read_lines, args=(process.stdout, lines), daemon=True).start()
-            progress(ended, "starts")
+            job.progress(ended, "starts")
             done, ready = 0, False
             while done < len(plan):
-                left = max(0.0, deadline - time.monotonic())
+                left = max(0.0, job.deadline - time.monotonic())
                 try:
-                    line = lines.get(timeout=min(limit if ready else max(limit, START), left))
+                    line = lines.get(timeout=min(job.limit if ready else max(job.limit, START), left))
                 except queue.Empty:
-                    late = time.monotonic() >= deadline
-                    yield Outcome(backend, plan[done], NO_TIME if late else f"does not end within {limit:g} s", {})
+                    late = time.monotonic() >= job.deadline
+                    yield Outcome(job.backend, plan[done], NO_TIME if late else f"does not end within {job.limit:g} s", {})
                     return
                 if not line:
                     _kill(process)
-                    yield Outcome(backend, plan[done], _death(process.returncode, errors), {})
+                    yield Outcome(job.backend, plan[done], _death(process.returncode, errors), {})
                     return
                 ready = True
                 number, *found = json.loads(line) or [done, "ready"]
                 if found[0] is None:
-                    progress(ended + number, " ".join(plan[number].case))
+                    job.progress(ended + number, " ".join(plan[number].case))
                 elif len(found) > 1:
-                    yield Outcome(backend, plan[number], found[0], found[1])
+                    yield Outcome(job.backend, plan[number], found[0], found[1])
                     done += 1
                     if len(found) > 2:  # an exception ended it
                         return
