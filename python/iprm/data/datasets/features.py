@@ -22,8 +22,9 @@ from iprm.names import check_modality
 LABELS, SPLIT = "y", "split"
 #: Bytes for every row beside its features: its class and its index, each int64, and both once more while labels are counted.
 ROW_BYTES = 32
-#: Most modalities, as of a model that is read from a checkpoint; and how many are warned of: 30 have 435 pairs.
-MOST_MODALITIES, MANY_MODALITIES = 256, 30
+#: Most modalities: a model of more inputs is not read from a checkpoint (`iprm.inference`). A warning begins above the second
+#: number, which has 435 pairs.
+MOST_MODALITIES, MANY_MODALITIES = 64, 30
 
 
 class Features(MultimodalData):
